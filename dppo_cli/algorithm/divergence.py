@@ -1,0 +1,75 @@
+"""Divergences between the rollout policy mu and the trained policy pi, over a reduced support.
+
+Source: "Rethinking the Trust Region in LLM Reinforcement Learning", arXiv 2602.04879v3, called [P] below.
+Shapes: N tokens, S outcomes of the reduced support that an approximation chose (`approx.py`). An outcome without mass
+under a policy has log-probability -inf there.
+
+A divergence is one frozen dataclass with two thresholds and `__call__`; docs/extending.md adds one in ten lines.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dppo_cli.errors import ConfigError
+
+
+class Divergence(Protocol):
+    """D(mu, pi) per token, with the threshold delta for tokens of negative (low) and positive (high) advantage."""
+
+    @property
+    def delta_low(self) -> float: ...
+    @property
+    def delta_high(self) -> float: ...
+
+    def __call__(self, log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """TV(mu, pi) = 1/2 sum_s |mu(s) - pi(s)|, in [0, 1].  [P] Eq. 13 (binary), Eq. 15 (top-K)."""
+
+    delta_low: float
+    delta_high: float
+
+    usual_delta: ClassVar[tuple[float, float]] = (0.10, 0.20)
+
+    def __post_init__(self) -> None:
+        check_thresholds("tv", self.delta_low, self.delta_high, largest=1.0)
+
+    def __call__(self, log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:
+        """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
+        return 0.5 * (log_mu_NS.float().exp() - log_pi_NS.float().exp()).abs().sum(-1)
+
+
+@dataclass(frozen=True)
+class KL:
+    """KL(mu || pi) = sum_s mu(s) log(mu(s) / pi(s)), in nats, in [0, inf].  [P] Eq. 14 (binary), Eq. 16 (top-K).
+
+    An outcome with mu(s) = 0 contributes 0 whatever pi says; one with mu(s) > 0 = pi(s) makes the divergence infinite.
+    """
+
+    delta_low: float
+    delta_high: float
+
+    usual_delta: ClassVar[tuple[float, float]] = (0.05, 0.15)
+
+    def __post_init__(self) -> None:
+        check_thresholds("kl", self.delta_low, self.delta_high, largest=float("inf"))
+
+    def __call__(self, log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:
+        """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
+        log_mu_NS, log_pi_NS = log_mu_NS.float(), log_pi_NS.float()
+        mu_NS = log_mu_NS.exp()
+        terms_NS = torch.where(mu_NS > 0, mu_NS * (log_mu_NS - log_pi_NS), 0.0)
+        # The sum is >= 0 in exact arithmetic; rounding can leave -1e-9, which is no divergence.
+        return terms_NS.sum(-1).clamp(min=0.0)
+
+
+def check_thresholds(name: str, delta_low: float, delta_high: float, largest: float) -> None:
+    """Raise ConfigError unless both thresholds lie in [0, largest]."""
+    for key, delta in (("delta_low", delta_low), ("delta_high", delta_high)):
+        if not 0 <= delta <= largest:
+            raise ConfigError(f"divergence.{key}={delta} is outside [0, {largest:g}], the range of {name}")

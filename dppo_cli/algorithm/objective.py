@@ -1,0 +1,270 @@
+"""Policy objectives: what each sampled token adds to the loss, and which tokens the trust region keeps.
+
+Sources: [P] = arXiv 2602.04879v3 (DPPO and the baselines of its experiments), [D] = arXiv 2606.09821 (DRPO).
+
+Notation: mu = rollout policy, pi = trained policy, r = pi/mu of the sampled token, A = advantage, D = divergence,
+delta = threshold, M = keep-mask, sg = stop-gradient. Shapes: N tokens. Losses are minimised, so signs are flipped
+against the papers. Ratios that weigh a gradient are detached: the gradient of `-sg(w) log pi` is Eq. 23 of [P].
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dppo_cli.errors import ConfigError, NumericalError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The sampled tokens of one micro-batch, float32 [N] unless said otherwise.
+
+    `logp_anchor_N` is log-prob under the policy that the trust region is anchored on: mu itself, or with
+    `anchor=recompute` the trainer's own pi_old. `divergence_N` is taken between that anchor and pi.
+    """
+
+    logp_pi_N: Tensor  # with gradient
+    logp_mu_N: Tensor
+    logp_anchor_N: Tensor
+    advantage_N: Tensor
+    divergence_N: Tensor
+    sequence_N: Tensor  # int64, which sequence of the micro-batch a token belongs to
+    delta_low: float
+    delta_high: float
+
+
+class TokenLoss(NamedTuple):
+    """`loss_N`: float32 [N] with gradient. `keep_N`: bool [N], False where the mask removed the token's gradient."""
+
+    loss_N: Tensor
+    keep_N: Tensor
+
+
+class Objective(Protocol):
+    """Maps tokens to their losses. Sequences are never split between two calls.
+
+    `needs_all_tokens`: whether tokens with A = 0 have a gradient, too; where not, their forward pass is skipped.
+    """
+
+    @property
+    def needs_all_tokens(self) -> bool: ...
+
+    def __call__(self, tokens: Tokens) -> TokenLoss: ...
+
+
+def trust_mask(
+    advantage_N: Tensor,
+    logp_mu_N: Tensor,
+    logp_pi_N: Tensor,
+    divergence_N: Tensor,
+    delta_low: float,
+    delta_high: float,
+) -> Tensor:
+    """M = False iff (A > 0 and r > 1 and D > delta_high) or (A < 0 and r < 1 and D > delta_low).  [P] Eq. 12.
+
+    All inequalities are strict, so D = delta, r = 1 and A = 0 are kept, and a step back towards r = 1 always is.
+    Args: float [N] each. Returns: bool [N]. Raises NumericalError if a divergence is NaN: a comparison with NaN is
+    false, so it would silently count as "inside the trust region".
+    """
+    if torch.isnan(divergence_N).any():
+        count = int(torch.isnan(divergence_N).sum())
+        raise NumericalError(f"the divergence of {count} of {divergence_N.numel()} tokens is NaN: log-probs are broken")
+    leaves_up_N = (advantage_N > 0) & (logp_pi_N > logp_mu_N) & (divergence_N > delta_high)
+    leaves_down_N = (advantage_N < 0) & (logp_pi_N < logp_mu_N) & (divergence_N > delta_low)
+    return ~(leaves_up_N | leaves_down_N)
+
+
+@dataclass(frozen=True)
+class DPPO:
+    """loss = -sg(M min(r, C) A) log pi,  M from the divergence.  [P] Eq. 12, 23."""
+
+    ratio_cap: float | None
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_cap(self.ratio_cap)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        keep_N = trust_mask(
+            tokens.advantage_N,
+            tokens.logp_anchor_N,
+            tokens.logp_pi_N.detach(),
+            tokens.divergence_N,
+            tokens.delta_low,
+            tokens.delta_high,
+        )
+        return _weighted(tokens, keep_N, self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class RatioClip:
+    """PPO: M from D := |r - 1| with eps as thresholds.  [P] Eq. 10 (the gradient of min(r A, clip(r) A)).
+
+    `ppo` (0.2, 0.2) and `ppo_clip_higher` (0.2, 0.28) anchor on mu; `minirl` is the same with pi/pi_old in the mask
+    and pi/mu in the weight, which is what `anchor=recompute` means.
+    """
+
+    eps_low: float
+    eps_high: float
+    ratio_cap: float | None
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(eps_low=self.eps_low, eps_high=self.eps_high)
+        _check_cap(self.ratio_cap)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        logp_pi_N = tokens.logp_pi_N.detach()
+        distance_N = torch.expm1(logp_pi_N - tokens.logp_anchor_N).abs()
+        keep_N = trust_mask(
+            tokens.advantage_N, tokens.logp_anchor_N, logp_pi_N, distance_N, self.eps_low, self.eps_high
+        )
+        return _weighted(tokens, keep_N, self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """loss = -sg(min(r, C) A) log pi, no mask: `pg_is` without a cap, `cispo` (truncated importance sampling) with."""
+
+    ratio_cap: float | None
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_cap(self.ratio_cap)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        return _weighted(tokens, torch.ones_like(tokens.advantage_N, dtype=torch.bool), self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class MinimalMask:
+    """Drop only tokens with A < 0 and mu - pi >= threshold.  [P] section 5.3."""
+
+    threshold: float
+    ratio_cap: float | None
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(threshold=self.threshold)
+        _check_cap(self.ratio_cap)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        fall_N = tokens.logp_anchor_N.exp() - tokens.logp_pi_N.detach().exp()
+        keep_N = ~((tokens.advantage_N < 0) & (fall_N >= self.threshold))
+        return _weighted(tokens, keep_N, self.ratio_cap)
+
+
+@dataclass(frozen=True)
+class GSPO:
+    """Sequence ratio s = exp(mean_t log r), clipped like PPO's; every token of a sequence shares s and M."""
+
+    eps_low: float
+    eps_high: float
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(eps_low=self.eps_low, eps_high=self.eps_high)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        logp_pi_N = tokens.logp_pi_N.detach()
+        log_s_N = _sequence_mean(logp_pi_N - tokens.logp_anchor_N, tokens.sequence_N)
+        zero_N = torch.zeros_like(log_s_N)
+        distance_N = torch.expm1(log_s_N).abs()
+        keep_N = trust_mask(tokens.advantage_N, zero_N, log_s_N, distance_N, self.eps_low, self.eps_high)
+        return _weigh(tokens, keep_N, log_s_N.exp())
+
+
+@dataclass(frozen=True)
+class IPO:
+    """Drop tokens with |pi - mu| > eps whatever the sign of A; add penalty (log r)^2.
+
+    loss = -sg(M r A) log pi + penalty (log pi - log mu)^2
+    """
+
+    eps: float
+    penalty: float
+    ratio_cap: float | None
+
+    def __post_init__(self) -> None:
+        _check_positive(eps=self.eps)
+        _check_cap(self.ratio_cap)
+        if self.penalty < 0:
+            raise ConfigError(f"objective.penalty={self.penalty} must not be negative")
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        return self.penalty > 0
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        shift_N = tokens.logp_pi_N.detach().exp() - tokens.logp_anchor_N.exp()
+        loss_N, keep_N = _weighted(tokens, shift_N.abs() <= self.eps, self.ratio_cap)
+        return TokenLoss(loss_N + self.penalty * (tokens.logp_pi_N - tokens.logp_mu_N) ** 2, keep_N)
+
+
+@dataclass(frozen=True)
+class DRPO:
+    """loss = -A r + |A| mu (r - 1)^2 / (2 delta), with r differentiable: a penalty instead of a mask.  [D]
+
+    Its gradient weighs r A grad log pi by 1 - sign(A (r - 1)) |pi - mu| / delta. At the authors' delta = 12.5 the sign
+    of that factor never turns, since |pi - mu| <= 1; smaller values are worth a sweep.
+    """
+
+    delta: float
+
+    needs_all_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(delta=self.delta)
+
+    def __call__(self, tokens: Tokens) -> TokenLoss:
+        r_N = (tokens.logp_pi_N - tokens.logp_mu_N).exp()
+        penalty_N = tokens.advantage_N.abs() * tokens.logp_mu_N.exp() * (r_N - 1) ** 2 / (2 * self.delta)
+        keep_N = torch.ones_like(tokens.advantage_N, dtype=torch.bool)
+        return TokenLoss(-tokens.advantage_N * r_N + penalty_N, keep_N)
+
+
+def kl_to_reference(logp_pi_N: Tensor, logp_ref_N: Tensor, logp_mu_N: Tensor) -> Tensor:
+    """loss_N = sg(r) 1/2 (log pi - log ref)^2, whose expected gradient is that of KL(pi || ref) at each position.
+
+    Derivation: E_mu[r (log pi - log ref) grad log pi] = E_pi[(log pi - log ref) grad log pi] = grad KL(pi || ref),
+    the remaining term E_pi[grad log pi] being zero. Args: float32 [N]; only `logp_pi_N` receives gradient.
+    """
+    r_N = (logp_pi_N.detach() - logp_mu_N).exp()
+    return r_N * 0.5 * (logp_pi_N - logp_ref_N) ** 2
+
+
+def _weighted(tokens: Tokens, keep_N: Tensor, ratio_cap: float | None) -> TokenLoss:
+    """loss = -sg(M min(r, C) A) log pi.  [P] Eq. 23; the weight is pi/mu whatever the anchor."""
+    r_N = (tokens.logp_pi_N.detach() - tokens.logp_mu_N).exp()
+    return _weigh(tokens, keep_N, r_N if ratio_cap is None else r_N.clamp(max=ratio_cap))
+
+
+def _weigh(tokens: Tokens, keep_N: Tensor, weight_N: Tensor) -> TokenLoss:
+    # where, not a product: a masked token's ratio may be infinite, and 0 * inf would be NaN.
+    weight_N = torch.where(keep_N & (tokens.advantage_N != 0), weight_N * tokens.advantage_N, 0.0)
+    return TokenLoss(-weight_N * tokens.logp_pi_N, keep_N)
+
+
+def _sequence_mean(value_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """Each token's value replaced by the mean over its sequence; float32 [N]."""
+    count = int(sequence_N.max()) + 1
+    total = torch.zeros(count, device=value_N.device).index_add_(0, sequence_N, value_N)
+    tokens = torch.zeros(count, device=value_N.device).index_add_(0, sequence_N, torch.ones_like(value_N))
+    return (total / tokens)[sequence_N]
+
+
+def _check_positive(**values: float) -> None:
+    for key, value in values.items():
+        if not value > 0:
+            raise ConfigError(f"objective.{key}={value} must be positive")
+
+
+def _check_cap(ratio_cap: float | None) -> None:
+    if ratio_cap is not None and not ratio_cap >= 1:
+        raise ConfigError(f"objective.ratio_cap={ratio_cap} must be at least 1; null means no cap")

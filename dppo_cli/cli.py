@@ -1,0 +1,206 @@
+"""The command line: `dppo <command> [overrides]`. Imports no torch, so help and typing errors answer at once.
+
+Hydra composes the config; this module finds the command, prints help, and turns every error of the user's into one line.
+"""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dppo_cli import __version__
+from dppo_cli.errors import ConfigError, DppoError
+
+COMMANDS = {
+    "train": "train a LoRA or QLoRA adapter with DPPO, evaluated before and after",
+    "eval": "measure a finished run or a plain model on held-out problems",
+    "export": "take the adapter, or the merged model, somewhere else",
+}
+EXAMPLES = """\
+  dppo train
+  dppo train model=llama3_8b adapter=qlora divergence=tv approx=topk hardware=gpu_24gb
+  dppo train -m divergence=tv,kl approx=binary,topk seed=1,2,3"""
+INTERRUPTED = 130
+PACKAGE = Path(__file__).parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["--version"]:
+        print(f"dppo {__version__}")
+        return 0
+    if not args or {"-h", "--help"} & set(args):
+        print(help_text())
+        return 0
+    try:
+        command, overrides = args[0], args[1:]
+        if command not in COMMANDS:
+            raise ConfigError(f"there is no command {command!r}{_guess(command, COMMANDS)}")
+        _run_hydra(command, [recipe_override(word) for word in overrides])
+        return 0
+    except DppoError as error:
+        print(f"dppo: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("dppo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def config_dir() -> Path:
+    """The YAML tree: beside the package in a checkout, inside it in an installed wheel."""
+    return _data_dir("conf", "train.yaml")
+
+
+def recipes_dir() -> Path:
+    """The recipes, likewise."""
+    return _data_dir("recipes", "README.md")
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups with their choices."""
+    found = sorted(p for p in config_dir().iterdir() if p.is_dir())
+    return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in found}
+
+
+def help_text() -> str:
+    width = max(map(len, groups()))
+    lines = [f"dppo {__version__}: RL fine-tuning of language models with Divergence Proximal Policy Optimization", ""]
+    lines += ["usage: dppo <command> [-m] [group=choice] [key=value] ...", "", "commands:"]
+    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "groups and their choices:"]
+    lines += [f"  {name:<{width}}  {', '.join(choices)}" for name, choices in groups().items()]
+    lines += ["", "options:", "  -m           run every combination of comma-separated values, with a table at the end"]
+    lines += ["  --cfg job    show the composed config and stop; every key is explained in conf/", "  --version", ""]
+    lines += ["examples:", EXAMPLES]
+    return "\n".join(lines)
+
+
+def recipe_override(word: str) -> str:
+    """`recipe=NAME` as Hydra finds it: the group option recipes/NAME/recipe.yaml."""
+    key, _, name = word.partition("=")
+    if key != "recipe":
+        return word
+    known = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}{_guess(name, known)}")
+    return f"+recipes/{name}=recipe"
+
+
+def _run_hydra(command: str, overrides: list[str]) -> None:
+    # Hydra then raises what went wrong instead of printing a trace of its own and leaving.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # The user's own modules (`_target_: my_module.MyDivergence`) are looked for where dppo was started.
+    sys.path.insert(0, os.getcwd())
+    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
+
+    def task(node: DictConfig) -> Any:
+        return _run_task(command, node)
+
+    started_with = sys.argv
+    searchpath = f"hydra.searchpath=[file://{recipes_dir().parent}]"
+    sys.argv = ["dppo", *overrides, searchpath]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(str(error), command)) from error
+    finally:
+        sys.argv = started_with
+
+
+def _run_task(command: str, node: Any) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf, open_dict
+
+    from dppo_cli import config as schemas
+
+    if command == "train" and HydraConfig.get().mode is RunMode.MULTIRUN:
+        node.run_dir = HydraConfig.get().runtime.output_dir
+    for name in ("recipes",):
+        with open_dict(node):
+            node.pop(name, None)
+    schema = {"train": schemas.TrainConfig, "eval": schemas.EvalConfig, "export": schemas.ExportConfig}[command]
+    built = schemas.build(schema, node)
+    module = importlib.import_module({"eval": "dppo_cli.evaluate"}.get(command, f"dppo_cli.{command}"))
+    return getattr(module, f"run_{command}")(built, OmegaConf.to_yaml(node, resolve=True))
+
+
+def explain(message: str, command: str) -> str:
+    """Hydra's complaint in one line, with the nearest right word."""
+    first = message.strip().splitlines()[0].rstrip(".")
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return _no_such_key(match.group(1), command)
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
+        group, choice = match.groups()
+        return f"there is no {group}={choice}{_guess(choice, groups().get(group, []))}"
+    if "ambiguous value" in message.lower():
+        return f"{first.split(': ', 1)[-1]}; to run every value, add -m"
+    return first
+
+
+def _no_such_key(key: str, command: str) -> str:
+    keys = _known_keys(command)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    parent = key.rpartition(".")[0]
+    siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
+    if not parent or not siblings:
+        siblings = sorted({k.split(".")[0] for k in keys})
+    guess = f"; did you mean {close[0]}?" if close else "."
+    return f"there is no key {key}{guess} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"
+
+
+def _known_keys(command: str) -> list[str]:
+    """Dotted keys of a command's default config."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        node = compose(command)
+    keys: list[str] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix:
+            keys.append(prefix)
+        if isinstance(value, dict):
+            for name, child in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, child)
+
+    assert isinstance(node, DictConfig)
+    walk("", OmegaConf.to_container(node, resolve=False))
+    return [k for k in keys if not k.endswith("._target_")] + list(groups())
+
+
+def _sweep_dir(run_dir: str | None) -> str:
+    from dppo_cli.run_folder import default_run_dir
+
+    return run_dir or str(default_run_dir("sweeps"))
+
+
+def _guess(word: str, choices: Any) -> str:
+    from dppo_cli.config import did_you_mean
+
+    return did_you_mean(word, choices)
+
+
+def _data_dir(name: str, marker: str) -> Path:
+    for place in (PACKAGE.parent / name, PACKAGE / name):
+        if (place / marker).is_file():
+            return place
+    raise ConfigError(f"the folder {name} is missing from this installation of dppo; install it again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

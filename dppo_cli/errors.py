@@ -1,0 +1,42 @@
+"""Every error the user can meet, as one tree.
+
+DppoError                 one line: what is wrong, what you have, what to type     exit status 2
+├── ConfigError           a key, a choice, a value, or a combination of them
+├── ModelError            weights, tokenizer or architecture
+├── DataError             a data file, a line or a column of it
+├── RewardError           the user's reward function
+├── RunError              a run folder, an export target, the disk
+└── NumericalError        NaN or infinity where none may be                        exit status 1
+"""
+
+
+class DppoError(Exception):
+    """Its text is shown to the user as it is, without a stack trace."""
+
+    exit_status = 2
+
+
+class ConfigError(DppoError):
+    """A key, a choice, a value, or a combination of them cannot work."""
+
+
+class ModelError(DppoError):
+    """Weights or tokenizer are missing, or the architecture is one we cannot drive truthfully."""
+
+
+class DataError(DppoError):
+    """A data file cannot be read as the config says."""
+
+
+class RewardError(DppoError):
+    """The reward function cannot be loaded, failed, or returned something that is no list of numbers."""
+
+
+class RunError(DppoError):
+    """A folder to read is not there, a folder to write is taken, or the disk refuses."""
+
+
+class NumericalError(DppoError):
+    """A NaN or an infinity reached a place where it would be trained on."""
+
+    exit_status = 1

@@ -1,0 +1,103 @@
+"""The language-model head, in chunks: log-probs and their gradient without a [tokens, vocabulary] tensor.
+
+The loss reads only the log-prob of each sampled token, so its gradient with respect to a hidden state h is
+    d log pi(a) / d h = (W[a] - sum_v pi(v) W[v]) / T,
+one row of H numbers that the forward pass can leave behind. Logits live for one chunk of positions and are gone.
+
+Shapes: N positions, H hidden, V vocabulary, C positions of a chunk. T = temperature.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Visitor = Callable[[slice, Tensor], None]
+"""Called once per chunk, without gradient, with its rows and log pi, float32 [C, V], which it must not change."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """log pi = log_softmax(z / T),  z = cap * tanh(u / cap) or u,  u = scale * (W h + b).
+
+    `weight_VH` and `bias_V` are the frozen parameters of the model's output layer, of any float dtype; `softcap` is
+    Gemma's final-logit cap; `scale` Cohere's and Granite's logit multiplier.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def at(self, temperature: float) -> "Head":
+        """The same head at another temperature."""
+        return replace(self, temperature=temperature)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Tempered logits z / T, float32 [N, V]."""
+        z_NV = torch.nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V).float()
+        if self.scale != 1.0:
+            z_NV *= self.scale
+        if self.softcap is not None:
+            z_NV = z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z_NV if self.temperature == 1.0 else z_NV.div_(self.temperature)
+
+    def log_probs(self, hidden_NH: Tensor) -> Tensor:
+        """log pi, float32 [N, V]."""
+        z_NV = self.logits(hidden_NH)
+        return z_NV.sub_(z_NV.logsumexp(-1, keepdim=True))
+
+
+def token_log_probs(
+    head: Head, hidden_NH: Tensor, token_N: Tensor, chunk_size: int, visit: Visitor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token, and the entropy of its distribution, in nats; float32 [N] each.
+
+    Only the log-prob carries gradient, to `hidden_NH`. Extra memory: one chunk of logits twice, and [N, H].
+    """
+    logp_N, entropy_N = _TokenLogProbs.apply(hidden_NH, token_N, head, chunk_size, visit)
+    return logp_N, entropy_N
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, token_N: Tensor, head: Head, chunk_size: int, visit: Visitor | None
+    ) -> tuple[Tensor, Tensor]:
+        n = hidden_NH.shape[0]
+        logp_N = hidden_NH.new_empty(n, dtype=torch.float32)
+        entropy_N = torch.empty_like(logp_N)
+        needs_gradient = ctx.needs_input_grad[0]
+        slope_NH = torch.empty_like(hidden_NH) if needs_gradient else None
+        for start in range(0, n, chunk_size):
+            rows = slice(start, min(start + chunk_size, n))
+            log_pi_CV = head.log_probs(hidden_NH[rows])
+            logp_N[rows] = log_pi_CV.gather(-1, token_N[rows, None]).squeeze(-1)
+            if visit is not None:
+                visit(rows, log_pi_CV)
+            pi_CV = log_pi_CV.exp()
+            # A forbidden token (log pi = -inf) adds nothing to the entropy; 0 * -inf would make it NaN.
+            entropy_N[rows] = -torch.linalg.vecdot(pi_CV, log_pi_CV.clamp_(min=torch.finfo(torch.float32).min))
+            if slope_NH is not None:
+                slope_NH[rows] = _slope(head, hidden_NH[rows], token_N[rows], pi_CV)
+        ctx.save_for_backward(slope_NH)
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (slope_NH,) = ctx.saved_tensors
+        return slope_NH * grad_logp_N[:, None].to(slope_NH.dtype), None, None, None, None
+
+
+def _slope(head: Head, hidden_CH: Tensor, token_C: Tensor, pi_CV: Tensor) -> Tensor:
+    """d log pi(token) / d hidden, [C, H]; overwrites `pi_CV`."""
+    factor = head.scale / head.temperature
+    if head.softcap is None:
+        return (head.weight_VH[token_C] - pi_CV.to(head.weight_VH.dtype) @ head.weight_VH) * factor
+    tanh_CV = head.at(1.0).logits(hidden_CH) / head.softcap
+    slope_z_CV = pi_CV.neg_().scatter_add_(-1, token_C[:, None], torch.ones_like(pi_CV[:, :1]))
+    return (slope_z_CV * (1 - tanh_CV.square())).to(head.weight_VH.dtype) @ head.weight_VH * factor

@@ -1,0 +1,195 @@
+"""From config to `Policy`: find the weights, load them in the right precision, put the adapter on."""
+
+import logging
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from dppo_cli.config import Hardware, LoRA
+from dppo_cli.errors import ConfigError, ModelError
+from dppo_cli.policy.policy import Policy, check_head
+
+EMBEDDED = "embedded:"
+
+
+def load_policy(
+    path: str,
+    revision: str | None,
+    hardware: Hardware,
+    *,
+    new_adapter: LoRA | None = None,
+    saved_adapter: Path | None = None,
+    seed: int = 0,
+) -> Policy:
+    """A plain model, one with a fresh adapter (weights drawn from `seed`), or one with a saved adapter.
+
+    `new_adapter` also says whether the base is quantised, so it goes with `saved_adapter` where a QLoRA run is read back.
+    Raises ModelError for missing or unusable weights and tokenizers, ConfigError for a device that is not there.
+    """
+    _quiet()
+    device, dtype = resolve_device(hardware)
+    location = resolve_path(path)
+    tokenizer = _load_tokenizer(location, path, revision)
+    quantization = new_adapter.quantization if new_adapter else None
+    model = _load_model(location, path, revision, dtype, device, quantization)
+    peft = None
+    if saved_adapter is not None:
+        peft = PeftModel.from_pretrained(model, str(saved_adapter))
+    elif new_adapter is not None:
+        torch.manual_seed(seed)
+        peft = _add_adapter(model, new_adapter, location)
+    if new_adapter is None:
+        model.requires_grad_(False)
+    if hardware.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    _remove_base_dropout(model)
+    # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
+    model.train(hardware.gradient_checkpointing or (new_adapter is not None and new_adapter.dropout > 0))
+    eos_ids = _eos_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    policy = Policy(model, peft, tokenizer, location, device, dtype, eos_ids, pad_id)
+    check_head(policy)
+    return policy
+
+
+def resolve_device(hardware: Hardware) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision of the base's weights."""
+    has_gpu = torch.cuda.is_available()
+    if hardware.device == "cuda" and not has_gpu:
+        raise ConfigError("hardware.device=cuda, but torch sees no GPU here; use hardware=cpu or hardware=auto")
+    device = torch.device("cuda" if hardware.device == "cuda" or (hardware.device == "auto" and has_gpu) else "cpu")
+    if hardware.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, hardware.dtype)
+
+
+def resolve_path(path: str) -> str:
+    """A folder, or a name on the hub. Raises ModelError for an embedded model or a folder that is not there."""
+    if path.startswith(EMBEDDED):
+        root = Path(str(resources.files("dppo_cli.embedded")))
+        folder = root / path.removeprefix(EMBEDDED)
+        if not (folder / "config.json").is_file():
+            names = sorted(p.parent.name for p in root.glob("*/config.json"))
+            raise ModelError(f"there is no embedded model {folder.name!r}. Choices: {', '.join(names)}")
+        return str(folder)
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+        return path
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+    if looks_local:
+        raise ModelError(f"there is no model folder {path} (in {Path.cwd()})")
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    has = {p.name for p in folder.iterdir()}
+    if "config.json" not in has:
+        raise ModelError(f"{folder} has no config.json; model.path must be a Hugging Face model folder")
+    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in has):
+        found = (
+            " (pickled .bin weights are not read; convert them to safetensors)"
+            if any(name.endswith(".bin") for name in has)
+            else ""
+        )
+        raise ModelError(f"{folder} has no weights (*.safetensors){found}")
+    if not has & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
+        raise ModelError(f"{folder} has no tokenizer (tokenizer.json); copy it from the model it belongs to")
+
+
+def _load_tokenizer(location: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision)  # type: ignore[no-any-return, no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise _unavailable(location, path, "tokenizer", error) from error
+
+
+def _load_model(
+    location: str, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision,
+        "use_safetensors": True,
+        "device_map": {"": device},
+    }
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(location, **options)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise _unavailable(location, path, "weights", error) from error
+
+
+def _unavailable(location: str, path: str, what: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    if Path(location).is_dir():
+        return ModelError(f"the {what} in {path} cannot be loaded: {reason}")
+    name = path.split("/")[-1]
+    return ModelError(
+        f"the {what} of {path} are neither in the local cache nor to be had from the hub now; with a network, "
+        f"`hf download {path} --local-dir {name}`, then add model.path={name}  ({reason})"
+    )
+
+
+def _add_adapter(model: PreTrainedModel, adapter: LoRA, location: str) -> PeftModel:
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=location,
+    )
+    try:
+        peft = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"adapter.target_modules={adapter.target_modules}: {str(error).splitlines()[0]}") from None
+    head = model.get_output_embeddings()
+    if any(p.requires_grad for p in head.parameters()):
+        raise ConfigError("adapter.target_modules includes the output layer, which must stay frozen; leave it out")
+    return peft  # type: ignore[return-value]
+
+
+def _remove_base_dropout(model: PreTrainedModel) -> None:
+    """Dropout inside the frozen base (GPT-2 has some) would only make pi differ from the policy that samples."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    found: list[int] = []
+    for eos in (model.generation_config.eos_token_id if model.generation_config else None, tokenizer.eos_token_id):
+        found.extend([eos] if isinstance(eos, int) else eos or [])
+    if not found:
+        raise ModelError("neither the model's generation config nor its tokenizer names an end-of-sequence token")
+    return tuple(dict.fromkeys(found))
+
+
+def _quiet() -> None:
+    """Keep library chatter out of the live display; errors still come through."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("transformers", "peft", "bitsandbytes"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")

@@ -1,0 +1,121 @@
+"""The policy in training: a frozen causal language model with a LoRA adapter, its tokenizer and its device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dppo_cli.config import Prompting
+from dppo_cli.data.task import Example
+from dppo_cli.errors import ModelError
+from dppo_cli.policy.head import Head
+from dppo_cli.types import Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """`model` is the adapted language model itself; `peft` the same model in PEFT's wrapper, None without an adapter.
+
+    `path`: where the base came from. `eos_ids`: tokens that end a response.
+    """
+
+    model: PreTrainedModel
+    peft: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def head(self) -> Head:
+        """The output layer at temperature 1."""
+        return model_head(self.model)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained: the adapter's weights, float32."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
+        """Final hidden states [B, L, H] of right-padded sequences; see `Batch` for why no mask is needed."""
+        with self.autocast():
+            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Runs the float32 adapter in the base's precision where that is a lower one."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base model, for as long as the context lasts: the reference of KL(pi || ref), at no memory."""
+        assert self.peft is not None
+        with self.peft.disable_adapter():
+            yield
+
+    def encode(self, examples: Sequence[Example], prompting: Prompting) -> list[Prompt]:
+        """Prompts as token ids; the only place where text is tokenised. Raises ModelError without a chat template."""
+        return [
+            Prompt(i, e.prompt, self._token_ids(e.prompt, prompting), e.answer, e.columns)
+            for i, e in enumerate(examples)
+        ]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def save_adapter(self, path: Path) -> None:
+        """PEFT's format: adapter_model.safetensors and adapter_config.json."""
+        assert self.peft is not None
+        self.peft.save_pretrained(str(path))
+
+    def _token_ids(self, text: str, prompting: Prompting) -> tuple[int, ...]:
+        if prompting.template == "plain":
+            return tuple(self.tokenizer(text)["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise ModelError(f"the tokenizer of {self.path} has no chat template; use prompt.template=plain")
+        messages = [{"role": "user", "content": text}]
+        if prompting.system is not None:
+            messages.insert(0, {"role": "system", "content": prompting.system})
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        return tuple(rendered["input_ids"])  # type: ignore[index, call-overload]
+
+
+def model_head(model: PreTrainedModel) -> Head:
+    """The output layer of a causal language model as a `Head`.
+
+    Raises ModelError if the model has none, or does something to its logits that `Head` does not know: the head's
+    log-probs are compared with the model's own once, when it is loaded (`check_head`).
+    """
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__} has no output layer; it is no causal language model")
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = 1.0 / getattr(config, "logits_scaling", 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Raise ModelError unless `hidden_states` and `head` give the log-probs that the model itself gives."""
+    ids_1L = torch.arange(min(8, policy.head.weight_VH.shape[0]), device=policy.device)[None]
+    with policy.autocast():
+        expected = policy.model(input_ids=ids_1L, use_cache=False).logits.float().log_softmax(-1)
+    found = policy.head.log_probs(policy.hidden_states(ids_1L))
+    tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
+    if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"{type(policy.model).__name__} changes its logits in a way this version cannot reproduce (log-probs differ by "
+            f"{float((expected - found).abs().max()):.2g}); training on them would be wrong"
+        )

@@ -1,0 +1,35 @@
+"""Reward 1 for the right answer, else 0."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dppo_cli.errors import ConfigError
+from dppo_cli.reward.scorer import Scorer
+from dppo_cli.types import Completion
+
+
+@dataclass(frozen=True)
+class Exact:
+    """1.0 when the response (or the last match of `pattern` in it), stripped of white space, equals the answer."""
+
+    pattern: str | None
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ConfigError(f"reward.pattern={self.pattern!r} is no regular expression: {error}") from None
+
+    def load(self) -> Scorer:
+        return self._score
+
+    def _score(self, completions: Sequence[Completion]) -> list[float]:
+        return [float(self._extract(c.text) == c.prompt.answer.strip()) for c in completions]
+
+    def _extract(self, text: str) -> str | None:
+        if self.pattern is None:
+            return text.strip()
+        matches = list(re.finditer(self.pattern, text))
+        return matches[-1].group(1 if matches[-1].re.groups else 0).strip() if matches else None

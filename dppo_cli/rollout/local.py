@@ -1,0 +1,176 @@
+"""Sampling in this process, with the log-probs of every token it samples.
+
+Each distinct prompt is run once and its key-value cache shared out to its samples; the cache is allocated once per wave;
+finished sequences leave the batch; no [steps, sequences, vocabulary] tensor exists.
+
+Shapes: P prompts, G samples per prompt, B = P x G sequences of a wave, A of them still being written, L padded prompt
+length, V vocabulary, K reported log-probs, H hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.config import LoRA, Sampling
+from dppo_cli.errors import ConfigError
+from dppo_cli.policy.head import Head
+from dppo_cli.policy.policy import Policy, model_head
+from dppo_cli.rollout.decoder import Decoder
+from dppo_cli.rollout.merged import MergedCopy
+from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.types import Completion, PolicyReport, Prompt
+
+
+@dataclass(frozen=True)
+class LocalRollout:
+    """The in-process engine; see conf/rollout/local.yaml for the fields."""
+
+    merge: bool
+    dtype: str | None
+    concurrent_sequences: int
+    max_logprobs: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"rollout.dtype={self.dtype} is no choice. Choices: null, float32, bfloat16, float16")
+        if self.dtype is not None and not self.merge:
+            raise ConfigError(f"rollout.dtype={self.dtype} needs a sampling copy of its own; add rollout.merge=true")
+        if self.concurrent_sequences < 1:
+            raise ConfigError(f"rollout.concurrent_sequences={self.concurrent_sequences} must be at least 1")
+        if self.max_logprobs < 1:
+            raise ConfigError(f"rollout.max_logprobs={self.max_logprobs} must be at least 1")
+
+    def check(self, num_logprobs: int, anchor: str, adapter: LoRA | None) -> None:
+        if num_logprobs > self.max_logprobs:
+            raise ConfigError(
+                f"approx.k={num_logprobs} is more than rollout.max_logprobs={self.max_logprobs}, the longest list this "
+                "engine keeps; lower approx.k, or use approx=full, which is exact and needs no list"
+            )
+        if self.merge and adapter is not None and adapter.quantization is not None:
+            raise ConfigError(
+                f"rollout.merge=true cannot write into a base quantised to {adapter.quantization}; use rollout.merge=false"
+            )
+
+    def load(self, policy: Policy) -> "LocalEngine":
+        dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
+        copy = MergedCopy(policy.model, dtype) if self.merge and policy.peft is not None else None
+        return LocalEngine(policy, copy, dtype, self.concurrent_sequences)
+
+
+class LocalEngine:
+    """See `RolloutEngine`."""
+
+    def __init__(self, policy: Policy, copy: MergedCopy | None, dtype: torch.dtype, concurrent_sequences: int) -> None:
+        self.policy = policy
+        self.copy = copy
+        self.dtype = dtype
+        self.concurrent_sequences = concurrent_sequences
+        self.version = 0
+        self.sync(0)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.copy.model if self.copy else self.policy.model
+
+    def sync(self, version: int) -> None:
+        if self.copy:
+            self.copy.refresh()
+        self.version = version
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
+    ) -> list[Completion]:
+        generator = torch.Generator().manual_seed(seed)
+        per_wave = max(1, self.concurrent_sequences // samples_per_prompt)
+        completions: list[Completion] = []
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(prompts), per_wave):
+            wave = prompts[start : start + per_wave]
+            completions += self._wave(wave, samples_per_prompt, sampling, num_logprobs, generator)
+        self.model.train(training)
+        return completions
+
+    def _wave(
+        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, num_logprobs: int, generator: torch.Generator
+    ) -> list[Completion]:
+        device = self.policy.device
+        head = model_head(self.model).at(sampling.temperature or 1.0)
+        record = Record(len(prompts) * group, head, num_logprobs)
+        eos_E = torch.tensor(self.policy.eos_ids, device=device)
+        decoder = Decoder(self.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
+        active_A = torch.arange(len(prompts) * group, device=device)
+        hidden_AH = decoder.prefill()
+        while True:
+            log_mu_AV = head.log_probs(hidden_AH)
+            # A number for every sequence of the wave, so that a token does not depend on who else has finished.
+            uniform_B = torch.rand(record.size, generator=generator).to(device)
+            token_A = _choose(log_mu_AV, uniform_B[active_A], sampling)
+            record.add(active_A, token_A, log_mu_AV, hidden_AH)
+            # The one place where the host waits for the device.
+            rows_A = (~torch.isin(token_A, eos_E)).nonzero().squeeze(-1)
+            if len(rows_A) == 0 or len(record.steps) == sampling.max_new_tokens:
+                break
+            active_A = active_A[rows_A]
+            hidden_AH = decoder.step(token_A[rows_A], rows_A)
+        reports = record.reports()
+        return [
+            self._completion(prompts[b // group], token_T.cpu(), report.to(torch.device("cpu")))
+            for b, (token_T, report) in enumerate(reports)
+        ]
+
+    def _completion(self, prompt: Prompt, token_T: Tensor, mu: PolicyReport) -> Completion:
+        ids = token_T.tolist()
+        return Completion(
+            prompt=prompt,
+            token_ids_T=token_T,
+            sampled_T=torch.ones_like(token_T, dtype=torch.bool),
+            mu=mu,
+            text=self.policy.decode(ids),
+            finished=ids[-1] in self.policy.eos_ids,
+            version=self.version,
+        )
+
+
+class Record:
+    """What was sampled at each step, for the sequences that were still being written then."""
+
+    def __init__(self, size: int, head: Head, num_logprobs: int) -> None:
+        self.size, self.head, self.num_logprobs = size, head, num_logprobs
+        self.steps: list[tuple[Tensor, ...]] = []
+
+    def add(self, active_A: Tensor, token_A: Tensor, log_mu_AV: Tensor, hidden_AH: Tensor) -> None:
+        """Keep the sampled token's log-prob and what the approximation asked for; the rest of [A, V] is let go."""
+        columns = [active_A, token_A, log_mu_AV.gather(-1, token_A[:, None]).squeeze(-1)]
+        if self.num_logprobs > 0:
+            top = log_mu_AV.topk(min(self.num_logprobs, log_mu_AV.shape[-1]), dim=-1)
+            columns += [top.indices, top.values]
+        elif self.num_logprobs == WHOLE_VOCABULARY:
+            columns.append(hidden_AH)
+        self.steps.append(tuple(columns))
+
+    def reports(self) -> list[tuple[Tensor, PolicyReport]]:
+        """Tokens and report of each sequence, in order."""
+        columns = [torch.cat(c) for c in zip(*self.steps, strict=True)]
+        # A stable sort by sequence leaves each sequence's tokens in the order they were written.
+        order = columns[0].argsort(stable=True)
+        lengths = torch.bincount(columns[0], minlength=self.size).tolist()
+        token, logp, *more = [c[order].split(lengths) for c in columns[1:]]
+        if not more:
+            return [(token[b], PolicyReport(logp[b])) for b in range(self.size)]
+        if self.num_logprobs > 0:
+            ids, values = more
+            return [(token[b], PolicyReport(logp[b], ids[b], values[b])) for b in range(self.size)]
+        hidden = more[0]
+        return [(token[b], PolicyReport(logp[b], hidden_NH=hidden[b], head=self.head)) for b in range(self.size)]
+
+
+def _choose(log_mu_AV: Tensor, uniform_A: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.temperature == 0:
+        return log_mu_AV.argmax(-1)
+    return draw(truncate(log_mu_AV, sampling) if sampling.truncates else log_mu_AV, uniform_A)

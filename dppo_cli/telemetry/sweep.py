@@ -1,0 +1,39 @@
+"""The table at the end of a sweep (`-m`): what varied in each job, and what came out."""
+
+import os
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+
+class SweepTable(Callback):
+    """A Hydra callback; does nothing in a single run. A subclass because Hydra asks for one."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[str, JobReturn]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        overrides = [o for o in job_return.overrides or () if not o.startswith("run_dir=")]
+        self.jobs.append((" ".join(overrides), job_return))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        table = Table(title="sweep")
+        for name in ("job", "overrides", "before", "after", "seconds", "folder"):
+            table.add_column(name, overflow="fold")
+        for number, (overrides, job) in enumerate(self.jobs):
+            if job.status is JobStatus.COMPLETED and isinstance(job.return_value, dict):
+                table.add_row(str(number), overrides, *_cells(job.return_value))
+        Console(highlight=False).print(table)
+
+
+def _cells(summary: dict[str, Any]) -> list[str]:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    before, after = summary.get("eval_before"), summary.get("eval_after", summary.get("accuracy"))
+    folder = os.path.relpath(summary["run_dir"]) if "run_dir" in summary else ""
+    return [percent(before), percent(after), f"{summary.get('seconds', 0):.0f}", folder]
