@@ -1,6 +1,6 @@
-"""The command line: `dppo <command> [overrides]`. Imports no torch, so help and typing errors answer at once.
+"""The command line, `dppo <command> [overrides]`. Imports no torch, so help and typing errors answer at once.
 
-Hydra composes the config; this module finds the command, prints help, and turns every error of the user's into one line.
+Hydra composes the config; this module finds the command, prints help, and turns a user's error into one line.
 """
 
 import difflib
@@ -24,6 +24,8 @@ EXAMPLES = """\
   dppo train
   dppo train model=llama3_8b adapter=qlora divergence=tv approx=topk hardware=gpu_24gb
   dppo train -m divergence=tv,kl approx=binary,topk seed=1,2,3"""
+OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--config-dir", "-h", "--help", "--version")
+TAKE_A_VALUE = ("--cfg", "--info", "--config-dir")
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parent
 
@@ -31,17 +33,18 @@ PACKAGE = Path(__file__).parent
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] == ["--version"]:
+    if "--version" in args:
         print(f"dppo {__version__}")
         return 0
     if not args or {"-h", "--help"} & set(args):
         print(help_text())
         return 0
     try:
-        command, overrides = args[0], args[1:]
+        command = args[0]
         if command not in COMMANDS:
             raise ConfigError(f"there is no command {command!r}{_guess(command, COMMANDS)}")
-        _run_hydra(command, [recipe_override(word) for word in overrides])
+        options, overrides = split_options(args[1:])
+        _run_hydra(command, options, [recipe_override(word) for word in overrides])
         return 0
     except DppoError as error:
         print(f"dppo: {error}", file=sys.stderr)
@@ -80,6 +83,26 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and overrides, wherever they stood: Hydra's parser wants them apart.
+
+    Raises ConfigError for a word with dashes that is no option: `--steps 5`, as other programs want it.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        name = word.partition("=")[0]
+        if name in OPTIONS or (options[-1:] and options[-1] in TAKE_A_VALUE and "=" not in word):
+            options.append(word)
+        elif name and not name.startswith("-"):
+            overrides.append(word)
+        else:
+            raise ConfigError(f"there is no option {word!r}; options: {', '.join(OPTIONS)}; keys are set as key=value")
+    if "--cfg" in options and not {"job", "hydra", "all"} & set(options):
+        raise ConfigError("--cfg shows a config: --cfg job, --cfg hydra or --cfg all")
+    return options, overrides
+
+
 def recipe_override(word: str) -> str:
     """`recipe=NAME` as Hydra finds it: the group option recipes/NAME/recipe.yaml."""
     key, _, name = word.partition("=")
@@ -91,7 +114,7 @@ def recipe_override(word: str) -> str:
     return f"+recipes/{name}=recipe"
 
 
-def _run_hydra(command: str, overrides: list[str]) -> None:
+def _run_hydra(command: str, options: list[str], overrides: list[str]) -> None:
     # Hydra then raises what went wrong instead of printing a trace of its own and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
@@ -99,22 +122,46 @@ def _run_hydra(command: str, overrides: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from dppo_cli.run_folder import default_run_dir, remove_if_empty
+
     # The user's own modules (`_target_: my_module.MyDivergence`) are looked for where dppo was started.
     sys.path.insert(0, os.getcwd())
-    OmegaConf.register_new_resolver("sweep_dir", _sweep_dir, replace=True, use_cache=True)
+    sweep_dirs: list[str] = []
+
+    def sweep_dir(run_dir: str | None) -> str:
+        if not sweep_dirs:
+            sweep_dirs.append(run_dir or str(default_run_dir("sweeps")))
+        return sweep_dirs[0]
+
+    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True, use_cache=True)
+    failures: list[DppoError] = []
+    composed = False
 
     def task(node: DictConfig) -> Any:
-        return _run_task(command, node)
+        nonlocal composed
+        composed = True
+        try:
+            return _run_task(command, node)
+        except DppoError as error:
+            # Kept for the end: Hydra would print a line of its own, and break off a sweep.
+            failures.append(error)
+            return error
 
     started_with = sys.argv
     searchpath = f"hydra.searchpath=[file://{recipes_dir().parent}]"
-    sys.argv = ["dppo", *overrides, searchpath]
+    sys.argv = ["dppo", *options, "--", *overrides, searchpath]
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(str(error), command)) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed:
+            raise
+        raise ConfigError(explain(error, command, overrides)) from error
     finally:
         sys.argv = started_with
+        for folder in sweep_dirs:
+            remove_if_empty(Path(folder))
+    if failures:
+        raise failures[0]
 
 
 def _run_task(command: str, node: Any) -> Any:
@@ -130,37 +177,54 @@ def _run_task(command: str, node: Any) -> Any:
         with open_dict(node):
             node.pop(name, None)
     schema = {"train": schemas.TrainConfig, "eval": schemas.EvalConfig, "export": schemas.ExportConfig}[command]
-    built = schemas.build(schema, node)
+    built: Any = schemas.build(schema, node)
     module = importlib.import_module({"eval": "dppo_cli.evaluate"}.get(command, f"dppo_cli.{command}"))
     return getattr(module, f"run_{command}")(built, OmegaConf.to_yaml(node, resolve=True))
 
 
-def explain(message: str, command: str) -> str:
+def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """Hydra's complaint in one line, with the nearest right word."""
+    from hydra.errors import OverrideParseException
+
+    message = str(error)
     first = message.strip().splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
     if match := re.search(r"Could not override '([^']+)'", message):
-        return _no_such_key(match.group(1), command)
+        return _no_such_key(match.group(1), command, overrides)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-        group, choice = match.groups()
-        return f"there is no {group}={choice}{_guess(choice, groups().get(group, []))}"
+        return _no_such_choice(*match.groups())
+    if "override must be a string" in message:
+        words = [word.split("=", 1) for word in overrides if word.partition("=")[0] in groups()]
+        for group, choice in words:
+            if choice not in groups()[group]:
+                return _no_such_choice(group, choice)
     if "ambiguous value" in message.lower():
         return f"{first.split(': ', 1)[-1]}; to run every value, add -m"
     return first
 
 
-def _no_such_key(key: str, command: str) -> str:
-    keys = _known_keys(command)
+def _no_such_choice(group: str, choice: str) -> str:
+    return f"there is no {group}={choice}{_guess(choice, groups().get(group, []))}"
+
+
+def _no_such_key(key: str, command: str, overrides: Sequence[str]) -> str:
+    choices = [f"{group}={choice}" for group, known in groups().items() for choice in known]
+    keys = _known_keys(command, [word for word in overrides if word in choices])
+    if key in keys:
+        below = [k for k in keys if k.startswith(f"{key}.")]
+        return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     parent = key.rpartition(".")[0]
     siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
-    if not parent or not siblings:
-        siblings = sorted({k.split(".")[0] for k in keys})
+    if not siblings:
+        parent, siblings = "", sorted({k.split(".")[0] for k in keys})
     guess = f"; did you mean {close[0]}?" if close else "."
     return f"there is no key {key}{guess} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"
 
 
-def _known_keys(command: str) -> list[str]:
-    """Dotted keys of a command's default config."""
+def _known_keys(command: str, choices: list[str]) -> list[str]:
+    """Dotted keys of a command's config with these choices of groups, as far as the command has such groups."""
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir
@@ -168,7 +232,8 @@ def _known_keys(command: str) -> list[str]:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node = compose(command)
+        defaults = compose(command, return_hydra_config=True).hydra.runtime.choices
+        node = compose(command, [word for word in choices if word.partition("=")[0] in defaults])
     keys: list[str] = []
 
     def walk(prefix: str, value: Any) -> None:
@@ -180,13 +245,7 @@ def _known_keys(command: str) -> list[str]:
 
     assert isinstance(node, DictConfig)
     walk("", OmegaConf.to_container(node, resolve=False))
-    return [k for k in keys if not k.endswith("._target_")] + list(groups())
-
-
-def _sweep_dir(run_dir: str | None) -> str:
-    from dppo_cli.run_folder import default_run_dir
-
-    return run_dir or str(default_run_dir("sweeps"))
+    return [k for k in keys if not k.endswith("._target_")]
 
 
 def _guess(word: str, choices: Any) -> str:

@@ -243,6 +243,19 @@ class EvalSampling:
 
 
 @dataclass(frozen=True)
+class EvalPrompting:
+    template: str | None
+    system: str | None
+
+    def over(self, trained: Prompting | None) -> Prompting:
+        """The prompting of an evaluation; that of the run, or plain, serves where nothing was set."""
+        base = trained or Prompting("plain", None)
+        if self.template is None:
+            return Prompting(base.template, self.system or base.system)
+        return Prompting(self.template, self.system)
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Everything `dppo eval` needs. What is None comes from the run."""
 
@@ -252,7 +265,7 @@ class EvalConfig:
     reward: "RewardSource | None"
     rollout: "RolloutSource"
     hardware: Hardware
-    prompt: Prompting | None
+    prompt: EvalPrompting
     sampling: EvalSampling
     samples_per_prompt: int
     pass_k: list[int]
@@ -301,12 +314,19 @@ def build(schema: type[T], node: DictConfig) -> T:
 
 
 def _build_field(name: str, annotation: Any, node: DictConfig) -> Any:
-    if OmegaConf.is_missing(node, name):
+    if name not in node or OmegaConf.is_missing(node, name):
         raise ConfigError(f"{name} is not set; add {name}=...")
     child = node._get_node(name)
     if isinstance(child, DictConfig) and not child._is_none():
         target = child.get("_target_")
+        if not target and not is_dataclass(annotation):
+            raise ConfigError(f"{name} cannot hold keys; see `dppo --help`")
         return _structured(_locate(name, target) if target else annotation, child, name)
+    if isinstance(annotation, str):
+        # One of the protocols above, which only a `_target_` can fill.
+        if node[name] is None and annotation.endswith("| None"):
+            return None
+        raise ConfigError(f"{name}={node[name]} is no choice; see `dppo --help`")
     scalar = dataclasses.make_dataclass("Root", [(name, annotation)])
     return getattr(_structured(scalar, OmegaConf.create({name: node[name]}), ""), name)
 
@@ -357,8 +377,8 @@ def _unusual(config: TrainConfig) -> list[str]:
         delta = getattr(config.divergence, key)
         if usual and not usual[0] <= delta <= usual[1]:
             found.append(
-                f"divergence.{key}={delta} lies outside {usual[0]:g} to {usual[1]:g}, where this divergence worked in the "
-                "paper; thresholds of TV and KL are on different scales"
+                f"divergence.{key}={delta} lies outside {usual[0]:g} to {usual[1]:g}, where this divergence worked "
+                "in the paper; thresholds of TV and KL are on different scales"
             )
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dppo_cli.config import EvalConfig, Prompting, Sampling, TrainConfig, build
+from dppo_cli.config import EvalConfig, Sampling, TrainConfig, build
 from dppo_cli.errors import RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.reward.exact import Exact
@@ -47,7 +47,7 @@ class Evaluation:
         return sum(pass_at_k(n, c, k) for c in counts) / len(counts)
 
     def standard_error(self) -> float:
-        """Of the accuracy, from the spread of the problems' own accuracies: samples of one problem are not independent."""
+        """Of the accuracy, from the spread over problems: samples of one problem are not independent."""
         n = self.samples_per_prompt
         means = [sum(self.correct[i : i + n]) / n for i in range(0, len(self.correct), n)]
         mean = sum(means) / len(means)
@@ -80,11 +80,11 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     started = time.perf_counter()
     trained = _trained(config.run)
     out = Path(config.out) if config.out else _default_out(config.run)
-    check_free(out)
+    check_free(out, "out")
     data = config.data or (trained.data if trained else None)
     reward = config.reward or (trained.reward if trained else Exact(pattern=None))
     assert data is not None
-    prompting = config.prompt or (trained.prompt if trained else Prompting("plain", None))
+    prompting = config.prompt.over(trained.prompt if trained else None)
     sampling = config.sampling.with_length(trained.sampling.max_new_tokens if trained else 256)
     task, scorer = data.load(), reward.load()
     model = trained.model if trained else config.model
@@ -100,14 +100,15 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     engine = config.rollout.load(policy)
     prompts = policy.encode(task.heldout, prompting)
     result = evaluate(engine, prompts, scorer, sampling, config.samples_per_prompt, config.success_reward, config.seed)
-    summary = {
+    pass_at = {str(k): result.pass_at(k) for k in config.pass_k}
+    summary: dict[str, Any] = {
         "model": str(model.path),
         "run": config.run,
         "problems": len(prompts),
         "samples_per_prompt": config.samples_per_prompt,
         "accuracy": result.accuracy,
         "standard_error": result.standard_error(),
-        "pass_at": {str(k): result.pass_at(k) for k in config.pass_k},
+        "pass_at": pass_at,
         "sampling": asdict(sampling),
         "finished": sum(c.finished for c in result.completions) / len(result.completions),
         "seconds": time.perf_counter() - started,
@@ -120,7 +121,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {error.strerror}") from None
     rows = [("accuracy", f"{result.accuracy:.1%} ± {summary['standard_error']:.1%} (standard error)")]
-    rows += [(f"pass@{k}", f"{value:.1%}") for k, value in summary["pass_at"].items()]  # type: ignore[attr-defined]
+    rows += [(f"pass@{k}", f"{value:.1%}") for k, value in pass_at.items()]
     rows += [("problems x samples", f"{len(prompts)} x {config.samples_per_prompt}"), ("written to", str(out))]
     print_table(f"eval {config.run or config.model.path}", rows)
     return summary

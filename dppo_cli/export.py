@@ -33,7 +33,7 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     out = Path(config.out) if config.out else run / f"export-{config.format}"
     if out.exists():
         raise RunError(f"out={out} exists already; name another folder, or delete it first")
-    check_free(out)
+    check_free(out, "out")
     trained = read_run_config(run)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -73,11 +73,11 @@ def _merge(trained: TrainConfig, adapter: Path, out: Path, dtype: str) -> PreTra
     """Merge in float32, write in `dtype`, read back."""
     policy = _policy(trained, adapter, quantised=False)
     assert policy.peft is not None
-    merged = policy.peft.merge_and_unload().to(getattr(torch, dtype))  # type: ignore[operator]
+    merged = policy.peft.merge_and_unload().to(getattr(torch, dtype))
     check_disk(out, sum(p.numel() * p.element_size() for p in merged.parameters()))
     merged.save_pretrained(str(out))
     policy.tokenizer.save_pretrained(str(out))
-    return AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32)  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32)
 
 
 @torch.no_grad()

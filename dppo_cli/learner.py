@@ -23,7 +23,7 @@ from dppo_cli.types import Batch, PolicyReport, Sample
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step. `stats`: what was seen of its tokens. Counts are of sequences and tokens, `padded` of places."""
+    """One optimizer step. `stats`: what was seen of its tokens. `places`: tokens and padding of all micro-batches."""
 
     stats: list[TokenStats]
     gradient_norm: float
@@ -60,7 +60,7 @@ class Learner:
         return [replace(sample, anchor=found[i]) for i, sample in enumerate(samples)]
 
     def update(self, samples: Sequence[Sample]) -> UpdateResult:
-        """One optimizer step on `samples`. Raises NumericalError, before any weight changes, if a gradient is not finite.
+        """One optimizer step on `samples`. Raises NumericalError, with no weight changed, if a gradient is not finite.
 
         Samples with A = 0 get no forward pass where nothing but the advantage gives a gradient: it would be zero.
         """
@@ -75,15 +75,16 @@ class Learner:
         for part in (useful, idle) if needs_idle else (useful,):
             for batch, _ in self._micro_batches(part):
                 loss_N, seen = self._token_losses(batch)
-                (loss_N.sum() / divisor).backward()  # type: ignore[no-untyped-call]
+                (loss_N.sum() / divisor).backward()
                 stats.append(seen)
                 places += batch.input_ids_BL.numel()
                 padded += batch.input_ids_BL.numel() - int(batch.length_B.sum())
+        lr = float(self.schedule.get_last_lr()[0])
         norm = self._step()
         return UpdateResult(
             stats=stats,
             gradient_norm=norm,
-            lr=self.schedule.get_last_lr()[0],
+            lr=lr,
             sequences=len(samples),
             skipped_sequences=0 if needs_idle else len(idle),
             places=places,

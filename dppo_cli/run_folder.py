@@ -10,10 +10,12 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dppo_cli.errors import RunError
-from dppo_cli.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from dppo_cli.policy.policy import Policy
 
 SPARE_BYTES = 64 * 2**20
 """Room for logs and metrics beside the adapters."""
@@ -29,16 +31,18 @@ def default_run_dir(parent: str) -> Path:
     return path
 
 
-def check_free(path: Path) -> None:
-    """Raise RunError if `path` holds a run, is no folder, or could not be written."""
+def check_free(path: Path, key: str) -> None:
+    """Raise RunError if `path`, which the user set as `key`, holds a run, is no folder, or could not be written."""
     if path.exists() and not path.is_dir():
-        raise RunError(f"run_dir={path} is a file; name a new folder")
+        raise RunError(f"{key}={path} is a file; name a new folder")
     if path.is_dir() and any(path.iterdir()):
         what = "already holds a run" if (path / "config.yaml").exists() else "is not empty"
-        raise RunError(f"run_dir={path} {what}; name a new folder, or delete it first")
+        raise RunError(f"{key}={path} {what}; name a new folder, or delete it first")
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RunError(f"run_dir={path} cannot be written: no permission in {parent}; choose another run_dir")
+    if not parent.is_dir():
+        raise RunError(f"{key}={path} cannot be written: {parent} is a file; choose another {key}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(f"{key}={path} cannot be written: no permission in {parent}; choose another {key}")
 
 
 def check_disk(path: Path, needed_bytes: int) -> None:
@@ -52,12 +56,20 @@ def check_disk(path: Path, needed_bytes: int) -> None:
         )
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a sweep's folder, and those of its jobs, where no job wrote anything."""
+    for job in [*folder.glob("*/"), folder]:
+        names = {p.name for p in job.iterdir()} if job.is_dir() else {"."}
+        if names <= {"multirun.yaml"}:
+            shutil.rmtree(job, ignore_errors=True)
+
+
 class RunFolder:
     """Writes a run. Use as a context: a user's mistake before the first logged step removes the folder again."""
 
-    def __init__(self, path: Path, config_yaml: str, policy: Policy, checkpoints: int) -> None:
+    def __init__(self, path: Path, config_yaml: str, policy: "Policy", checkpoints: int) -> None:
         adapter_bytes = sum(p.numel() * p.element_size() for p in policy.parameters)
-        check_free(path)
+        check_free(path, "run_dir")
         check_disk(path, adapter_bytes * (1 + checkpoints) + SPARE_BYTES)
         self.path, self.policy, self.steps_logged = path, policy, 0
         self.config_yaml = config_yaml
@@ -73,7 +85,7 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is not None and self.steps_logged == 0:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif isinstance(error, OSError) and not isinstance(error, RunError):
+        if isinstance(error, OSError):
             raise RunError(f"{self.path} cannot be written any more: {error.strerror or error}") from error
 
     def log(self, metrics: dict[str, Any]) -> None:

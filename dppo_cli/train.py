@@ -26,7 +26,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     """Train one policy; returns what summary.json holds. On Ctrl-C it saves the adapter as it is and says so."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
-    check_free(run_dir)
+    check_free(run_dir, "run_dir")
     task, scorer = config.data.load(), config.reward.load()
     policy = load_policy(
         config.model.path, config.model.revision, config.hardware, new_adapter=config.adapter, seed=config.seed
@@ -47,9 +47,9 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     with RunFolder(run_dir, config_yaml, policy, checkpoints) as folder, Console(config, policy, run_dir) as console:
         masked_tokens = MaskedTokens()
         done, after = 0, None
-        before = evaluate_now()
-        console.evaluated(0, before)
         try:
+            before = evaluate_now()
+            console.evaluated(0, before)
             for step in range(1, config.steps + 1):
                 timer = PhaseTimer()
                 with timer.phase("rollout"):

@@ -5,7 +5,7 @@ log-probs per token, H hidden size, B sequences, L padded length, V vocabulary. 
 policy in training. Log-probs are natural logarithms, of the tempered and untruncated distribution.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,10 +40,10 @@ class PolicyReport:
 
     def __getitem__(self, rows: slice | Tensor) -> "PolicyReport":
         """The report of some of the tokens."""
-        return PolicyReport(*(None if t is None else t[rows] for t in self._tensors()), head=self.head)
+        return self._map(lambda column: column[rows])
 
     def to(self, device: torch.device) -> "PolicyReport":
-        return PolicyReport(*(None if t is None else t.to(device) for t in self._tensors()), head=self.head)
+        return self._map(lambda column: column.to(device))
 
     def full_log_probs(self) -> Tensor:
         """The policy's whole distribution at each token, float32 [N, V]."""
@@ -53,11 +53,22 @@ class PolicyReport:
     @staticmethod
     def cat(reports: Sequence["PolicyReport"]) -> "PolicyReport":
         """The reports of several responses, one after the other."""
-        columns = zip(*(r._tensors() for r in reports), strict=True)
-        return PolicyReport(*(None if c[0] is None else torch.cat(c) for c in columns), head=reports[0].head)
 
-    def _tensors(self) -> tuple[Any, ...]:
-        return self.logp_N, self.topk_ids_NK, self.topk_logp_NK, self.hidden_NH
+        def join(name: str) -> Any:
+            columns = [getattr(report, name) for report in reports]
+            return None if columns[0] is None else torch.cat(columns)
+
+        return PolicyReport(
+            join("logp_N"), join("topk_ids_NK"), join("topk_logp_NK"), join("hidden_NH"), reports[0].head
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PolicyReport":
+        def maybe(column: Tensor | None) -> Tensor | None:
+            return None if column is None else change(column)
+
+        return PolicyReport(
+            change(self.logp_N), maybe(self.topk_ids_NK), maybe(self.topk_logp_NK), maybe(self.hidden_NH), self.head
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion with what the update needs. `anchor` is `completion.mu`, or pi_old's report under anchor=recompute."""
+    """A completion with what the update needs. `anchor`: `completion.mu`, or pi_old's report under anchor=recompute."""
 
     completion: Completion
     reward: float  # NaN: the reward function declined to judge it

@@ -18,7 +18,6 @@ from transformers import (
     Qwen3Config,
 )
 
-
 CHARACTERS = "0123456789+-=? abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:<>|/\n"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

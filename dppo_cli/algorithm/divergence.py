@@ -41,7 +41,8 @@ class TotalVariation:
 
     def __call__(self, log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:
         """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
-        return 0.5 * (log_mu_NS.float().exp() - log_pi_NS.float().exp()).abs().sum(-1)
+        # The sum is <= 2 in exact arithmetic; by rounding it could exceed it, and so a threshold of 1.
+        return (0.5 * (log_mu_NS.float().exp() - log_pi_NS.float().exp()).abs().sum(-1)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class KL:
         """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
         log_mu_NS, log_pi_NS = log_mu_NS.float(), log_pi_NS.float()
         mu_NS = log_mu_NS.exp()
-        terms_NS = torch.where(mu_NS > 0, mu_NS * (log_mu_NS - log_pi_NS), 0.0)
+        # A mu of NaN is not 0, so its term stays NaN and is refused later (`trust_mask`).
+        terms_NS = torch.where(mu_NS == 0, 0.0, mu_NS * (log_mu_NS - log_pi_NS))
         # The sum is >= 0 in exact arithmetic; rounding can leave -1e-9, which is no divergence.
         return terms_NS.sum(-1).clamp(min=0.0)
 

@@ -246,9 +246,9 @@ def _weighted(tokens: Tokens, keep_N: Tensor, ratio_cap: float | None) -> TokenL
 
 
 def _weigh(tokens: Tokens, keep_N: Tensor, weight_N: Tensor) -> TokenLoss:
-    # where, not a product: a masked token's ratio may be infinite, and 0 * inf would be NaN.
+    # where, not products: a masked token's ratio or log-prob may be infinite, and 0 * inf would be NaN.
     weight_N = torch.where(keep_N & (tokens.advantage_N != 0), weight_N * tokens.advantage_N, 0.0)
-    return TokenLoss(-weight_N * tokens.logp_pi_N, keep_N)
+    return TokenLoss(torch.where(weight_N == 0, 0.0, -weight_N * tokens.logp_pi_N), keep_N)
 
 
 def _sequence_mean(value_N: Tensor, sequence_N: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     "12+34=" -> "46"        "7-29=" -> "-22"
 
-Two operands from 0 to 99 and two operations make 20,000 problems. Which of them are held out is part of the task, not of
-a run: it depends on no seed, so a model trained in one run was never shown what another run examines it with.
+Two operands from 0 to 99 and two operations make 20,000 problems. Which of them are held out is part of the task, not
+of a run: it depends on no seed, so a model trained in one run was never shown what another run examines it with.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Arithmetic:
             ("eval_problems", self.eval_problems, len(heldout)),
         ):
             if not 0 < wanted <= available:
+                nearest = min(max(wanted, 1), available)
                 raise ConfigError(
-                    f"data.{key} is {wanted}, but the arithmetic task has 1 to {available} such problems to give: "
-                    f"type data.{key}={min(max(wanted, 1), available)}"
+                    f"data.{key}={wanted}, but the arithmetic task has 1 to {available}; use data.{key}={nearest}"
                 )
 
     def load(self) -> Task:

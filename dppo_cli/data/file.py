@@ -47,8 +47,8 @@ class JsonLines:
         assert self.eval_problems is not None
         if len(train) <= self.eval_problems:
             raise DataError(
-                f"{self.path} has {len(train)} problems, and data.eval_problems={self.eval_problems} of them would be held "
-                "out: none is left to train on; lower it, or set data.eval_path"
+                f"{self.path} has {len(train)} problems, and data.eval_problems={self.eval_problems} of them would be "
+                "held out: none is left to train on; lower it, or set data.eval_path"
             )
         return Task(train[: -self.eval_problems], train[-self.eval_problems :])
 
@@ -76,7 +76,7 @@ class JsonLines:
         answer = self._column(row, self.answer_column, "data.answer_column", where)
         if self.answer_pattern is not None:
             match = re.search(self.answer_pattern, answer)
-            if match is None:
+            if match is None or match.group(1) is None:
                 raise DataError(f"{where}: data.answer_pattern={self.answer_pattern!r} does not match {answer[-60:]!r}")
             answer = match.group(1)
         if not prompt.strip():

@@ -58,7 +58,7 @@ def token_log_probs(
 
     Only the log-prob carries gradient, to `hidden_NH`. Extra memory: one chunk of logits twice, and [N, H].
     """
-    logp_N, entropy_N = _TokenLogProbs.apply(hidden_NH, token_N, head, chunk_size, visit)
+    logp_N, entropy_N = _TokenLogProbs.apply(hidden_NH, token_N, head, chunk_size, visit)  # type: ignore[no-untyped-call]
     return logp_N, entropy_N
 
 
@@ -88,16 +88,15 @@ class _TokenLogProbs(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, grad_logp_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logp_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope_NH,) = ctx.saved_tensors
         return slope_NH * grad_logp_N[:, None].to(slope_NH.dtype), None, None, None, None
 
 
 def _slope(head: Head, hidden_CH: Tensor, token_C: Tensor, pi_CV: Tensor) -> Tensor:
     """d log pi(token) / d hidden, [C, H]; overwrites `pi_CV`."""
-    factor = head.scale / head.temperature
-    if head.softcap is None:
-        return (head.weight_VH[token_C] - pi_CV.to(head.weight_VH.dtype) @ head.weight_VH) * factor
-    tanh_CV = head.at(1.0).logits(hidden_CH) / head.softcap
+    # 1 - pi(token) in float32, before any rounding to the weights' precision: bfloat16 takes 0.998 for 1.
     slope_z_CV = pi_CV.neg_().scatter_add_(-1, token_C[:, None], torch.ones_like(pi_CV[:, :1]))
-    return (slope_z_CV * (1 - tanh_CV.square())).to(head.weight_VH.dtype) @ head.weight_VH * factor
+    if head.softcap is not None:
+        slope_z_CV *= 1 - (head.at(1.0).logits(hidden_CH) / head.softcap).square()
+    return slope_z_CV.to(head.weight_VH.dtype) @ head.weight_VH * (head.scale / head.temperature)

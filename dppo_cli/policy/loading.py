@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dppo_cli.config import Hardware, LoRA
@@ -22,6 +27,8 @@ from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.policy import Policy, check_head
 
 EMBEDDED = "embedded:"
+HUB_PATIENCE = 5.0
+"""Seconds to wait for the hub's first answer before going on with the local cache alone."""
 
 
 def load_policy(
@@ -35,15 +42,16 @@ def load_policy(
 ) -> Policy:
     """A plain model, one with a fresh adapter (weights drawn from `seed`), or one with a saved adapter.
 
-    `new_adapter` also says whether the base is quantised, so it goes with `saved_adapter` where a QLoRA run is read back.
+    `new_adapter` also says whether the base is quantised, so it goes with `saved_adapter` to read a QLoRA run back.
     Raises ModelError for missing or unusable weights and tokenizers, ConfigError for a device that is not there.
     """
     _quiet()
     device, dtype = resolve_device(hardware)
     location = resolve_path(path)
-    tokenizer = _load_tokenizer(location, path, revision)
+    offline = Path(location).is_dir() or not _hub_answers()
+    tokenizer = _load_tokenizer(location, path, revision, offline)
     quantization = new_adapter.quantization if new_adapter else None
-    model = _load_model(location, path, revision, dtype, device, quantization)
+    model = _load_model(location, path, revision, offline, dtype, device, quantization)
     peft = None
     if saved_adapter is not None:
         peft = PeftModel.from_pretrained(model, str(saved_adapter))
@@ -109,21 +117,38 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} has no tokenizer (tokenizer.json); copy it from the model it belongs to")
 
 
-def _load_tokenizer(location: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _hub_answers() -> bool:
+    """One short question: without a network, huggingface_hub tries again for half a minute over each file."""
     try:
-        return AutoTokenizer.from_pretrained(location, revision=revision)  # type: ignore[no-any-return, no-untyped-call]
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:
+        return False
+    return True
+
+
+def _load_tokenizer(location: str, path: str, revision: str | None, offline: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise _unavailable(location, path, "tokenizer", error) from error
 
 
 def _load_model(
-    location: str, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: str | None
+    location: str,
+    path: str,
+    revision: str | None,
+    offline: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
+        "local_files_only": offline,
         "use_safetensors": True,
         "device_map": {"": device},
+        "output_loading_info": True,
     }
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -133,18 +158,24 @@ def _load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(location, **options)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unavailable(location, path, "weights", error) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would draw them at random and go on.
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"the weights in {path} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    return model  # type: ignore[no-any-return]
 
 
 def _unavailable(location: str, path: str, what: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0]
-    if Path(location).is_dir():
+    if Path(location).is_dir() or not isinstance(error, OSError):
         return ModelError(f"the {what} in {path} cannot be loaded: {reason}")
     name = path.split("/")[-1]
     return ModelError(
-        f"the {what} of {path} are neither in the local cache nor to be had from the hub now; with a network, "
+        f"found no {what} of {path}, neither in the local cache nor on the hub now; with a network, "
         f"`hf download {path} --local-dir {name}`, then add model.path={name}  ({reason})"
     )
 
@@ -165,16 +196,22 @@ def _add_adapter(model: PreTrainedModel, adapter: LoRA, location: str) -> PeftMo
     head = model.get_output_embeddings()
     if any(p.requires_grad for p in head.parameters()):
         raise ConfigError("adapter.target_modules includes the output layer, which must stay frozen; leave it out")
-    return peft  # type: ignore[return-value]
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+            kind = type(layer.get_base_layer()).__name__
+            raise ConfigError(f"adapter.target_modules includes {name}, a layer of kind {kind}; name linear ones only")
+    return peft
 
 
 def _remove_base_dropout(model: PreTrainedModel) -> None:
     """Dropout inside the frozen base (GPT-2 has some) would only make pi differ from the policy that samples."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # Rates that are handed to a function: attention_dropout everywhere, dropout and layerdrop in OPT.
+        for key, value in list(vars(module).items()):
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

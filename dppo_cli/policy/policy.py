@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ class Policy:
     def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
         """Final hidden states [B, L, H] of right-padded sequences; see `Batch` for why no mask is needed."""
         with self.autocast():
-            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[operator, no-any-return]
+            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Runs the float32 adapter in the base's precision where that is a lower one."""
@@ -68,12 +69,13 @@ class Policy:
         ]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def save_adapter(self, path: Path) -> None:
         """PEFT's format: adapter_model.safetensors and adapter_config.json."""
         assert self.peft is not None
-        self.peft.save_pretrained(str(path))
+        # The embeddings are the base's; asked to find out by itself, PEFT looks on the hub, at every save.
+        self.peft.save_pretrained(str(path), save_embedding_layers=False)
 
     def _token_ids(self, text: str, prompting: Prompting) -> tuple[int, ...]:
         if prompting.template == "plain":
@@ -83,10 +85,13 @@ class Policy:
         messages = [{"role": "user", "content": text}]
         if prompting.system is not None:
             messages.insert(0, {"role": "system", "content": prompting.system})
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=True
-        )
-        return tuple(rendered["input_ids"])  # type: ignore[index, call-overload]
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {self.path} refuses the prompt: {error}") from None
+        return tuple(rendered["input_ids"])
 
 
 def model_head(model: PreTrainedModel) -> Head:
@@ -116,6 +121,6 @@ def check_head(policy: Policy) -> None:
     tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
     if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
         raise ModelError(
-            f"{type(policy.model).__name__} changes its logits in a way this version cannot reproduce (log-probs differ by "
-            f"{float((expected - found).abs().max()):.2g}); training on them would be wrong"
+            f"{type(policy.model).__name__} changes its logits in a way this version cannot reproduce (log-probs "
+            f"differ by {float((expected - found).abs().max()):.2g}); training on them would be wrong"
         )

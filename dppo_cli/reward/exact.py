@@ -32,4 +32,5 @@ class Exact:
         if self.pattern is None:
             return text.strip()
         matches = list(re.finditer(self.pattern, text))
-        return matches[-1].group(1 if matches[-1].re.groups else 0).strip() if matches else None
+        found = matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
+        return found if found is None else found.strip()

@@ -49,10 +49,11 @@ def _import(where: str) -> Any:
         path = Path(where)
         if not path.is_file():
             raise RewardError(f"reward.path: there is no file {where} (in {Path.cwd()})")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # A name of its own: a file called random.py must not become everybody's `random`.
+        spec = importlib.util.spec_from_file_location(f"dppo_reward_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
+        sys.modules[module.__name__] = module
         spec.loader.exec_module(module)
         return module
     except RewardError:
@@ -80,7 +81,7 @@ def _number(reward: Any, path: str, completion: Completion) -> float:
         return math.nan
     try:
         number = float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
     if not math.isfinite(number):
         raise RewardError(

@@ -81,13 +81,13 @@ class Decoder:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values in buffers with room for `capacity` places, so that a step writes one place instead of copying all.
+    """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
 
     A subclass because transformers' `Cache` asks its layers for this interface.
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.buffers: tuple[Tensor, Tensor] | None = None
 
@@ -96,6 +96,7 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
+        assert self.keys is not None and self.values is not None
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None:
             self.buffers = self._with_room(self.keys), self._with_room(self.values)

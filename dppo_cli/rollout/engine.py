@@ -1,4 +1,4 @@
-"""The rollout engine, as the loop sees it: token ids in, token ids and log-probs out. Where it runs is its own affair."""
+"""The rollout engine as the loop sees it: token ids in, token ids and log-probs out, wherever it runs."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,13 +1,14 @@
 """Sampling in this process, with the log-probs of every token it samples.
 
-Each distinct prompt is run once and its key-value cache shared out to its samples; the cache is allocated once per wave;
-finished sequences leave the batch; no [steps, sequences, vocabulary] tensor exists.
+Each distinct prompt is run once and its key-value cache shared out to its samples; the cache has room for the whole
+response; finished sequences leave the batch; no [steps, sequences, vocabulary] tensor exists.
 
 Shapes: P prompts, G samples per prompt, B = P x G sequences of a wave, A of them still being written, L padded prompt
 length, V vocabulary, K reported log-probs, H hidden size.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,8 @@ class LocalRollout:
             )
         if self.merge and adapter is not None and adapter.quantization is not None:
             raise ConfigError(
-                f"rollout.merge=true cannot write into a base quantised to {adapter.quantization}; use rollout.merge=false"
+                f"rollout.merge=true cannot write into a base quantised to {adapter.quantization}; use "
+                "rollout.merge=false"
             )
 
     def load(self, policy: Policy) -> "LocalEngine":
@@ -90,9 +92,11 @@ class LocalEngine:
         completions: list[Completion] = []
         training = self.model.training
         self.model.eval()
-        for start in range(0, len(prompts), per_wave):
-            wave = prompts[start : start + per_wave]
-            completions += self._wave(wave, samples_per_prompt, sampling, num_logprobs, generator)
+        # The policy's own model runs as it does in training; the copy is a plain model in one precision.
+        with nullcontext() if self.copy else self.policy.autocast():
+            for start in range(0, len(prompts), per_wave):
+                wave = prompts[start : start + per_wave]
+                completions += self._wave(wave, samples_per_prompt, sampling, num_logprobs, generator)
         self.model.train(training)
         return completions
 

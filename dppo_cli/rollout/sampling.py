@@ -7,7 +7,7 @@ from dppo_cli.config import Sampling
 
 
 def draw(log_mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens int64 [B] by inverse CDF: the first token whose cumulative probability exceeds the uniform number in [0, 1).
+    """Tokens int64 [B] by inverse CDF: the first whose cumulative probability exceeds a uniform number in [0, 1).
 
     One cumulative sum and one search per row; `torch.multinomial` costs forty times as much on a large vocabulary.
     """

@@ -46,9 +46,8 @@ class Console:
     def __enter__(self) -> "Console":
         trained = sum(p.numel() for p in self.policy.parameters)
         total = sum(p.numel() for p in self.policy.model.parameters())
-        self.say(
-            f"{self.policy.path}: {total:,} parameters, {trained:,} trained, on {self.policy.device}, {self.policy.dtype}"
-        )
+        place = f"on {self.policy.device}, {str(self.policy.dtype).removeprefix('torch.')}"
+        self.say(f"{self.policy.path}: {total:,} parameters, {trained:,} trained, {place}")
         self.say(f"run folder: {self.run_dir}")
         for warning in self.config.warnings:
             self.warn(warning)

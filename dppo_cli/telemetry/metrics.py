@@ -55,7 +55,7 @@ def rollout_metrics(samples: Sequence[Sample], config: TrainConfig) -> dict[str,
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
-    """The trust region's figures, and the optimizer's. `padding`: share of places in micro-batches that hold no token."""
+    """The trust region's figures and the optimizer's. `padding`: share of places in micro-batches without a token."""
     places = sum(u.places for u in updates)
     return {
         **step_metrics([u.stats for u in updates]),

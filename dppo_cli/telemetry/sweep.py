@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from dppo_cli.errors import DppoError
+
 
 class SweepTable(Callback):
     """A Hydra callback; does nothing in a single run. A subclass because Hydra asks for one."""
@@ -25,8 +27,11 @@ class SweepTable(Callback):
         for name in ("job", "overrides", "before", "after", "seconds", "folder"):
             table.add_column(name, overflow="fold")
         for number, (overrides, job) in enumerate(self.jobs):
-            if job.status is JobStatus.COMPLETED and isinstance(job.return_value, dict):
-                table.add_row(str(number), overrides, *_cells(job.return_value))
+            result = job.return_value if job.status is JobStatus.COMPLETED else None
+            if isinstance(result, dict):
+                table.add_row(str(number), overrides, *_cells(result))
+            elif isinstance(result, DppoError):
+                table.add_row(str(number), overrides, "-", "-", "-", f"failed: {result}")
         Console(highlight=False).print(table)
 
 

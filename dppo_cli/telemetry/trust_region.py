@@ -3,6 +3,7 @@
 Mask fractions are over tokens with A != 0, split by the sign of A. Shapes: N tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -149,5 +150,5 @@ def _mean(value_N: Tensor) -> float | None:
 
 
 def _quantile(value_N: Tensor, q: float) -> float:
-    # kthvalue, because torch.quantile refuses more than 16 million values.
-    return float(value_N.kthvalue(max(1, min(value_N.numel(), round(q * value_N.numel())))).values)
+    # Nearest rank by kthvalue, because torch.quantile refuses more than 16 million values.
+    return float(value_N.kthvalue(max(1, math.ceil(q * value_N.numel()))).values)

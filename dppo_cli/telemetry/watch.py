@@ -31,20 +31,21 @@ class Watch:
             self.quiet_steps = 0 if max(masked) > 0 else self.quiet_steps + 1
             if self.quiet_steps >= QUIET_STEPS:
                 found["quiet"] = (
-                    f"no token was masked for {QUIET_STEPS} steps: the policy never reaches the edge of its trust region"
+                    f"no token was masked for {QUIET_STEPS} steps: the policy never reaches the edge of its trust "
+                    "region"
                 )
             if max(masked) > BUSY_SHARE:
                 found["busy"] = (
-                    f"{max(masked):.0%} of the tokens of one sign are masked: lower optim.lr or the number of updates per "
-                    "rollout, or widen divergence.delta; see masked_tokens.json for which tokens"
+                    f"{max(masked):.0%} of the tokens of one sign are masked: lower optim.lr or the number of updates "
+                    "per rollout, or widen divergence.delta; see masked_tokens.json for which tokens"
                 )
         if mismatch is not None:
             if self.first_mismatch is None:
                 self.first_mismatch = mismatch
                 if mismatch > LARGE_MISMATCH:
                     found["mismatch"] = (
-                        f"before any update the rollout engine and the trainer differ by {mismatch:.3f} in mean |pi-mu|: "
-                        "check temperature, precision and chat template on both sides"
+                        f"before any update the rollout engine and the trainer differ by {mismatch:.3f} in mean "
+                        "|pi-mu|: check temperature, precision and chat template on both sides"
                     )
             elif mismatch > NOISE and mismatch > GROWTH * self.first_mismatch:
                 found["growth"] = (

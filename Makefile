@@ -1,0 +1,37 @@
+# Every target works in a fresh clone with Python 3.11 and nothing else installed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test test-slow format clean
+
+# Train the embedded model, export it, and show what came out: about two minutes.
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(BIN)/dppo train run_dir=$(DEMO)
+	$(BIN)/dppo export run=$(DEMO) format=adapter
+	$(BIN)/dppo export run=$(DEMO) format=merged
+
+# Format check, lint, strict types, tests.
+test: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# The tests that take minutes: the accuracy of the default run over three seeds.
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

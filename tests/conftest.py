@@ -1,0 +1,67 @@
+"""What all tests share: the tiny models in folders, and configs composed from the real YAML tree."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dppo_cli.cli import config_dir, groups
+from dppo_cli.config import TrainConfig, build
+
+SMALL = (
+    "batch.prompts_per_step=2",
+    "batch.samples_per_prompt=2",
+    "batch.prompts_per_update=2",
+    "adapter.r=4",
+    "adapter.alpha=8",
+    "sampling.max_new_tokens=8",
+    "steps=4",
+)
+"""What makes `dppo train` small enough for a tiny model; a test's own overrides come after it."""
+
+ComposeTrain = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and a machine that runs the tests has other work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of each architecture of tests/tiny.py. Shared by all tests: read, never written."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: tiny.save(root / name, name) for name in tiny.CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def train_config(tiny_models: dict[str, Path]) -> ComposeTrain:
+    """`train_config("approx=topk", "seed=3", model="qwen3")`: what `dppo train ...` builds, for a tiny model.
+
+    Composing is slow, so it happens once per choice of groups; values are then set as Hydra would set them.
+    """
+    parser, names = OverridesParser.create(), groups()
+
+    @cache
+    def composed(chosen: tuple[str, ...]) -> DictConfig:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("train", ["model=hf", "hardware=cpu", "batch=small", *chosen])
+
+    @cache
+    def built(*overrides: str, model: str = "llama3") -> TrainConfig:
+        chosen = tuple(word for word in overrides if word.split("=")[0] in names)
+        node = copy.deepcopy(composed(chosen))
+        values = [*SMALL, f"model.path={tiny_models[model]}", *(word for word in overrides if word not in chosen)]
+        for override in parser.parse_overrides(values):
+            OmegaConf.update(node, override.key_or_group, override.value())
+        return build(TrainConfig, node)
+
+    return built

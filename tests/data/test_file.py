@@ -1,0 +1,167 @@
+"""Problems from JSON lines."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dppo_cli.data.file import JsonLines
+from dppo_cli.data.task import Example, Task
+from dppo_cli.errors import ConfigError, DataError
+
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """The task in a file of the given lines; dicts are written as JSON."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(lines: list[Any], **fields: Any) -> Task:
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+        return source(**fields).load()
+
+    return write
+
+
+def source(**fields: Any) -> JsonLines:
+    defaults = {
+        "path": "train.jsonl",
+        "eval_path": None,
+        "eval_problems": 2,
+        "prompt_column": "prompt",
+        "answer_column": "answer",
+        "answer_pattern": None,
+    }
+    return JsonLines(**{**defaults, **fields})
+
+
+def test_the_last_lines_are_held_out(load):
+    task = load(ROWS)
+    assert [e.prompt for e in task.train] == ["0+1=", "1+1=", "2+1="]
+    assert [e.prompt for e in task.heldout] == ["3+1=", "4+1="]
+    assert task.train[0] == Example("0+1=", "1", {})
+
+
+def test_a_file_of_its_own_to_hold_out(load, tmp_path):
+    (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS[::-1]))
+    task = load(ROWS, eval_path="eval.jsonl", eval_problems=None)
+    assert (len(task.train), len(task.heldout)) == (5, 5)
+    task = load(ROWS, eval_path="eval.jsonl", eval_problems=2)
+    assert [e.prompt for e in task.heldout] == ["4+1=", "3+1="]
+    assert len(task.train) == 5
+
+
+def test_other_columns_reach_the_reward(load):
+    rows = [{"q": "a", "a": 1, "level": 3, "tags": ["x"], "answer": "shadowed", "prompts": 0}, {"q": "b", "a": 2.5}]
+    task = load(rows, prompt_column="q", answer_column="a", eval_problems=1)
+    assert task.train[0] == Example("a", "1", {"level": 3, "tags": ["x"]})
+    assert task.heldout[0] == Example("b", "2.5", {})
+
+
+def test_text_is_taken_as_it_is(load):
+    rows = [{"prompt": "  straße \u2028 日本\n", "answer": " ½ "}, *ROWS]
+    assert load(rows).train[0] == Example("  straße \u2028 日本\n", " ½ ", {})
+
+
+def test_blank_lines_and_windows_line_ends_are_no_problems(load):
+    lines = [json.dumps(ROWS[0]) + "\r", "", "   ", ROWS[1], ROWS[2], ""]
+    assert [e.answer for e in load(lines).train] == ["1"]
+
+
+def test_the_answer_within_its_column(load):
+    rows = [{"prompt": "p", "answer": f"so 3 #### {i},000\nmore"} for i in range(3)]
+    assert [e.answer for e in load(rows, answer_pattern=r"####\s*(.+)").train] == ["0,000"]
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2: data\.answer_pattern='x\(y\)' does not match 'none'"):
+        load([{"prompt": "p", "answer": "xy"}, {"prompt": "p", "answer": "none"}], answer_pattern="x(y)")
+    with pytest.raises(DataError, match=r"line 1: data\.answer_pattern=.* does not match 'x'"):
+        load([{"prompt": "p", "answer": "x"}], answer_pattern="x(y)?")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a", ', r"train\.jsonl, line 2: no valid JSON \(.* at column 17\)"),
+        ("[1, 2]", r"line 2: expected a JSON object, found list"),
+        ('"text"', r"line 2: expected a JSON object, found str"),
+        ('{"promt": "a", "answer": "b"}', r"no column 'prompt' \(data\.prompt_column\); did you mean 'promt'"),
+        ('{"prompt": "a"}', r"line 2: there is no column 'answer' \(data\.answer_column\).*Choices: prompt"),
+        ('{"prompt": ["a"], "answer": "b"}', r"line 2: column 'prompt' holds list; expected text or a number"),
+        ('{"prompt": "a", "answer": null}', r"line 2: column 'answer' holds NoneType; expected text or a number"),
+        ('{"prompt": "a", "answer": true}', r"line 2: column 'answer' holds bool; expected text or a number"),
+        ('{"prompt": " \\n", "answer": "b"}', r"line 2: the prompt is empty"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_problem_is_named(load, line, words):
+    with pytest.raises(DataError, match=words) as error:
+        load([ROWS[0], line, ROWS[1]])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path, monkeypatch, load):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"there is no file nowhere\.jsonl \(in {re.escape(str(tmp_path))}\)"):
+        source(path="nowhere.jsonl").load()
+    with pytest.raises(DataError, match=r"there is no file eval\.jsonl"):
+        load(ROWS, eval_path="eval.jsonl")
+
+
+def test_a_file_that_holds_no_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}')
+    with pytest.raises(DataError, match=r"train\.jsonl cannot be read as UTF-8 text"):
+        source().load()
+
+
+def test_an_empty_file(load):
+    with pytest.raises(DataError, match=r"train\.jsonl is empty; expected one JSON object a line"):
+        load(["", "  "])
+
+
+@pytest.mark.parametrize("eval_problems", [5, 6])
+def test_something_must_be_left_to_train_on(load, eval_problems):
+    with pytest.raises(DataError, match=rf"has 5 problems, and data\.eval_problems={eval_problems} .* lower it"):
+        load(ROWS, eval_problems=eval_problems)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"eval_problems": None}, r"set data\.eval_path, or data\.eval_problems"),
+        ({"eval_problems": 0}, r"data\.eval_problems=0 breaks the rule"),
+        ({"answer_pattern": "("}, r"data\.answer_pattern='\(' is no regular expression"),
+        ({"answer_pattern": "####"}, r"data\.answer_pattern='####' has no group"),
+    ],
+)
+def test_fields_that_cannot_work(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        source(**fields)
+
+
+def real(name: str) -> Path:
+    path = REAL / name
+    if not path.is_file():
+        pytest.skip(f"needs {name}, a data set that is not part of the repository")
+    return path
+
+
+def test_gsm8k():
+    columns = dict(prompt_column="question", answer_column="answer", answer_pattern=r"####\s*(.+)")
+    train, test = real("gsm8k_train.jsonl"), real("gsm8k_test.jsonl")
+    task = source(path=str(train), eval_path=str(test), eval_problems=None, **columns).load()
+    assert (len(task.train), len(task.heldout)) == (7473, 1319)
+    assert task.train[0].prompt.startswith("Natalia sold clips to 48 of her friends in April")
+    assert task.train[0].answer == "72"
+    assert task.heldout[0].answer == "18"
+    assert all(re.fullmatch(r"-?[\d,.]+", e.answer.strip()) for e in [*task.train, *task.heldout])
+
+
+def test_math_sets():
+    for name in ("math_sanity_1k5.jsonl", "math500.jsonl", "aime24.jsonl"):
+        task = source(path=str(real(name)), prompt_column="problem", eval_problems=10).load()
+        lines = real(name).read_text(encoding="utf-8").count("\n")
+        assert len(task.train) + len(task.heldout) == lines

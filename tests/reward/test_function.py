@@ -1,0 +1,154 @@
+"""The user's reward function: how it is found, what it gets, what it may return."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import make
+import pytest
+
+from dppo_cli.errors import RewardError
+from dppo_cli.reward.function import Function
+
+COMPLETIONS = [
+    make.completion(text="46", answer="46", index=3, level=1),
+    make.completion(text="oh", answer="7", index=4, level=2, source="book"),
+]
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes a module into the folder where dppo was started and gives its rewards of COMPLETIONS."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(source: str, path: str = "my_reward.py:score") -> list[float]:
+        file = path.split(":")[0]
+        (tmp_path / (file if file.endswith(".py") else f"{file}.py")).write_text(source)
+        return Function(path).load()(COMPLETIONS)
+
+    return write
+
+
+LENGTHS = """
+def score(prompts, completions, answer, **columns):
+    return [len(c) + len(a) / 10 for c, a in zip(completions, answer)]
+"""
+
+
+def test_a_function_in_a_file(written):
+    assert written(LENGTHS) == pytest.approx([2.2, 2.1])
+
+
+def test_a_function_in_a_module(written, monkeypatch):
+    monkeypatch.delitem(sys.modules, "module_reward", raising=False)
+    assert written(LENGTHS, "module_reward:score") == pytest.approx([2.2, 2.1])
+    assert Function("operator:not_").load() is not None
+
+
+def test_an_absolute_path_and_a_dataclass_in_the_file(written, tmp_path):
+    source = "from dataclasses import dataclass\n@dataclass\nclass R:\n    x: 'float'\n" + LENGTHS
+    assert written(source, f"{tmp_path}/elsewhere.py:score") == pytest.approx([2.2, 2.1])
+
+
+def test_a_file_may_be_called_like_a_library(written):
+    assert written(LENGTHS, "random.py:score") == pytest.approx([2.2, 2.1])
+    assert sys.modules["random"] is random
+
+
+def test_what_the_function_gets(written):
+    source = """
+import json, pathlib
+def score(prompts, completions, **columns):
+    pathlib.Path("seen.json").write_text(json.dumps([prompts, completions, columns]))
+    return [0.0] * len(prompts)
+"""
+    written(source)
+    assert json.loads(Path("seen.json").read_text()) == [
+        ["prompt 3", "prompt 4"],
+        ["46", "oh"],
+        {"answer": ["46", "7"], "level": [1, 2], "source": [None, "book"]},
+    ]
+
+
+def test_none_leaves_a_sample_out(written):
+    first, second = written("def score(prompts, completions, **columns): return [None, 2]")
+    assert math.isnan(first)
+    assert second == 2.0
+    assert isinstance(second, float)
+
+
+@pytest.mark.parametrize(("item", "number"), [("True", 1.0), ("-3", -3.0), ("__import__('numpy').float32(0.5)", 0.5)])
+def test_numbers_of_other_kinds(written, item, number):
+    assert written(f"def score(prompts, completions, **columns): return [{item}, 0]") == [number, 0.0]
+
+
+def test_a_tensor_of_one_number(written):
+    source = "import torch\ndef score(prompts, completions, **columns): return list(torch.tensor([0.25, 1]))"
+    assert written(source) == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("[1.0]", "returned a list of 1; expected a list of 2 numbers"),
+        ("[1.0] * 3", "returned a list of 3; expected a list of 2 numbers"),
+        ("1.0", "returned float; expected a list of 2 numbers"),
+        ("None", "returned NoneType; expected a list"),
+        ("(1.0, 2.0)", "returned tuple; expected a list"),
+        ("(r for r in (1, 2))", "returned generator; expected a list"),
+        ("[0.0, float('nan')]", r"returned nan for problem 4 \('oh'\); expected a finite number, or None"),
+        ("[float('-inf'), 0.0]", r"returned -inf for problem 3 \('46'\)"),
+        ("[0.0, 'good']", "returned 'good' for problem 4"),
+        ("[0.0, [1.0]]", r"returned \[1\.0\] for problem 4"),
+        ("[10 ** 400, 0.0]", "returned 1000.* for problem 3"),
+    ],
+)
+def test_what_is_no_list_of_numbers(written, returned, words):
+    with pytest.raises(RewardError, match=rf"the reward function my_reward\.py:score {words}") as error:
+        written(f"def score(prompts, completions, **columns): return {returned}")
+    assert "\n" not in str(error.value)
+
+
+def test_an_exception_in_the_function(written):
+    with pytest.raises(RewardError, match=r"my_reward\.py:score failed: ZeroDivisionError: division by zero") as error:
+        written("def score(prompts, completions, **columns): return [1 / 0]")
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_a_function_that_does_not_take_the_columns(written):
+    with pytest.raises(RewardError, match=r"failed: TypeError: .*unexpected keyword argument 'answer'"):
+        written("def score(prompts, completions): return [0.0, 0.0]")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere.py:score", r"there is no file nowhere\.py \(in .*\)"),
+        ("no_such_module_here:score", "no_such_module_here cannot be imported: ModuleNotFoundError"),
+        ("my_reward.py", r"names no function; write file\.py:function"),
+        ("my_reward.py:", r"names no function; write file\.py:function"),
+        (":score", r"names no function; write file\.py:function"),
+    ],
+)
+def test_a_path_that_leads_nowhere(path, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match=words):
+        Function(path).load()
+
+
+def test_a_function_that_is_not_there(written):
+    source = "def score(prompts, completions, **columns): return []\ndef _hidden(): ...\nweight = 3"
+    with pytest.raises(RewardError, match=r"no function 'scoer'; did you mean 'score'\? Choices: score$"):
+        written(source, "my_reward.py:scoer")
+    with pytest.raises(RewardError, match="no function 'weight'"):
+        written(source, "my_reward.py:weight")
+
+
+def test_a_file_that_cannot_be_imported(written):
+    with pytest.raises(RewardError, match=r"my_reward\.py cannot be imported: SyntaxError"):
+        written("def score(:")
+    with pytest.raises(RewardError, match=r"my_reward\.py cannot be imported: KeyError: 'x'"):
+        written("{}['x']")

@@ -1,0 +1,106 @@
+"""The decoder against forward passes over whole sequences, and its cache against transformers' own."""
+
+import make
+import pytest
+import tiny
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from dppo_cli.rollout.decoder import SHRINK_AT, Decoder, PreallocatedLayer
+
+
+def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 2, length, 4, generator=generator), torch.randn(batch, 2, length, 4, generator=generator)
+
+
+def test_the_preallocated_layer_is_a_dynamic_layer():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = PreallocatedLayer(capacity=20), DynamicLayer()
+
+    def update(batch: int, length: int) -> None:
+        new = states(batch, length, generator)
+        for found, expected in zip(ours.update(*new), theirs.update(*(s.clone() for s in new)), strict=True):
+            assert torch.equal(found, expected)
+        agree()
+
+    def agree() -> None:
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+
+    assert ours.get_seq_length() == theirs.get_seq_length() == 0
+    update(3, 5)
+    for layer in (ours, theirs):
+        layer.batch_repeat_interleave(2)
+    agree()
+    for _ in range(3):
+        update(6, 1)
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([5, 0, 2]))
+    agree()
+    update(3, 1)
+    update(3, 2)
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([1]))
+    agree()
+    update(1, 9)
+    assert ours.get_seq_length() == 20
+
+
+def test_a_step_writes_into_the_same_memory():
+    generator = torch.Generator().manual_seed(0)
+    layer = PreallocatedLayer(capacity=8)
+    first = states(2, 3, generator)
+    kept = first[0].clone()
+    layer.update(*first)
+    layer.update(*states(2, 1, generator))
+    place = layer.keys.data_ptr()
+    layer.update(*states(2, 1, generator))
+    assert layer.keys.data_ptr() == place
+    assert torch.equal(first[0], kept), "the model's own tensor was written to"
+
+
+ENDING = [
+    [],  # one of twelve ends: too few to make the batch smaller
+    [4],
+    [0, 7, 8],
+    [],
+    [1, 2, 3, 5],
+    [6, 9],
+    [],
+]
+"""Which of the sequences end after each step."""
+
+
+@pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
+@pytest.mark.parametrize(
+    "texts", [make.MIXED, ("12+34=56", "abcdefgh", "A.B,C:D<", "????????")], ids=["padded", "even"]
+)
+@torch.no_grad()
+def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, texts):
+    policy = make.policy(train_config(model=architecture))
+    prompts = make.prompts(policy, texts)
+    decoder = Decoder(policy.model, prompts, 3, len(ENDING) + 1, policy.pad_id)
+    sequences = [list(prompts[b // 3].token_ids) for b in range(12)]
+    generator = torch.Generator().manual_seed(1)
+    writing = list(range(12))
+    sizes = []
+
+    def agree(hidden_AH: torch.Tensor) -> None:
+        assert len(hidden_AH) == len(writing)
+        for b, hidden_H in zip(writing, hidden_AH, strict=True):
+            expected_H = policy.hidden_states(torch.tensor([sequences[b]]))[0, -1]
+            torch.testing.assert_close(hidden_H, expected_H, rtol=1e-5, atol=1e-5)
+
+    agree(decoder.prefill())
+    for ending in ENDING:
+        rows_A = torch.tensor([i for i, b in enumerate(writing) if b not in ending])
+        writing = [b for b in writing if b not in ending]
+        token_A = torch.randint(3, 70, (len(writing),), generator=generator)
+        for b, token in zip(writing, token_A.tolist(), strict=True):
+            sequences[b].append(token)
+        agree(decoder.step(token_A, rows_A))
+        sizes.append(decoder.length_B1.shape[0])
+    assert len(writing) / 12 < SHRINK_AT
+    assert sizes == [12, 12, 8, 8, 4, 2, 2], "finished sequences leave the batch once enough of them have"

@@ -1,0 +1,119 @@
+"""The sampling copy: the policy's logits from plain weights, and the policy's weights left alone."""
+
+import make
+import pytest
+import tiny
+import torch
+from peft.tuners.lora import LoraLayer
+
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.merged import MergedCopy
+
+architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
+IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
+
+
+def weights(of: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in of.model.named_parameters()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name]), name
+
+
+@architectures
+@torch.no_grad()
+def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
+    """Every linear kind, GPT-2's transposed Conv1D with biases among them."""
+    policy = make.policy(train_config(model=architecture), adapter_scale=0.1)
+    before = weights(policy)
+    copy = MergedCopy(policy.model, torch.float32)
+    copy.refresh()
+    assert not any(isinstance(module, LoraLayer) for module in copy.model.modules())
+    assert not any(parameter.requires_grad for parameter in copy.model.parameters())
+    found, expected = copy.model(IDS).logits, policy.model(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    with policy.without_adapter():
+        assert (policy.model(IDS).logits - expected).abs().max() > 0.1, "the adapter made no difference"
+    assert_same(weights(policy), before)
+    assert len(policy.parameters) == len([name for name in before if "lora_" in name])
+
+
+def test_refreshing_does_not_drift(train_config):
+    policy = make.policy(train_config(model="gpt2"), adapter_scale=0.1, seed=1)
+    copy = MergedCopy(policy.model, torch.float32)
+    copy.refresh()
+    first = {name: parameter.clone() for name, parameter in copy.model.named_parameters()}
+    copy.refresh()
+    assert_same(dict(copy.model.named_parameters()), first)
+    for seed in (2, 3, 1):
+        make.move_adapter(policy, 0.1, seed)
+        copy.refresh()
+    assert_same(dict(copy.model.named_parameters()), first)
+
+
+def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
+    policy = make.policy(train_config())
+    copy = MergedCopy(policy.model, torch.float32)
+    copy.refresh()
+    base = {name.replace(".base_layer", ""): value for name, value in weights(policy).items() if "lora_" not in name}
+    assert_same(dict(copy.model.named_parameters()), base)
+
+
+@architectures
+def test_layers_without_adapter_share_memory(train_config, architecture):
+    policy = make.policy(train_config(model=architecture))
+    copy = MergedCopy(policy.model, torch.float32)
+    original = dict(policy.model.named_parameters())
+    shared = set()
+    for name, parameter in copy.model.named_parameters():
+        if name in original:
+            shared.add(name)
+            assert parameter.data_ptr() == original[name].data_ptr(), name
+        else:  # "q_proj.weight" here, "q_proj.base_layer.weight" there
+            layer, _, kind = name.rpartition(".")
+            twin = original[f"{layer}.base_layer.{kind}"]
+            assert parameter.data_ptr() != twin.data_ptr(), name
+    assert any("embed" in name or "wte" in name for name in shared)
+    assert any("norm" in name or "ln_" in name for name in shared)
+
+
+def test_only_the_chosen_layers_are_copied(train_config):
+    policy = make.policy(train_config("adapter.target_modules=[q_proj,down_proj]"), adapter_scale=0.1)
+    copy = MergedCopy(policy.model, torch.float32)
+    copy.refresh()
+    places = {parameter.data_ptr() for parameter in policy.model.parameters()}
+    own = {n.split(".")[-2] for n, p in copy.model.named_parameters() if p.data_ptr() not in places}
+    assert own == {"q_proj", "down_proj"}
+    torch.testing.assert_close(copy.model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
+
+
+@architectures
+def test_another_precision_is_a_copy_of_its_own(train_config, architecture):
+    policy = make.policy(train_config(model=architecture), adapter_scale=0.1)
+    before = weights(policy)
+    logits = policy.model(IDS).logits
+    copy = MergedCopy(policy.model, torch.bfloat16)
+    copy.refresh()
+    assert {p.dtype for p in copy.model.parameters()} == {torch.bfloat16}
+    assert_same(weights(policy), before)
+    assert torch.equal(policy.model(IDS).logits, logits)
+    assert copy.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    tied = policy.model.get_output_embeddings().weight is policy.model.get_input_embeddings().weight
+    assert (copy.model.get_output_embeddings().weight is copy.model.get_input_embeddings().weight) is tied
+    buffers = dict(policy.model.named_buffers())
+    for name, buffer in copy.model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, f"{name}: rounded rotary frequencies lose distant positions"
+
+
+def test_weights_are_rounded_once(train_config):
+    """To bfloat16 after the sum, not W and delta W each by itself."""
+    policy = make.policy(train_config(), adapter_scale=0.3)
+    copy = MergedCopy(policy.model, torch.bfloat16)
+    copy.refresh()
+    layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
+    sum_ = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    assert torch.equal(copy.model.get_submodule("model.layers.0.self_attn.q_proj").weight, sum_.bfloat16())

@@ -1,0 +1,80 @@
+from typing import Any
+
+import pytest
+
+from dppo_cli.telemetry.watch import BUSY_SHARE, GROWTH, LARGE_MISMATCH, NOISE, QUIET_STEPS, Watch
+
+
+def metrics(
+    positive: float | None = 0.01, negative: float | None = 0.01, mismatch: float | None = 1e-3
+) -> dict[str, Any]:
+    return {"masked_positive": positive, "masked_negative": negative, "mismatch_mean": mismatch}
+
+
+def said(watch: Watch, *steps: dict[str, Any]) -> list[list[str]]:
+    return [watch.step(step) for step in steps]
+
+
+def test_an_ordinary_run_is_left_in_peace():
+    assert said(Watch(), *[metrics()] * 100) == [[]] * 100
+
+
+def test_a_region_that_masks_nothing_is_named_after_the_thirtieth_step_and_once():
+    found = said(Watch(), *[metrics(0.0, 0.0)] * (2 * QUIET_STEPS))
+    assert QUIET_STEPS == 30
+    assert found[: QUIET_STEPS - 1] == [[]] * (QUIET_STEPS - 1)
+    assert len(found[QUIET_STEPS - 1]) == 1 and "no token was masked for 30 steps" in found[QUIET_STEPS - 1][0]
+    assert found[QUIET_STEPS:] == [[]] * QUIET_STEPS
+
+
+@pytest.mark.parametrize("awake", [metrics(0.01, 0.0), metrics(0.0, 0.01), metrics(0.01, None)])
+def test_one_masked_token_of_either_sign_starts_the_count_again(awake):
+    quiet = [metrics(0.0, 0.0)] * (QUIET_STEPS - 1)
+    assert said(Watch(), *quiet, awake, *quiet) == [[]] * (2 * QUIET_STEPS - 1)
+
+
+def test_steps_without_tokens_are_not_counted_as_quiet():
+    found = said(Watch(), *[metrics(None, None, None)] * 100, *[metrics(0.0, None)] * QUIET_STEPS)
+    assert found[:-1] == [[]] * (99 + QUIET_STEPS)
+    assert len(found[-1]) == 1
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_region_that_masks_much_of_one_sign(side):
+    watch = Watch()
+    assert watch.step(metrics(**{side: BUSY_SHARE})) == []
+    (text,) = watch.step(metrics(**{side: 0.41}))
+    assert text.startswith("41% of the tokens of one sign are masked") and "divergence.delta" in text
+    assert watch.step(metrics(**{side: 0.9})) == []
+
+
+def test_a_large_mismatch_at_the_start():
+    (text,) = Watch().step(metrics(mismatch=0.0312))
+    assert "0.031 in mean |pi-mu|" in text and "temperature" in text
+    assert Watch().step(metrics(mismatch=LARGE_MISMATCH)) == []
+
+
+def test_only_the_first_mismatch_is_a_start():
+    # 0.021 after 0.019 is large but neither the start nor growth.
+    assert said(Watch(), metrics(mismatch=None), metrics(mismatch=0.019), metrics(mismatch=0.021)) == [[], [], []]
+
+
+def test_a_growing_mismatch_is_measured_against_the_first():
+    watch = Watch()
+    start = 0.004
+    assert said(watch, *(metrics(mismatch=m) for m in (start, 2 * start, GROWTH * start))) == [[], [], []]
+    (text,) = watch.step(metrics(mismatch=0.0125))
+    assert "grew from 0.0040 to 0.0125" in text
+    assert watch.step(metrics(mismatch=0.9)) == []
+
+
+def test_growth_within_rounding_is_not_mentioned():
+    assert said(Watch(), metrics(mismatch=0.0), metrics(mismatch=NOISE), metrics(mismatch=0.9 * NOISE)) == [[], [], []]
+    found = said(Watch(), metrics(mismatch=0.0), metrics(mismatch=1.1 * NOISE))
+    assert len(found[1]) == 1 and "grew" in found[1][0]
+
+
+def test_two_things_at_once_are_both_said():
+    found = Watch().step(metrics(positive=0.5, mismatch=0.5))
+    assert len(found) == 2
+    assert any("masked" in text for text in found) and any("mismatch" in text or "differ" in text for text in found)

@@ -1,0 +1,262 @@
+"""`dppo eval`: the estimators against counting by hand, and the command on runs and plain models."""
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+from helpers import read_json, read_lines, train, write_rewards
+
+from dppo_cli.cli import main
+from dppo_cli.evaluate import Evaluation, pass_at_k
+from dppo_cli.types import Completion, PolicyReport, Prompt
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, apart from rewards.py."""
+    monkeypatch.chdir(tmp_path)
+    write_rewards(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny_models: dict[str, Path]) -> Path:
+    return tiny_models["llama3"]
+
+
+def evaluation(rewards: list[float], samples_per_prompt: int, success_reward: float = 1.0) -> Evaluation:
+    mu = PolicyReport(torch.tensor([-1.0]))
+    completions = [
+        Completion(
+            Prompt(i // samples_per_prompt, "p", (1,), "a", {}),
+            torch.tensor([5]),
+            torch.ones(1, dtype=torch.bool),
+            mu,
+            "x",
+            finished=True,
+            version=0,
+        )
+        for i in range(len(rewards))
+    ]
+    return Evaluation(completions, rewards, samples_per_prompt, success_reward)
+
+
+# The estimators
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample(n: int) -> None:
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations(range(n), k))
+            share = sum(any(i < right for i in draw) for draw in draws) / len(draws)
+            assert pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
+    assert pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
+    assert pass_at_k(2000, 2000, 1) == 1.0
+    assert pass_at_k(2000, 0, 2000) == 0.0
+
+
+def test_figures_by_hand() -> None:
+    result = evaluation([1.0, 0.5, 0.0, 1.0, 1.0, 2.0, 0.0, 0.0, 0.99], samples_per_prompt=3)
+    assert result.correct == [True, False, False, True, True, True, False, False, False]
+    assert result.accuracy == pytest.approx(4 / 9)
+    assert result.pass_at(1) == pytest.approx(4 / 9)
+    # One of three right: two of the three pairs hold it.
+    assert result.pass_at(2) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert result.pass_at(3) == pytest.approx(2 / 3)
+    assert result.standard_error() == pytest.approx(stdev([1 / 3, 1, 0]) / math.sqrt(3))
+
+
+def test_what_counts_as_right_is_the_users_choice() -> None:
+    rewards = [0.2, 0.5, 0.7, 1.0]
+    assert evaluation(rewards, 1, success_reward=0.5).accuracy == 0.75
+    assert evaluation(rewards, 1, success_reward=0.1).accuracy == 1.0
+
+
+def test_samples_that_were_not_judged_count_for_nothing() -> None:
+    assert evaluation([1.0, math.nan, 0.0, math.nan], 1).accuracy == 0.5
+    assert math.isnan(evaluation([math.nan], 1).accuracy)
+
+
+def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
+    """Four copies of each sample say no more than one."""
+    once, often = evaluation([1.0, 0.0, 0.0], 1), evaluation([1.0] * 4 + [0.0] * 8, 4)
+    assert often.standard_error() == pytest.approx(once.standard_error()) == pytest.approx(1 / 3)
+    assert math.isnan(evaluation([1.0], 1).standard_error())
+
+
+# The command
+
+
+def test_a_run_is_evaluated_as_it_was_at_its_end(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same seed, problems, samples and length: the same accuracy to the last sample, from the saved adapter."""
+    words = ["steps=6", "optim.lr=0.02", "reward.path=rewards.py:even", "data.eval_problems=20", "run_dir=run"]
+    assert train(model, *words, "batch.prompts_per_step=4", "eval.success_reward=0.25") == 0
+    after = read_json(work / "run/summary.json")["eval_after"]
+    assert 0.05 < after < 0.95
+    assert main(["eval", "run=run", "success_reward=0.25", "out=result"]) == 0
+    summary = read_json(work / "result/summary.json")
+    assert summary["accuracy"] == after
+    assert (summary["problems"], summary["samples_per_prompt"], summary["run"]) == (20, 1, "run")
+    assert summary["sampling"]["max_new_tokens"] == 4
+    assert summary["pass_at"] == {"1": after}
+    assert f"{after:.1%}" in capsys.readouterr().out
+
+
+def test_the_samples_file_holds_every_sample(model: Path, work: Path) -> None:
+    assert train(model, "steps=1", "run_dir=run") == 0
+    words = ["samples_per_prompt=4", "pass_k=[1,2,4]", "success_reward=0.5", "out=result"]
+    assert main(["eval", "run=run", *words]) == 0
+    rows, summary = read_lines(work / "result/samples.jsonl"), read_json(work / "result/summary.json")
+    assert [row["problem"] for row in rows] == [i for i in range(4) for _ in range(4)]
+    assert set(rows[0]) == {
+        "problem",
+        "prompt",
+        "answer",
+        "completion",
+        "reward",
+        "correct",
+        "finished",
+        "tokens",
+    }
+    for row in rows:
+        first, sign, second = row["prompt"].rstrip("=").partition("+" if "+" in row["prompt"] else "-")
+        right = int(first) + int(second) if sign == "+" else int(first) - int(second)
+        assert row["answer"] == str(right)
+        text = row["completion"]
+        assert row["reward"] == pytest.approx(sum(ord(c) % 16 for c in text) / (15 * max(1, len(text))))
+        assert row["correct"] == (row["reward"] >= 0.5)
+        assert 1 <= row["tokens"] <= 4 and (row["finished"] or row["tokens"] == 4)
+    counts = [sum(row["correct"] for row in rows[i : i + 4]) for i in range(0, 16, 4)]
+    assert 0 < sum(counts) < 16
+    assert summary["accuracy"] == sum(counts) / 16
+    assert summary["pass_at"] == {str(k): pytest.approx(mean(pass_at_k(4, c, k) for c in counts)) for k in (1, 2, 4)}
+    assert summary["finished"] == sum(row["finished"] for row in rows) / 16
+
+
+def plain(model: Path, *overrides: str) -> int:
+    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=6", "hardware=cpu", *overrides]
+    return main(["eval", *words])
+
+
+def completions(folder: Path) -> list[str]:
+    return [row["completion"] for row in read_lines(folder / "samples.jsonl")]
+
+
+def test_a_plain_model(model: Path, work: Path) -> None:
+    assert plain(model) == 0
+    (out,) = (work / "evals").iterdir()
+    summary = read_json(out / "summary.json")
+    assert (summary["model"], summary["run"], summary["accuracy"]) == (str(model), None, 0.0)
+    # The data option says how long answers are.
+    assert summary["sampling"]["max_new_tokens"] == 8
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "samples.jsonl", "summary.json"}
+
+
+def test_an_untrained_adapter_answers_like_the_plain_model(model: Path, work: Path) -> None:
+    (work / "same.py").write_text("def f(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n")
+    assert train(model, "reward.path=same.py:f", "steps=1", "data.eval_problems=6", "run_dir=run") == 0
+    assert main(["eval", "run=run", "out=trained"]) == 0
+    assert plain(model, "sampling.max_new_tokens=4", "out=plain") == 0
+    assert completions(work / "trained") == completions(work / "plain")
+
+
+def test_truncated_sampling_is_allowed_and_narrow_ends_at_greedy(model: Path, work: Path) -> None:
+    assert plain(model, "sampling.temperature=0", "samples_per_prompt=2", "out=greedy") == 0
+    greedy = completions(work / "greedy")
+    assert greedy[0::2] == greedy[1::2]
+    for name, value in (("top_p", "1.0e-6"), ("top_k", "1"), ("min_p", "0.9999")):
+        assert plain(model, f"sampling.{name}={value}", "samples_per_prompt=2", f"out={name}") == 0
+        assert completions(work / name) == greedy
+    assert plain(model, "samples_per_prompt=2", "out=free") == 0
+    assert completions(work / "free") != greedy
+
+
+def test_seeds_of_an_evaluation(model: Path, work: Path) -> None:
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        assert plain(model, f"seed={seed}", f"out={name}") == 0
+    assert completions(work / "one") == completions(work / "same") != completions(work / "other")
+
+
+def test_the_prompt_is_the_runs_unless_said_otherwise(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(self: object, examples: object, prompting: Any) -> None:
+        seen.append((prompting.template, prompting.system))
+        raise KeyboardInterrupt
+
+    assert train(model, "prompt.template=chat", "prompt.system=Add.", "steps=1", "run_dir=run") == 0
+    monkeypatch.setattr("dppo_cli.policy.policy.Policy.encode", stop)
+    for words in ([], ["prompt.template=plain"], ["prompt.system=Sum."], ["prompt.template=chat"]):
+        assert main(["eval", "run=run", *words]) == 130
+    assert plain(model) == 130
+    assert seen == [("chat", "Add."), ("plain", None), ("chat", "Sum."), ("chat", None), ("plain", None)]
+
+
+def test_other_problems_and_rewards_than_the_runs(model: Path, work: Path) -> None:
+    (work / "new.jsonl").write_text('{"q": "2+2=", "a": "4"}\n{"q": "5+0=", "a": "5"}\n')
+    assert train(model, "steps=1", "run_dir=run") == 0
+    data = ["data=file", "data.path=unused.jsonl", "data.eval_path=new.jsonl", "data.eval_problems=null"]
+    data += ["data.prompt_column=q", "data.answer_column=a"]
+    (work / "unused.jsonl").write_text('{"q": "1+1=", "a": "2"}\n')
+    assert main(["eval", "run=run", *data, "reward=exact", "out=result"]) == 0
+    assert [(r["prompt"], r["answer"], r["reward"]) for r in read_lines(work / "result/samples.jsonl")] == [
+        ("2+2=", "4", 0.0),
+        ("5+0=", "5", 0.0),
+    ]
+
+
+def test_a_run_on_a_quantised_base(model: Path, work: Path) -> None:
+    assert train(model, "adapter=qlora", "steps=2", "optim.lr=0.02", "data.eval_problems=8", "run_dir=run") == 0
+    after = read_json(work / "run/summary.json")["eval_after"]
+    assert main(["eval", "run=run", "out=result"]) == 0
+    assert read_json(work / "result/summary.json")["accuracy"] == after
+
+
+# Mistakes
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        assert main(["eval", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def test_what_to_evaluate_is_named_once(refused: Callable[..., str], work: Path) -> None:
+    assert "name what to evaluate" in refused()
+    assert "one of them" in refused("run=run", "model.path=m")
+    assert "data=arithmetic" in refused("model.path=m")
+
+
+def test_pass_k_needs_as_many_samples(refused: Callable[..., str], work: Path) -> None:
+    assert "pass_k=8" in refused("run=run", "pass_k=[1,8]", "samples_per_prompt=4")
+    assert "pass_k=0" in refused("run=run", "pass_k=[0]")
+
+
+def test_a_run_that_is_not_there(refused: Callable[..., str], work: Path) -> None:
+    assert "run=runs/last points nowhere; train one with `dppo train`" in refused("run=runs/last")
+    (work / "runs/monday").mkdir(parents=True)
+    assert "run=runs/last points nowhere; there are: runs/monday" in refused("run=runs/last")
+    assert "run=runs/monday is no finished run: it has no config.yaml" in refused("run=runs/monday")
+
+
+def test_a_target_that_exists(model: Path, work: Path, refused: Callable[..., str]) -> None:
+    (work / "taken").mkdir()
+    (work / "taken/notes.txt").write_text("mine")
+    assert "out=taken is not empty" in refused(f"model.path={model}", "data=arithmetic", "out=taken")
+    assert [p.name for p in (work / "taken").iterdir()] == ["notes.txt"]

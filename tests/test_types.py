@@ -1,0 +1,168 @@
+"""The layout of a batch, and what the types refuse."""
+
+import make
+import pytest
+import torch
+
+from dppo_cli.types import Batch, Completion, PolicyReport, Prompt, Sample
+
+CPU = torch.device("cpu")
+
+
+class DoublingHead:
+    """Stands for a language-model head: its "log-probs" are twice the hidden states."""
+
+    def log_probs(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        return 2 * hidden_NH
+
+
+def report(start: int, n: int, head: DoublingHead | None = None) -> PolicyReport:
+    """Rows that can be told apart: row i holds numbers from start + i."""
+    i_N = torch.arange(start, start + n)
+    return PolicyReport(
+        -i_N.float(),
+        i_N[:, None] * 10 + torch.arange(3),
+        -i_N[:, None] - torch.arange(3) / 10,
+        i_N[:, None].float() + torch.arange(2) / 10,
+        head or DoublingHead(),
+    )
+
+
+def packed(*samples: Sample, pad_id: int = 99) -> Batch:
+    return Batch.pack(samples, pad_id, CPU)
+
+
+def sample(advantage: float, **made: object) -> Sample:
+    completion = make.completion(**made)
+    return Sample(completion, 0.0, advantage, completion.mu)
+
+
+def test_a_batch_is_padded_on_the_right_and_lists_its_sampled_tokens():
+    batch = packed(
+        sample(0.5, prompt_ids=(3, 4), token_ids=(5, 6, 7), logp=(-1.0, -2.0, -3.0)),
+        sample(-1.0, prompt_ids=(8,), token_ids=(9,), logp=(-4.0,)),
+        sample(2.0, prompt_ids=(3, 4, 10), token_ids=(11, 12), logp=(-5.0, -6.0)),
+    )
+    assert batch.input_ids_BL.tolist() == [[3, 4, 5, 6, 7], [8, 9, 99, 99, 99], [3, 4, 10, 11, 12]]
+    assert batch.length_B.tolist() == [5, 2, 5]
+    assert batch.token_N.tolist() == [5, 6, 7, 9, 11, 12]
+    assert batch.row_N.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.column_N.tolist() == [1, 2, 3, 0, 2, 3], "one to the left of each token: what predicts it"
+    assert batch.advantage_N.tolist() == [0.5, 0.5, 0.5, -1.0, 2.0, 2.0]
+    assert batch.advantage_N.dtype == torch.float32
+    assert batch.mu.logp_N.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
+
+
+def test_tokens_that_were_not_sampled_stay_in_the_sequence_only():
+    sampled = (False, True, False, False, True)
+    batch = packed(sample(1.0, prompt_ids=(3, 4), token_ids=(5, 6, 7, 8, 9), sampled=sampled, logp=(-1.0, -2.0)))
+    assert batch.input_ids_BL.tolist() == [[3, 4, 5, 6, 7, 8, 9]]
+    assert batch.token_N.tolist() == [6, 9]
+    assert batch.column_N.tolist() == [2, 5]
+    assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
+
+
+def test_the_anchor_is_the_samples_own():
+    completion = make.completion(token_ids=(5, 6), logp=(-1.0, -2.0))
+    anchor = PolicyReport(torch.tensor([-7.0, -8.0]))
+    batch = packed(Sample(completion, 0.0, 1.0, anchor))
+    assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
+    assert batch.anchor.logp_N.tolist() == [-7.0, -8.0]
+
+
+def test_the_length_of_a_sample_is_what_a_forward_pass_pays_for():
+    assert sample(1.0, prompt_ids=(3, 4), token_ids=(5, 6, 7), sampled=(True, False, True)).length == 5
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([False, True, True, False]), torch.tensor([1, 2])])
+def test_rows_of_a_report(rows):
+    whole, expected = report(0, 4), report(1, 2)
+    part = whole[rows]
+    assert torch.equal(part.logp_N, expected.logp_N)
+    assert torch.equal(part.topk_ids_NK, expected.topk_ids_NK)
+    assert torch.equal(part.topk_logp_NK, expected.topk_logp_NK)
+    assert torch.equal(part.full_log_probs(), expected.full_log_probs())
+    assert part.head is whole.head
+
+
+def test_reports_one_after_the_other():
+    head = DoublingHead()
+    joined, expected = PolicyReport.cat([report(0, 3, head), report(3, 1, head)]).to(CPU), report(0, 4)
+    assert torch.equal(joined.logp_N, expected.logp_N)
+    assert torch.equal(joined.topk_ids_NK, expected.topk_ids_NK)
+    assert torch.equal(joined.topk_logp_NK, expected.topk_logp_NK)
+    assert torch.equal(joined.full_log_probs(), expected.full_log_probs())
+    assert joined.head is head
+
+
+def test_a_short_report_stays_short():
+    short = PolicyReport(torch.zeros(3))
+    for derived in (short[:2], short.to(CPU), PolicyReport.cat([short, short])):
+        assert (derived.topk_ids_NK, derived.topk_logp_NK, derived.hidden_NH, derived.head) == (None,) * 4
+    assert PolicyReport.cat([short, short]).logp_N.shape == (6,)
+    with pytest.raises(AssertionError):
+        short.full_log_probs()
+
+
+IDS, VALUES = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"logp_N": torch.zeros(2, dtype=torch.float64)},
+        {"logp_N": torch.zeros(2, dtype=torch.bfloat16)},
+        {"logp_N": torch.zeros(2, 1)},
+        {"topk_ids_NK": IDS},
+        {"topk_logp_NK": VALUES},
+        {"topk_ids_NK": IDS, "topk_logp_NK": VALUES[:, :2]},
+        {"topk_ids_NK": IDS[:1], "topk_logp_NK": VALUES[:1]},
+        {"hidden_NH": VALUES},
+        {"head": DoublingHead()},
+        {"hidden_NH": VALUES[:1], "head": DoublingHead()},
+    ],
+)
+def test_a_report_that_does_not_fit_together(columns):
+    with pytest.raises(AssertionError):
+        PolicyReport(**{"logp_N": torch.zeros(2), **columns})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"token_ids_T": torch.tensor([1, 2, 3], dtype=torch.int32)},
+        {"token_ids_T": torch.tensor([[1, 2, 3]])},
+        {"sampled_T": torch.tensor([1, 1, 0])},
+        {"sampled_T": torch.tensor([True, True])},
+        {"sampled_T": torch.tensor([True, True, True])},
+        {"mu": PolicyReport(torch.zeros(3))},
+    ],
+)
+def test_a_completion_that_does_not_fit_together(columns):
+    fitting = {
+        "prompt": Prompt(0, "", (1,), "", {}),
+        "token_ids_T": torch.tensor([1, 2, 3]),
+        "sampled_T": torch.tensor([True, True, False]),
+        "mu": PolicyReport(torch.zeros(2)),
+        "text": "",
+        "finished": True,
+        "version": 0,
+    }
+    Completion(**fitting)
+    with pytest.raises(AssertionError):
+        Completion(**{**fitting, **columns})
+
+
+def test_a_prompt_has_tokens():
+    with pytest.raises(AssertionError, match="prompt 7 has no tokens"):
+        Prompt(7, "", (), "", {})
+
+
+def test_a_batch_checks_its_columns():
+    whole = packed(sample(1.0, prompt_ids=(3,), token_ids=(5, 6)))
+    fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
+    for name in ("row_N", "column_N", "advantage_N", "token_N", "mu", "anchor"):
+        with pytest.raises(AssertionError):
+            Batch(**{**fields, name: fields[name][:1]})
+    with pytest.raises(AssertionError):
+        Batch(**{**fields, "input_ids_BL": fields["input_ids_BL"].int()})
