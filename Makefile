@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-slow format clean
+.PHONY: demo stability test test-slow format clean
 
 # Train the embedded model, export it, and show what came out: about two minutes.
 demo: $(VENV)/installed
@@ -12,6 +12,11 @@ demo: $(VENV)/installed
 	$(BIN)/dppo train run_dir=$(DEMO)
 	$(BIN)/dppo export run=$(DEMO) format=adapter
 	$(BIN)/dppo export run=$(DEMO) format=merged
+
+# Nine methods under stress, three seeds each: recipes/stability/README.md.
+stability: $(VENV)/installed
+	$(BIN)/dppo train recipe=stability run_dir=runs/stability
+	$(BIN)/python recipes/stability/plot.py runs/stability
 
 # Format check, lint, strict types, tests.
 test: $(VENV)/installed

@@ -255,7 +255,8 @@ def _guess(word: str, choices: Any) -> str:
 
 
 def _data_dir(name: str, marker: str) -> Path:
-    for place in (PACKAGE.parent / name, PACKAGE / name):
+    # Inside first: beside an installed package stand other people's folders.
+    for place in (PACKAGE / name, PACKAGE.parent / name):
         if (place / marker).is_file():
             return place
     raise ConfigError(f"the folder {name} is missing from this installation of dppo; install it again")

@@ -65,7 +65,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
-        _choice("hardware.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _choice("hardware.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         rules = {
             "tokens_per_micro_batch >= 1": self.tokens_per_micro_batch >= 1,
             "head_chunk >= 1": self.head_chunk >= 1,

@@ -89,7 +89,6 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     task, scorer = data.load(), reward.load()
     model = trained.model if trained else config.model
     adapter = trained.adapter if trained else None
-    config.rollout.check(0, "rollout", adapter)
     policy = load_policy(
         str(model.path),
         model.revision,

@@ -3,6 +3,7 @@
 A merge happens in float32 on the unquantised base. What was written is read back and compared with the trained policy.
 """
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     rows = [
+        *_of_the_run(run),
         ("written to", str(out)),
         ("size", f"{_size(out) / 2**20:.1f} MiB"),
         ("base model", policy.path),
@@ -61,6 +63,17 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     if config.format == "merged" and trained.adapter.quantization is not None:
         print(f"The policy was trained on a {trained.adapter.quantization} base; the merge uses the unquantised one.")
     return {"out": str(out), "bytes": _size(out), "max_logit_difference": difference}
+
+
+def _of_the_run(run: Path) -> list[tuple[str, str]]:
+    """What the run reached and cost, from its summary."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    after = "not measured" if summary["eval_after"] is None else f"{summary['eval_after']:.1%}"
+    return [
+        ("run", str(run)),
+        ("accuracy before, after", f"{summary['eval_before']:.1%}, {after}"),
+        ("training", f"{summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_gib']:.2f} GiB"),
+    ]
 
 
 def _policy(trained: TrainConfig, adapter: Path, quantised: bool) -> Policy:

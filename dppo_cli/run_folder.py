@@ -131,7 +131,7 @@ def open_run(run: str) -> Path:
         near = [str(p) for p in sorted(path.parent.glob("*")) if p.is_dir()] if path.parent.is_dir() else []
         known = f"; there are: {', '.join(near[-5:])}" if near else "; train one with `dppo train`"
         raise RunError(f"run={run} points nowhere{known}")
-    for name in ("config.yaml", "adapter/adapter_config.json"):
+    for name in ("config.yaml", "summary.json", "adapter/adapter_config.json"):
         if not (path / name).is_file():
             raise RunError(f"run={run} is no finished run: it has no {name}")
     return path

@@ -175,7 +175,10 @@ def test_misspelt_words(words: list[str], parts: list[str], refused: Callable[..
         (["divergence.delta_high=nan"], ["divergence.delta_high=nan"]),
         (["batch.samples_per_prompt=1"], ["batch.samples_per_prompt=1", "at least 2"]),
         (["batch.samples_per_prompt=0"], ["batch.samples_per_prompt=0", "samples_per_prompt >= 1"]),
-        (["batch.prompts_per_update=5"], ["batch.prompts_per_update=5", "batch.prompts_per_step=32"]),
+        (
+            ["batch.prompts_per_step=32", "batch.prompts_per_update=5"],
+            ["batch.prompts_per_update=5", "batch.prompts_per_step=32"],
+        ),
         (["sampling.top_p=0.9"], ["sampling.top_p", "top_p=1"]),
         (["sampling.top_k=50"], ["top_k", "top_k=0"]),
         (["sampling.min_p=0.1"], ["min_p", "min_p=0"]),

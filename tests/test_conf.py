@@ -182,7 +182,9 @@ def test_the_embedded_default() -> None:
     assert config.divergence == TotalVariation(0.15, 0.15)
     assert config.approx == Binary()
     assert config.sampling.max_new_tokens == 8
-    assert config.batch == BatchPlan(32, 16, 16, 1)
+    # The model chooses the batch and the optimizer that suit its size.
+    assert config.batch == train_config("batch=small").batch != train_config("batch=paper").batch
+    assert config.optim == train_config("optim=adamw_small").optim != train_config("optim=adamw").optim
 
 
 def test_the_command_line_wins_over_what_a_choice_sets() -> None:

@@ -96,9 +96,7 @@ def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
 # The command
 
 
-def test_a_run_is_evaluated_as_it_was_at_its_end(
-    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_evaluated_as_it_was_at_its_end(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Same seed, problems, samples and length: the same accuracy to the last sample, from the saved adapter."""
     words = ["steps=6", "optim.lr=0.02", "reward.path=rewards.py:even", "data.eval_problems=20", "run_dir=run"]
     assert train(model, *words, "batch.prompts_per_step=4", "eval.success_reward=0.25") == 0

@@ -13,6 +13,7 @@ import torch
 from helpers import train, write_rewards
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from dppo_cli.cli import main
 from dppo_cli.evaluate import read_run_config
@@ -21,23 +22,26 @@ from dppo_cli.policy.loading import load_policy
 
 IDS = [[3, 4, 13, 5, 6, 15], [9, 14, 10, 15, 3, 3]]
 
-STRANGER = """\
+STRANGER = f"""\
 import sys
 sys.modules["dppo_cli"] = None  # Importing it fails from here on.
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{load}
-ids = torch.tensor({ids})
-with torch.no_grad():
-    torch.save(model(input_ids=ids).logits.float(), "logits.pt")
-"""
-PLAIN_PEFT = """\
 from peft import PeftModel
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.float32)
-model = PeftModel.from_pretrained(base, "{out}")"""
-PLAIN_TRANSFORMERS = """\
-model = AutoModelForCausalLM.from_pretrained("{out}", dtype=torch.float32)
-assert AutoTokenizer.from_pretrained("{out}")("1+1=")["input_ids"] == [4, 13, 4, 15]"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter, merged, out = sys.argv[1:]
+ids = torch.tensor({IDS})
+found = {{}}
+for name in ("adapter", "merged"):
+    model = AutoModelForCausalLM.from_pretrained(merged if name == "merged" else base, dtype=torch.float32)
+    if name == "adapter":
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found[name] = model(input_ids=ids).logits
+torch.save(found, out)
+assert AutoTokenizer.from_pretrained(merged)("1+1=")["input_ids"] == [4, 13, 4, 15]
+"""
+"""Opens both exports with plain PEFT and plain transformers, and writes their logits."""
 
 
 @pytest.fixture
@@ -68,18 +72,13 @@ def trained(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 def policy_logits(run: Path) -> Tensor:
     """Of the trained policy as our own loader sees it."""
     config = read_run_config(run)
-    policy = load_policy(
-        config.model.path, None, PLAIN_CPU, new_adapter=config.adapter, saved_adapter=run / "adapter"
-    )
+    policy = load_policy(config.model.path, None, PLAIN_CPU, new_adapter=config.adapter, saved_adapter=run / "adapter")
     return policy.model(input_ids=torch.tensor(IDS)).logits.float()
 
 
-def logits_elsewhere(work: Path, load: str) -> Tensor:
-    """Computed in a process that cannot import this package."""
-    code = STRANGER.format(load=load, ids=IDS)
-    done = subprocess.run([sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return torch.load(work / "logits.pt")
+@torch.no_grad()
+def base_logits(folder: Path) -> Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=torch.tensor(IDS)).logits
 
 
 def reported_difference(output: str) -> float:
@@ -88,28 +87,32 @@ def reported_difference(output: str) -> float:
     return float(match.group(1))
 
 
-def test_the_adapter_opens_with_plain_peft(
+def test_a_stranger_gets_the_trained_policy(
     trained: Path, model: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", f"run={trained}", "format=adapter", "out=mine"]) == 0
+    """In a process that cannot import this package."""
+    assert main(["export", f"run={trained}", "format=adapter", "out=adapter"]) == 0
     assert reported_difference(capsys.readouterr().out) == 0.0
-    expected = policy_logits(trained)
-    found = logits_elsewhere(work, PLAIN_PEFT.format(base=model, out="mine"))
-    assert torch.equal(found, expected)
-    # Not the base model's: the comparison means something.
-    base = logits_elsewhere(work, PLAIN_TRANSFORMERS.format(out=model))
-    assert (base - expected).abs().max() > 0.5
-
-
-def test_the_merged_model_opens_with_plain_transformers(
-    trained: Path, model: Path, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", f"run={trained}", "format=merged", "out=mine"]) == 0
+    assert main(["export", f"run={trained}", "format=merged", "out=merged"]) == 0
     assert 0 <= reported_difference(capsys.readouterr().out) < 1e-4
-    found = logits_elsewhere(work, PLAIN_TRANSFORMERS.format(out="mine"))
-    assert torch.allclose(found, policy_logits(trained), atol=1e-4)
-    assert not list((work / "mine").glob("adapter*"))
-    assert {t.dtype for t in load_file(work / "mine/model.safetensors").values()} == {torch.float32}
+
+    command = [sys.executable, "-c", STRANGER, str(model), "adapter", "merged", "logits.pt"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, expected = torch.load(work / "logits.pt"), policy_logits(trained)
+    assert torch.allclose(found["adapter"], expected, atol=1e-6)
+    assert torch.allclose(found["merged"], expected, atol=1e-4)
+    # Not the base model's: the comparison means something.
+    assert (base_logits(model) - expected).abs().max() > 0.5
+
+
+def test_what_lies_in_an_export(trained: Path, work: Path) -> None:
+    for form in ("adapter", "merged"):
+        assert main(["export", f"run={trained}", f"format={form}", f"out={form}"]) == 0
+    assert {p.suffix for p in work.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja", ".md", ".py"}
+    assert (work / "adapter/adapter_model.safetensors").is_file()
+    assert not list((work / "merged").glob("adapter*"))
+    assert {t.dtype for t in load_file(work / "merged/model.safetensors").values()} == {torch.float32}
 
 
 def test_a_merge_is_base_plus_scaled_product(trained: Path, model: Path, work: Path) -> None:
@@ -148,7 +151,7 @@ def test_a_merge_after_qlora_starts_from_the_unquantised_base(
     name = "model.layers.0.mlp.down_proj"
     a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
     assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 8 / 4 * b @ a, atol=1e-6)
-    logits_elsewhere(work, PLAIN_TRANSFORMERS.format(out="mine"))
+    assert torch.isfinite(base_logits(work / "mine")).all()
 
 
 def test_the_adapter_of_a_qlora_run_is_exported_as_it_is(
@@ -204,7 +207,7 @@ def test_a_run_that_is_not_there_or_not_finished(work: Path, refused: Callable[.
     assert "run=runs/last points nowhere" in refused()
     (work / "half").mkdir()
     (work / "half/config.yaml").write_text("steps: 1\n")
-    assert "run=half is no finished run: it has no adapter/adapter_config.json" in refused("run=half")
+    assert "run=half is no finished run: it has no summary.json" in refused("run=half")
 
 
 def test_a_target_below_a_file(trained: Path, work: Path, refused: Callable[..., str]) -> None:

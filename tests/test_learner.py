@@ -346,6 +346,21 @@ def test_the_first_step_is_adams(train_config):
         torch.testing.assert_close(parameter[clear], expected[clear], rtol=1e-5, atol=1e-6)
 
 
+def test_the_second_update_starts_from_an_empty_gradient_and_remembers_the_moments(train_config):
+    config = train_config(UNCLIPPED, "optim.lr=0.01", "optim.betas=[0.5,0.8]", "optim.eps=1e-6")
+    policy, samples = off_policy(config)
+    learner = Learner(policy, config)
+    first, _ = gradient(learner, samples)
+    before = [p.detach().clone() for p in policy.parameters]
+    expected = dense_gradient(policy, config, samples)
+    second, _ = gradient(learner, samples)
+    assert_equal_gradients(second, expected)
+    for parameter, old, g1, g2 in zip(policy.parameters, before, first, second, strict=True):
+        mean = (0.5 * 0.5 * g1 + 0.5 * g2) / (1 - 0.5**2)
+        square = (0.8 * 0.2 * g1**2 + 0.2 * g2**2) / (1 - 0.8**2)
+        torch.testing.assert_close(parameter.detach(), old - 0.01 * mean / (square.sqrt() + 1e-6), rtol=1e-5, atol=1e-6)
+
+
 def adamw(warmup_updates: int, schedule: str) -> AdamW:
     return AdamW(1e-3, [0.9, 0.999], 1e-8, 0.0, None, warmup_updates, schedule)
 

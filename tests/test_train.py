@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dppo_cli.config import TrainConfig
-from dppo_cli.train import derive_seed, mini_batches, prompt_batches, score
-from dppo_cli.types import Completion, PolicyReport, Prompt
+from dppo_cli.evaluate import read_run_config
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -216,8 +213,9 @@ def test_other_choices_run(overrides: list[str], model: Path, work: Path) -> Non
     assert row["gradient_norm"] > 0
     # Whatever the choice, sampler and trainer agree: to float32 rounding, or to that of the precision sampled in.
     # (Dropout on the adapter, whose output is still zero, adds nothing here.)
-    anchored_elsewhere = "rollout.dtype=bfloat16" in overrides or "adapter=qlora" in overrides
-    assert row["mismatch_mean"] < (0.02 if anchored_elsewhere else 1e-5)
+    in_bfloat16 = "rollout.dtype=bfloat16" in overrides
+    assert row["mismatch_mean"] < (0.02 if in_bfloat16 else 1e-5)
+    assert not in_bfloat16 or row["mismatch_mean"] > 1e-5
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2", "cohere2"])
@@ -330,67 +328,7 @@ def test_a_sweep_in_which_every_job_fails_leaves_nothing(model: Path, work: Path
     assert not (work / "sweep").exists()
 
 
-# The parts of the loop
-
-
-def prompt(index: int) -> Prompt:
-    return Prompt(index, f"p{index}", (1, 2), "a", {})
-
-
-def completion(index: int) -> Completion:
-    ids = torch.tensor([5])
-    mu = PolicyReport(torch.tensor([-1.0]))
-    return Completion(prompt(index), ids, torch.ones(1, dtype=torch.bool), mu, "x", True, 0)
-
-
-def test_every_prompt_comes_once_before_any_comes_again() -> None:
-    batches = prompt_batches([prompt(i) for i in range(10)], 4, seed=1)
-    drawn = [p.index for _ in range(5) for p in next(batches)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:] and drawn[:10] != list(range(10))
-    again = prompt_batches([prompt(i) for i in range(10)], 4, seed=1)
-    assert [p.index for _ in range(5) for p in next(again)] == drawn
-    other = prompt_batches([prompt(i) for i in range(10)], 4, seed=2)
-    assert [p.index for _ in range(5) for p in next(other)] != drawn
-
-
-def test_a_batch_may_be_larger_than_the_data() -> None:
-    batch = next(prompt_batches([prompt(i) for i in range(3)], 7, seed=1))
-    assert sorted([p.index for p in batch[:3]]) == sorted([p.index for p in batch[3:6]]) == [0, 1, 2]
-
-
-def test_seeds_of_steps_differ() -> None:
-    seeds = {derive_seed(seed, step) for seed in range(3) for step in range(-50, 50)}
-    assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed(1, 2) == derive_seed(1, 2)
-
-
-def test_scores_are_relative_to_the_samples_of_the_same_prompt(train_config: Callable[..., TrainConfig]) -> None:
-    config = train_config("batch.samples_per_prompt=2")
-    completions = [completion(0), completion(0), completion(1), completion(1)]
-    samples = score(completions, [1.0, 0.0, 3.0, math.nan], config)
-    assert [s.advantage for s in samples] == [0.5, -0.5, 0.0, 0.0]
-    assert [s.reward for s in samples[:3]] == [1.0, 0.0, 3.0] and math.isnan(samples[3].reward)
-    assert all(s.anchor is s.completion.mu for s in samples)
-
-
-def test_mini_batches_hold_whole_prompts(train_config: Callable[..., TrainConfig]) -> None:
-    words = ("batch.prompts_per_step=4", "batch.samples_per_prompt=2", "batch.prompts_per_update=2", "batch.epochs=3")
-    config = train_config(*words)
-    completions = [completion(i) for i in range(4) for _ in range(2)]
-    samples = score(completions, [float(i % 2) for i in range(8)], config)
-    parts = [[s.completion.prompt.index for s in part] for part in mini_batches(samples, config, step=1)]
-    assert len(parts) == config.batch.updates_per_step == 6
-    assert parts[:2] == [[0, 0, 1, 1], [2, 2, 3, 3]]
-    for epoch in (parts[0:2], parts[2:4], parts[4:6]):
-        assert sorted(i for part in epoch for i in part) == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert all(part[0] == part[1] and part[2] == part[3] for part in epoch)
-    assert parts[2:4] != parts[:2] or parts[4:6] != parts[:2]
-
-
 def test_the_config_file_of_a_run_rebuilds_the_same_config(model: Path, work: Path) -> None:
-    from dppo_cli.evaluate import read_run_config
-
     assert train(model, "steps=1", "run_dir=run", "approx=topk", "approx.k=3") == 0
     config = read_run_config(work / "run")
     assert config.approx.num_logprobs == 3 and config.steps == 1 and config.run_dir == "run"

@@ -161,7 +161,11 @@ class MinimalMask:
 
 @dataclass(frozen=True)
 class GSPO:
-    """Sequence ratio s = exp(mean_t log r), clipped like PPO's; every token of a sequence shares s and M."""
+    """Sequence ratio s = exp(mean_t log r), clipped like PPO's; every token of a sequence shares s and M.
+
+    loss = -sg(M s A) log pi per token. The publication (arXiv 2507.18071) also divides by the response's length; here
+    that is left to the aggregation, which divides all responses by the same number.
+    """
 
     eps_low: float
     eps_high: float

@@ -59,7 +59,9 @@ class LocalRollout:
 
     def load(self, policy: Policy) -> "LocalEngine":
         dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
-        copy = MergedCopy(policy.model, dtype) if self.merge and policy.peft is not None else None
+        # `check` refuses merge=true on a quantised base for training; an evaluation of such a run just does without.
+        merge = self.merge and policy.peft is not None and not getattr(policy.model, "is_quantized", False)
+        copy = MergedCopy(policy.model, dtype) if merge else None
         return LocalEngine(policy, copy, dtype, self.concurrent_sequences)
 
 

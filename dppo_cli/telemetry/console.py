@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dppo_cli.algorithm.objective import DRPO, PolicyGradient
 from dppo_cli.config import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.telemetry.watch import Watch
@@ -28,7 +29,7 @@ class Console:
     def __init__(self, config: TrainConfig, policy: Policy, run_dir: Path) -> None:
         self.config, self.policy, self.run_dir = config, policy, run_dir
         self.rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.watch = Watch()
+        self.watch = Watch(masks=not isinstance(config.objective, PolicyGradient | DRPO))
         self.warnings: list[str] = []
         self.last: dict[str, Any] = {}
         self.accuracy: list[tuple[int, float]] = []
@@ -155,8 +156,10 @@ def _show(value: float | None, form: str) -> str:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsole | None = None) -> None:
-    """A two-column table."""
+    """A two-column table. Long values are folded, not cut: somebody may want to copy a path."""
     table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
     (console or RichConsole(highlight=False)).print(table)

@@ -16,17 +16,19 @@ class SweepTable(Callback):
     """A Hydra callback; does nothing in a single run. A subclass because Hydra asks for one."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[str, JobReturn]] = []
+        self.jobs: list[JobReturn] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        overrides = [o for o in job_return.overrides or () if not o.startswith("run_dir=")]
-        self.jobs.append((" ".join(overrides), job_return))
+        self.jobs.append(job_return)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        words = [list(job.overrides or ()) for job in self.jobs]
+        same = set.intersection(*map(set, words)) if len(words) > 1 else set()
         table = Table(title="sweep")
         for name in ("job", "overrides", "before", "after", "seconds", "folder"):
             table.add_column(name, overflow="fold")
-        for number, (overrides, job) in enumerate(self.jobs):
+        for number, job in enumerate(self.jobs):
+            overrides = " ".join(word for word in words[number] if word not in same)
             result = job.return_value if job.status is JobStatus.COMPLETED else None
             if isinstance(result, dict):
                 table.add_row(str(number), overrides, *_cells(result))

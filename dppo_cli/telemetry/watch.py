@@ -15,9 +15,10 @@ NOISE = 1e-4
 
 
 class Watch:
-    """Looks at each step's metrics and says what is unusual."""
+    """Looks at each step's metrics and says what is unusual. `masks`: whether the objective ever masks a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, masks: bool) -> None:
+        self.masks = masks
         self.quiet_steps = 0
         self.first_mismatch: float | None = None
         self.given: set[str] = set()
@@ -29,7 +30,7 @@ class Watch:
         mismatch = metrics["mismatch_mean"]
         if masked:
             self.quiet_steps = 0 if max(masked) > 0 else self.quiet_steps + 1
-            if self.quiet_steps >= QUIET_STEPS:
+            if self.masks and self.quiet_steps >= QUIET_STEPS:
                 found["quiet"] = (
                     f"no token was masked for {QUIET_STEPS} steps: the policy never reaches the edge of its trust "
                     "region"
@@ -37,7 +38,7 @@ class Watch:
             if max(masked) > BUSY_SHARE:
                 found["busy"] = (
                     f"{max(masked):.0%} of the tokens of one sign are masked: lower optim.lr or the number of updates "
-                    "per rollout, or widen divergence.delta; see masked_tokens.json for which tokens"
+                    "per rollout, or widen the trust region; see masked_tokens.json for which tokens"
                 )
         if mismatch is not None:
             if self.first_mismatch is None:

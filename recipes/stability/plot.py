@@ -80,7 +80,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     def cell(values: list[float], form: str) -> str:
         return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
-    lines = ["| method | seeds | held-out accuracy after | best reward of a rollout | last reward | last mean \\|pi-mu\\| |"]
+    lines = [
+        "| method | seeds | held-out accuracy after | best reward of a rollout | last reward | last mean \\|pi-mu\\| |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for method in METHODS:
         if method not in runs:

@@ -115,8 +115,8 @@ def test_only_answer_and_end_of_sequence_are_learnt(tokenizer: PreTrainedTokeniz
 
 
 def test_the_script_writes_the_same_folder_twice(tmp_path: Path) -> None:
-    clean = Phase(steps=3, batch=8, peak_lr=1e-3, care=1.0)
-    careless = Phase(steps=2, batch=8, peak_lr=1e-3, care=0.5)
+    clean = Phase(steps=3, batch=8, peak_lr=1e-3, care=1.0, muon=True)
+    careless = Phase(steps=2, batch=8, peak_lr=1e-3, care=0.5, muon=False)
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         pretrain(tmp_path / name, clean, careless, seed)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in FOLDER.iterdir()}

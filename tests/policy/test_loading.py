@@ -240,7 +240,7 @@ def test_a_gpu_trains_in_bfloat16(train_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     hardware = train_config().hardware
     assert resolve_device(replace(hardware, device="auto")) == (torch.device("cuda"), torch.bfloat16)
-    assert resolve_device(replace(hardware, device="cuda", dtype="float16")) == (torch.device("cuda"), torch.float16)
+    assert resolve_device(replace(hardware, device="cuda", dtype="float32")) == (torch.device("cuda"), torch.float32)
     assert resolve_device(replace(hardware, device="cpu")) == (torch.device("cpu"), torch.float32)
 
 
@@ -349,10 +349,10 @@ def test_logits_that_the_head_cannot_reproduce_are_refused(load, tiny_models, mo
         load(tiny_models["llama3"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
-def test_the_check_bears_lower_precisions(load, tiny_models, architecture, dtype):
-    assert load(tiny_models[architecture], dtype=dtype).dtype == getattr(torch, dtype)
+def test_the_check_bears_a_lower_precision(load, tiny_models, architecture):
+    policy = load(tiny_models[architecture], dtype="bfloat16")
+    assert policy.dtype == policy.head.weight_VH.dtype == torch.bfloat16
 
 
 # Prompts
