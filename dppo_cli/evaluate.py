@@ -98,6 +98,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     )
     engine = config.rollout.load(policy)
     prompts = policy.encode(task.heldout, prompting)
+    policy.check_length(prompts, sampling.max_new_tokens)
     result = evaluate(engine, prompts, scorer, sampling, config.samples_per_prompt, config.success_reward, config.seed)
     pass_at = {str(k): result.pass_at(k) for k in config.pass_k}
     summary: dict[str, Any] = {

@@ -33,6 +33,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     )
     train_prompts = policy.encode(task.train, config.prompt)
     heldout_prompts = policy.encode(task.heldout, config.prompt)
+    policy.check_length([*train_prompts, *heldout_prompts], config.sampling.max_new_tokens)
     engine, learner = config.rollout.load(policy), Learner(policy, config)
     batches = prompt_batches(train_prompts, config.batch.prompts_per_step, config.seed)
     checkpoints = config.steps // config.checkpoint_every if config.checkpoint_every else 0

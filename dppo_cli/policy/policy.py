@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dppo_cli.config import Prompting
 from dppo_cli.data.task import Example
-from dppo_cli.errors import ModelError
+from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.head import Head
 from dppo_cli.types import Prompt
 
@@ -67,6 +67,16 @@ class Policy:
             Prompt(i, e.prompt, self._token_ids(e.prompt, prompting), e.answer, e.columns)
             for i, e in enumerate(examples)
         ]
+
+    def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raise ConfigError if a prompt with its longest response does not fit into the model's positions."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        if limit is not None and len(longest.token_ids) + max_new_tokens > limit:
+            raise ConfigError(
+                f"problem {longest.index} has {len(longest.token_ids)} tokens; with sampling.max_new_tokens="
+                f"{max_new_tokens} that is more than the {limit} positions of {self.path}; lower it, or shorten the prompts"
+            )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

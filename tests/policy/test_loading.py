@@ -395,3 +395,14 @@ def test_a_template_that_refuses_a_system_message(load, folder):
     policy = load(folder)
     with pytest.raises(ModelError, match="System role not supported"):
         policy.encode([Example("1+2=", "3", {})], Prompting("chat", "be brief"))
+
+
+def test_a_response_that_does_not_fit_into_the_models_positions_is_refused(
+    train_config: Callable[..., TrainConfig], tiny_models: dict[str, Path]
+) -> None:
+    config = train_config()
+    policy = load_policy(str(tiny_models["gpt2"]), None, config.hardware)
+    prompts = policy.encode([Example("1+1=", "2", {}), Example("12+34=", "46", {})], config.prompt)
+    policy.check_length(prompts, 250)
+    with pytest.raises(ConfigError, match=r"problem 1 has 6 tokens.*more than the 256 positions"):
+        policy.check_length(prompts, 251)
