@@ -117,6 +117,8 @@ def recipe_override(word: str) -> str:
 def _run_hydra(command: str, options: list[str], overrides: list[str]) -> None:
     # Hydra then raises what went wrong instead of printing a trace of its own and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Threads that spin while they wait make a run many times slower when another program wants the cores, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf

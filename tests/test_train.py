@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dppo_cli.evaluate import read_run_config
+from dppo_cli.evaluate import evaluate, read_run_config
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -134,8 +134,9 @@ def test_equal_commands_give_equal_runs(model: Path, work: Path) -> None:
 
 
 def test_another_seed_gives_another_run(model: Path, work: Path) -> None:
+    # One problem, so the order of problems is the same; and an untouched adapter has no effect on the first samples.
     for seed in (1, 2):
-        assert train(model, "steps=1", f"seed={seed}", f"run_dir=run{seed}") == 0
+        assert train(model, "steps=1", f"seed={seed}", "data.train_problems=1", f"run_dir=run{seed}") == 0
     one, two = (read_lines(work / f"run{seed}/metrics.jsonl")[0] for seed in (1, 2))
     assert one["reward"] != two["reward"] and one["entropy"] != two["entropy"]
 
@@ -233,6 +234,32 @@ def test_several_updates_of_one_rollout_move_away_from_mu(model: Path, work: Pat
     assert once["shift_max"] == pytest.approx(0, abs=1e-5)
     assert thrice["shift_max"] > 100 * once["shift_max"] and thrice["shift_mean"] > 1e-4
     assert thrice["mismatch_mean"] == once["mismatch_mean"]
+
+
+def test_where_the_trust_region_is_centred(model: Path, work: Path) -> None:
+    """At the first update pi is what the trainer says pi_old is, but not what a sampler in bfloat16 said mu was."""
+    words = ["rollout.dtype=bfloat16", "batch.prompts_per_update=2", "steps=1"]
+    found = {}
+    for anchor in ("rollout", "recompute"):
+        assert train(model, *words, f"anchor={anchor}", f"run_dir={anchor}") == 0
+        found[anchor] = read_lines(work / anchor / "metrics.jsonl")[0]
+    assert found["rollout"]["shift_max"] > 1e-4
+    assert found["rollout"]["divergence_p100"] == pytest.approx(found["rollout"]["shift_max"], abs=1e-6)
+    assert found["recompute"]["divergence_p100"] < 1e-5
+    assert found["recompute"]["shift_max"] == found["rollout"]["shift_max"]
+
+
+def test_evaluations_have_a_temperature_of_their_own(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(engine: Any, prompts: Any, scorer: Any, sampling: Any, samples: int, *rest: Any) -> Any:
+        seen.append((sampling.temperature, sampling.max_new_tokens, samples))
+        return evaluate(engine, prompts, scorer, sampling, samples, *rest)
+
+    monkeypatch.setattr("dppo_cli.train.evaluate", record)
+    words = ["eval.temperature=0", "eval.samples_per_prompt=3", "eval.every=1", "sampling.temperature=0.9"]
+    assert train(model, *words, "run_dir=run") == 0
+    assert seen == [(0.0, 4, 3)] * 3
 
 
 def test_a_reward_without_differences_trains_nothing(model: Path, work: Path) -> None:
