@@ -6,7 +6,7 @@ DEMO := runs/demo
 
 .PHONY: demo stability test test-slow format clean
 
-# Train the embedded model, export it, and show what came out: about two minutes.
+# Train the embedded model, export it, and show what came out: three minutes, installation included.
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(BIN)/dppo train run_dir=$(DEMO)

@@ -236,6 +236,18 @@ def test_several_updates_of_one_rollout_move_away_from_mu(model: Path, work: Pat
     assert thrice["mismatch_mean"] == once["mismatch_mean"]
 
 
+def test_an_update_leaves_no_gradient_to_the_next(model: Path, work: Path) -> None:
+    """Rewards differ in the first step and are equal in the second."""
+    (work / "once.py").write_text(
+        "calls = []\ndef f(prompts, completions, **columns):\n    calls.append(1)\n"
+        "    return [float(len(calls) == 2 and i % 2) for i in range(len(completions))]\n"
+    )
+    assert train(model, "reward.path=once.py:f", "steps=2", "run_dir=run") == 0
+    first, second = (row["gradient_norm"] for row in read_lines(work / "run/metrics.jsonl"))
+    assert first > 0
+    assert second == 0
+
+
 def test_where_the_trust_region_is_centred(model: Path, work: Path) -> None:
     """At the first update pi is what the trainer says pi_old is, but not what a sampler in bfloat16 said mu was."""
     words = ["rollout.dtype=bfloat16", "batch.prompts_per_update=2", "steps=1"]
