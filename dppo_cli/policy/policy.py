@@ -75,7 +75,8 @@ class Policy:
         if limit is not None and len(longest.token_ids) + max_new_tokens > limit:
             raise ConfigError(
                 f"problem {longest.index} has {len(longest.token_ids)} tokens; with sampling.max_new_tokens="
-                f"{max_new_tokens} that is more than the {limit} positions of {self.path}; lower it, or shorten the prompts"
+                f"{max_new_tokens} that is more than the {limit} positions of {self.path}; lower it, or shorten the "
+                "prompts"
             )
 
     def decode(self, token_ids: Sequence[int]) -> str:
