@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import write_rewards
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +41,20 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of each architecture of tests/tiny.py. Shared by all tests: read, never written."""
     root = tmp_path_factory.mktemp("tiny")
     return {name: tiny.save(root / name, name) for name in tiny.CONFIGS}
+
+
+@pytest.fixture
+def model(tiny_models: dict[str, Path]) -> Path:
+    """Folder of the tiny model that serves where the architecture does not matter."""
+    return tiny_models["llama3"]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, apart from rewards.py."""
+    monkeypatch.chdir(tmp_path)
+    write_rewards(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_json, read_lines, train, write_rewards
+from helpers import read_json, read_lines, train
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -22,18 +22,7 @@ from dppo_cli.rollout.local import LocalEngine
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
-
-@pytest.fixture(autouse=True)
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, apart from rewards.py."""
-    monkeypatch.chdir(tmp_path)
-    write_rewards(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny_models: dict[str, Path]) -> Path:
-    return tiny_models["llama3"]
+pytestmark = pytest.mark.usefixtures("work")
 
 
 @pytest.fixture

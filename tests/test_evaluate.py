@@ -9,24 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import read_json, read_lines, train, write_rewards
+from helpers import read_json, read_lines, train
 
 from dppo_cli.cli import main
 from dppo_cli.evaluate import Evaluation, pass_at_k
 from dppo_cli.types import Completion, PolicyReport, Prompt
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, apart from rewards.py."""
-    monkeypatch.chdir(tmp_path)
-    write_rewards(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny_models: dict[str, Path]) -> Path:
-    return tiny_models["llama3"]
 
 
 def evaluation(rewards: list[float], samples_per_prompt: int, success_reward: float = 1.0) -> Evaluation:

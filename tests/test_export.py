@@ -44,19 +44,6 @@ assert AutoTokenizer.from_pretrained(merged)("1+1=")["input_ids"] == [4, 13, 4, 
 """Opens both exports with plain PEFT and plain transformers, and writes their logits."""
 
 
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, apart from rewards.py."""
-    monkeypatch.chdir(tmp_path)
-    write_rewards(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny_models: dict[str, Path]) -> Path:
-    return tiny_models["llama3"]
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose policy differs visibly from its base. Shared: read, never written."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import composed, read_json, read_lines, train, write_rewards
+from helpers import composed, read_json, read_lines, train
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -18,19 +18,6 @@ from dppo_cli.evaluate import evaluate, read_run_config
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 pytestmark = pytest.mark.usefixtures("work")
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, apart from rewards.py."""
-    monkeypatch.chdir(tmp_path)
-    write_rewards(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def model(tiny_models: dict[str, Path]) -> Path:
-    return tiny_models["llama3"]
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

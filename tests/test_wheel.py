@@ -73,3 +73,17 @@ def test_the_installed_command_runs_from_another_folder(installed: Path, tmp_pat
     assert read_json(tmp_path / "run/summary.json")["steps"] == 2
     base = read_json(tmp_path / "run/adapter/adapter_config.json")["base_model_name_or_path"]
     assert Path(base) == installed / "dppo_cli/embedded/arithmetic_1m"
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_empty_virtual_environment(wheel: Path, tmp_path: Path) -> None:
+    """Nothing but the wheel and what it asks for, in the pinned versions; started where no checkout is."""
+    environment = tmp_path / "environment"
+    run([sys.executable, "-m", "venv", str(environment)], tmp_path)
+    pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "--constraint", str(ROOT / "constraints.txt"), str(wheel)], tmp_path)
+    run([str(environment / "bin/dppo"), "train", "steps=2", "data.eval_problems=20", "run_dir=run"], tmp_path)
+    assert read_json(tmp_path / "run/summary.json")["steps"] == 2
+    code = "import dppo_cli; print(dppo_cli.__file__)"
+    place = run([str(environment / "bin/python"), "-c", code], tmp_path).strip()
+    assert Path(place).is_relative_to(environment)
