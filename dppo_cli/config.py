@@ -231,15 +231,16 @@ class PlainModel:
 
 @dataclass(frozen=True)
 class EvalSampling:
-    temperature: float
+    temperature: float | None
     top_p: float
     top_k: int
     min_p: float
     max_new_tokens: int | None
 
-    def with_length(self, max_new_tokens: int) -> Sampling:
-        """The sampling of an evaluation; `max_new_tokens` serves where none was set."""
-        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens or max_new_tokens)
+    def over(self, base: Sampling) -> Sampling:
+        """The sampling of an evaluation; `base` serves where nothing was set."""
+        temperature = base.temperature if self.temperature is None else self.temperature
+        return Sampling(temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens or base.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class EvalConfig:
     sampling: EvalSampling
     samples_per_prompt: int
     pass_k: list[int]
-    success_reward: float
+    success_reward: float | None
     seed: int
     out: str | None
 

@@ -20,6 +20,9 @@ from dppo_cli.run_folder import check_free, default_run_dir, open_run
 from dppo_cli.telemetry.console import print_table
 from dppo_cli.types import Completion, Prompt
 
+PLAIN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=256)
+"""How a plain model is sampled where `dppo eval` does not say."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -85,7 +88,10 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     reward = config.reward or (trained.reward if trained else Exact(pattern=None))
     assert data is not None
     prompting = config.prompt.over(trained.prompt if trained else None)
-    sampling = config.sampling.with_length(trained.sampling.max_new_tokens if trained else 256)
+    sampling = config.sampling.over(trained.eval_sampling if trained else PLAIN_SAMPLING)
+    success_reward = config.success_reward
+    if success_reward is None:
+        success_reward = trained.eval.success_reward if trained else 1.0
     task, scorer = data.load(), reward.load()
     model = trained.model if trained else config.model
     adapter = trained.adapter if trained else None
@@ -99,7 +105,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     engine = config.rollout.load(policy)
     prompts = policy.encode(task.heldout, prompting)
     policy.check_length(prompts, sampling.max_new_tokens)
-    result = evaluate(engine, prompts, scorer, sampling, config.samples_per_prompt, config.success_reward, config.seed)
+    result = evaluate(engine, prompts, scorer, sampling, config.samples_per_prompt, success_reward, config.seed)
     pass_at = {str(k): result.pass_at(k) for k in config.pass_k}
     summary: dict[str, Any] = {
         "model": str(model.path),

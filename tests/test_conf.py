@@ -205,6 +205,8 @@ def test_choices_that_set_keys_of_other_groups() -> None:
 
 
 OTHER_VALUES = {
+    "sampling.temperature": "0.5",
+    "success_reward": "0.25",
     "run_dir": "elsewhere",
     "anchor": "recompute",
     "model.path": "some/model",

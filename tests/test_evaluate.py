@@ -245,3 +245,17 @@ def test_a_target_that_exists(model: Path, work: Path, refused: Callable[..., st
     (work / "taken/notes.txt").write_text("mine")
     assert "out=taken is not empty" in refused(f"model.path={model}", "data=arithmetic", "out=taken")
     assert [p.name for p in (work / "taken").iterdir()] == ["notes.txt"]
+
+
+def test_right_and_temperature_mean_what_they_meant_in_the_run(model: Path, work: Path) -> None:
+    """Greedy, and right from a quarter of even digits on, as the run's own evaluations were."""
+    words = ["reward.path=rewards.py:even", "eval.temperature=0", "eval.success_reward=0.25", "optim.lr=0.02"]
+    assert train(model, *words, "steps=4", "data.eval_problems=20", "run_dir=run") == 0
+    after = read_json(work / "run/summary.json")["eval_after"]
+    assert after > 0
+    assert main(["eval", "run=run", "out=same"]) == 0
+    same = read_json(work / "same/summary.json")
+    assert (same["accuracy"], same["sampling"]["temperature"]) == (after, 0.0)
+    assert main(["eval", "run=run", "success_reward=-1", "sampling.temperature=0.5", "out=other"]) == 0
+    other = read_json(work / "other/summary.json")
+    assert (other["accuracy"], other["sampling"]["temperature"]) == (1.0, 0.5)
