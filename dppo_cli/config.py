@@ -6,7 +6,6 @@ configs, ranges by each class's `__post_init__`, combinations by the root's. YAM
 """
 
 import dataclasses
-import difflib
 import importlib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +20,22 @@ from omegaconf.errors import (
 )
 
 from dppo_cli.errors import ConfigError
+from dppo_cli.sections import (
+    AdamW,
+    BatchPlan,
+    EvalPrompting,
+    EvalSampling,
+    Evaluation,
+    Hardware,
+    LoRA,
+    Model,
+    PlainModel,
+    Prompting,
+    Sampling,
+    check_choice,
+    check_rules,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from dppo_cli.algorithm.advantage import Advantage
@@ -33,139 +48,6 @@ if TYPE_CHECKING:
     from dppo_cli.rollout.engine import RolloutSource
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Model:
-    path: str
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class LoRA:
-    r: int
-    alpha: float
-    dropout: float
-    target_modules: Any  # "all-linear" or a list of names
-    quantization: str | None
-
-    def __post_init__(self) -> None:
-        rules = {"r >= 1": self.r >= 1, "alpha > 0": self.alpha > 0, "0 <= dropout < 1": 0 <= self.dropout < 1}
-        _check("adapter", self, rules)
-        _choice("adapter.quantization", self.quantization, (None, "nf4"))
-
-
-@dataclass(frozen=True)
-class Hardware:
-    device: str
-    dtype: str
-    tokens_per_micro_batch: int
-    head_chunk: int
-    gradient_checkpointing: bool
-
-    def __post_init__(self) -> None:
-        _choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
-        _choice("hardware.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        rules = {
-            "tokens_per_micro_batch >= 1": self.tokens_per_micro_batch >= 1,
-            "head_chunk >= 1": self.head_chunk >= 1,
-        }
-        _check("hardware", self, rules)
-
-
-@dataclass(frozen=True)
-class AdamW:
-    lr: float
-    betas: list[float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float | None
-    warmup_updates: int
-    schedule: str
-
-    def __post_init__(self) -> None:
-        rules = {
-            "lr > 0": self.lr > 0,
-            "betas = [b1, b2] with 0 <= b < 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "eps > 0": self.eps > 0,
-            "weight_decay >= 0": self.weight_decay >= 0,
-            "max_grad_norm > 0 or null": self.max_grad_norm is None or self.max_grad_norm > 0,
-            "warmup_updates >= 0": self.warmup_updates >= 0,
-        }
-        _check("optim", self, rules)
-        _choice("optim.schedule", self.schedule, ("constant", "cosine"))
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    prompts_per_step: int
-    samples_per_prompt: int
-    prompts_per_update: int
-    epochs: int
-
-    def __post_init__(self) -> None:
-        _check("batch", self, {f"{f.name} >= 1": getattr(self, f.name) >= 1 for f in fields(self)})
-        if self.prompts_per_step % self.prompts_per_update:
-            raise ConfigError(
-                f"batch.prompts_per_update={self.prompts_per_update} does not divide "
-                f"batch.prompts_per_step={self.prompts_per_step}"
-            )
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.epochs * self.prompts_per_step // self.prompts_per_update
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    max_new_tokens: int
-
-    def __post_init__(self) -> None:
-        rules = {
-            "temperature >= 0": self.temperature >= 0,
-            "0 < top_p <= 1": 0 < self.top_p <= 1,
-            "top_k >= 0": self.top_k >= 0,
-            "0 <= min_p < 1": 0 <= self.min_p < 1,
-            "max_new_tokens >= 1": self.max_new_tokens >= 1,
-        }
-        _check("sampling", self, rules)
-
-    @property
-    def truncates(self) -> bool:
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
-
-@dataclass(frozen=True)
-class Prompting:
-    template: str
-    system: str | None
-
-    def __post_init__(self) -> None:
-        _choice("prompt.template", self.template, ("plain", "chat"))
-        if self.system is not None and self.template == "plain":
-            raise ConfigError("prompt.system is set but prompt.template=plain has no place for it; use template=chat")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    every: int
-    samples_per_prompt: int
-    temperature: float
-    success_reward: float
-
-    def __post_init__(self) -> None:
-        rules = {
-            "every >= 0": self.every >= 0,
-            "samples_per_prompt >= 1": self.samples_per_prompt >= 1,
-            "temperature >= 0": self.temperature >= 0,
-        }
-        _check("eval", self, rules)
 
 
 @dataclass(frozen=True)
@@ -197,11 +79,11 @@ class TrainConfig:
     warnings: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        _choice("anchor", self.anchor, ("rollout", "recompute"))
+        check_choice("anchor", self.anchor, ("rollout", "recompute"))
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; to measure a model without training: dppo eval")
         rules = {"kl_to_reference >= 0": self.kl_to_reference >= 0, "checkpoint_every >= 0": self.checkpoint_every >= 0}
-        _check("", self, rules)
+        check_rules("", self, rules)
         if self.batch.samples_per_prompt < self.advantage.min_samples:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
@@ -214,46 +96,13 @@ class TrainConfig:
                 "truncated sampling (sampling.top_p, top_k, min_p) makes the rollout policy another distribution than "
                 "the one in training, and runs collapse; train with top_p=1 top_k=0 min_p=0"
             )
-        self.rollout.check(self.approx.num_logprobs, self.anchor, self.adapter)
+        self.rollout.check(self.approx.num_logprobs, self.adapter)
         self.warnings.extend(_unusual(self))
 
     @property
     def eval_sampling(self) -> Sampling:
         """Untruncated sampling at the evaluation's temperature."""
         return replace(self.sampling, temperature=self.eval.temperature)
-
-
-@dataclass(frozen=True)
-class PlainModel:
-    path: str | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class EvalSampling:
-    temperature: float | None
-    top_p: float
-    top_k: int
-    min_p: float
-    max_new_tokens: int | None
-
-    def over(self, base: Sampling) -> Sampling:
-        """The sampling of an evaluation; `base` serves where nothing was set."""
-        temperature = base.temperature if self.temperature is None else self.temperature
-        return Sampling(temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens or base.max_new_tokens)
-
-
-@dataclass(frozen=True)
-class EvalPrompting:
-    template: str | None
-    system: str | None
-
-    def over(self, trained: Prompting | None) -> Prompting:
-        """The prompting of an evaluation; that of the run, or plain, serves where nothing was set."""
-        base = trained or Prompting("plain", None)
-        if self.template is None:
-            return Prompting(base.template, self.system or base.system)
-        return Prompting(self.template, self.system)
 
 
 @dataclass(frozen=True)
@@ -296,8 +145,8 @@ class ExportConfig:
     dtype: str
 
     def __post_init__(self) -> None:
-        _choice("format", self.format, ("adapter", "merged"))
-        _choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("format", self.format, ("adapter", "merged"))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 
 def build(schema: type[T], node: DictConfig) -> T:
@@ -363,14 +212,6 @@ def _locate(where: str, target: str) -> type:
     return cls  # type: ignore[return-value]
 
 
-def did_you_mean(word: str, choices: Any) -> str:
-    """'; did you mean X? Choices: ...', to be put behind a complaint."""
-    choices = sorted(map(str, choices))
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    guess = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{guess} Choices: {', '.join(choices)}"
-
-
 def _unusual(config: TrainConfig) -> list[str]:
     found = []
     usual = getattr(config.divergence, "usual_delta", None)
@@ -382,17 +223,3 @@ def _unusual(config: TrainConfig) -> list[str]:
                 "in the paper; thresholds of TV and KL are on different scales"
             )
     return found
-
-
-def _choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        names = ["null" if c is None else str(c) for c in choices]
-        raise ConfigError(f"{key}={value} is no choice{did_you_mean(str(value), names)}")
-
-
-def _check(where: str, of: Any, rules: dict[str, bool]) -> None:
-    """Raise ConfigError for the first rule that does not hold; a rule's text names the field it is about."""
-    for rule, holds in rules.items():
-        if not holds:
-            name = next(f.name for f in fields(of) if f.name in rule.split())
-            raise ConfigError(f"{where + '.' if where else ''}{name}={getattr(of, name)} breaks the rule {rule}")

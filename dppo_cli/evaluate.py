@@ -10,14 +10,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dppo_cli.config import EvalConfig, Sampling, TrainConfig, build
+from dppo_cli.config import EvalConfig, TrainConfig, build
 from dppo_cli.errors import RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.reward.exact import Exact
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.run_folder import check_free, default_run_dir, open_run
-from dppo_cli.telemetry.console import print_table
+from dppo_cli.sections import Sampling
+from dppo_cli.telemetry.table import print_table
 from dppo_cli.types import Completion, Prompt
 
 PLAIN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=256)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dppo_cli.config import ExportConfig, Hardware, TrainConfig
+from dppo_cli.config import ExportConfig, TrainConfig
 from dppo_cli.errors import RunError
 from dppo_cli.evaluate import read_run_config
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.run_folder import check_disk, check_free, open_run
-from dppo_cli.telemetry.console import print_table
+from dppo_cli.sections import Hardware
+from dppo_cli.telemetry.table import print_table
 
 PROBE_PROMPTS = 8
 """Prompts on which the logits of the export and of the trained policy are compared."""

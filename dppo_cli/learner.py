@@ -5,7 +5,7 @@ the first of them runs, so the gradient is the same however it is cut.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.algorithm.objective import Tokens, kl_to_reference
-from dppo_cli.config import AdamW, TrainConfig
+from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
 from dppo_cli.policy.head import Visitor, token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.sections import AdamW
 from dppo_cli.telemetry.trust_region import TokenStats
 from dppo_cli.types import Batch, PolicyReport, Sample
 
@@ -77,8 +78,8 @@ class Learner:
                 loss_N, seen = self._token_losses(batch)
                 (loss_N.sum() / divisor).backward()
                 stats.append(seen)
-                places += batch.input_ids_BL.numel()
-                padded += batch.input_ids_BL.numel() - int(batch.length_B.sum())
+                places += batch.places
+                padded += batch.places - batch.tokens
         lr = float(self.schedule.get_last_lr()[0])
         norm = self._step()
         return UpdateResult(
@@ -121,7 +122,7 @@ class Learner:
         return loss_N, TokenStats.collect(batch, tokens, keep_N, entropy_N, reference_kl_N)
 
     def _log_probs(self, batch: Batch, visit: Visitor | None) -> tuple[Tensor, Tensor]:
-        hidden_NH = self.policy.hidden_states(batch.input_ids_BL)[batch.row_N, batch.column_N]
+        hidden_NH = self.policy.predicting_states(batch)
         return token_log_probs(self.head, hidden_NH, batch.token_N, self.config.hardware.head_chunk, visit)
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class Learner:
         """What the policy reports of a batch now, in the form that the approximation needs."""
         k = self.config.approx.num_logprobs
         if k == WHOLE_VOCABULARY:
-            hidden_NH = self.policy.hidden_states(batch.input_ids_BL)[batch.row_N, batch.column_N]
+            hidden_NH = self.policy.predicting_states(batch)
             logp_N, _ = token_log_probs(self.head, hidden_NH, batch.token_N, self.config.hardware.head_chunk)
             return PolicyReport(logp_N, hidden_NH=hidden_NH, head=self.head)
         ids: list[Tensor] = []
@@ -160,22 +161,39 @@ class Learner:
         return norm
 
     def _micro_batches(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[tuple[Batch, list[int]]]:
-        for part in split_by_tokens([s.length for _, s in samples], self.config.hardware.tokens_per_micro_batch):
+        for part in self._split([s for _, s in samples]):
             chosen = [samples[i] for i in part]
             yield Batch.pack([s for _, s in chosen], self.policy.pad_id, self.policy.device), [i for i, _ in chosen]
 
+    def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
+        # Without shared keys and values every sample brings its own prompt.
+        shares = not self.config.hardware.gradient_checkpointing
+        prompts = [(s.completion.prompt.token_ids, None if shares else i) for i, s in enumerate(samples)]
+        responses = [s.completion.token_ids_T.shape[0] for s in samples]
+        lengths = [len(ids) for ids, _ in prompts]
+        return split_by_tokens(prompts, lengths, responses, self.config.hardware.tokens_per_micro_batch)
 
-def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences, cut into micro-batches whose padded size stays within `budget` tokens.
 
-    Longest first, so neighbours are alike in length and little is padded. A sequence longer than the budget is alone.
+def split_by_tokens(
+    prompts: Sequence[Hashable], prompt_lengths: Sequence[int], response_lengths: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Indices of samples, cut into micro-batches whose padded size stays within `budget` tokens.
+
+    Equal `prompts` count once. Longest responses first, so neighbours are alike in length and little is padded. A
+    sample longer than the budget is alone.
     """
     parts: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
+    distinct: dict[Hashable, int] = {}
+    for index in sorted(range(len(prompts)), key=lambda i: -response_lengths[i]):
+        grown = {**distinct, prompts[index]: prompt_lengths[index]}
+        if parts:
+            responses = (len(parts[-1]) + 1) * response_lengths[parts[-1][0]]
+            if len(grown) * max(grown.values()) + responses <= budget:
+                parts[-1].append(index)
+                distinct = grown
+                continue
+        parts.append([index])
+        distinct = {prompts[index]: prompt_lengths[index]}
     return parts
 
 

@@ -1,8 +1,9 @@
 """What flows through a run: prompts, completions, samples, batches. Every field with shape, dtype and unit.
 
 Shapes: T tokens of one response, N tokens of a batch (or of one response where a type serves both), K reported
-log-probs per token, H hidden size, B sequences, L padded length, V vocabulary. mu = the policy that sampled, pi = the
-policy in training. Log-probs are natural logarithms, of the tempered and untruncated distribution.
+log-probs per token, H hidden size, P prompts of padded length L, B responses of padded length R, V vocabulary.
+mu = the policy that sampled, pi = the policy in training. Log-probs are natural logarithms, of the tempered and
+untruncated distribution.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -112,24 +113,55 @@ class Sample:
     advantage: float
     anchor: PolicyReport
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response together: what a forward pass pays for."""
-        return len(self.completion.prompt.token_ids) + self.completion.token_ids_T.shape[0]
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts padded on the left, so that what continues them begins at one place."""
+
+    ids_PL: Tensor  # int64
+    length_P1: Tensor  # int64, tokens of each
+
+    @staticmethod
+    def pad(token_ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> "Prompts":
+        longest = max(len(ids) for ids in token_ids)
+        rows = [[pad_id] * (longest - len(ids)) + list(ids) for ids in token_ids]
+        lengths = [[len(ids)] for ids in token_ids]
+        return Prompts(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+
+    def positions(self) -> Tensor:
+        """int64 [P, L]; the first token of each prompt stands at position 0."""
+        width = self.ids_PL.shape[1]
+        return (torch.arange(width, device=self.ids_PL.device) - (width - self.length_P1)).clamp(min=0)
+
+    def mask(self, more: int) -> Tensor | None:
+        """Attention mask int64 [P, L + more] of the prompts and `more` places after them: 0 on padding.
+
+        None where there is no padding: attention needs no mask then, and is faster without one.
+        """
+        width = self.ids_PL.shape[1]
+        if int(self.length_P1.min()) == width:
+            return None
+        place_1X = torch.arange(width + more, device=self.ids_PL.device)[None]
+        return (place_1X >= width - self.length_P1).long()
+
+    def unpadded(self) -> list[Tensor]:
+        """Token ids of each prompt."""
+        return [ids_L[len(ids_L) - n :] for ids_L, n in zip(self.ids_PL, self.length_P1[:, 0].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole sequences, padded on the right, with their N sampled tokens listed one after the other.
+    """P distinct prompts once each, B responses to them, and the N sampled tokens one after the other.
 
-    Right padding needs no attention mask: under causal attention no real token sees what stands to its right.
-    `row_N`, `column_N`: where the hidden state stands that *predicts* a token, one place to the left of it.
+    `row_N`, `place_N`: whose response a token is part of, and its place there; the response's first token has place 0.
     """
 
-    input_ids_BL: Tensor  # int64
-    length_B: Tensor  # int64, real tokens of each sequence
+    prompts: Prompts
+    prompt_B: Tensor  # int64, which prompt a response belongs to
+    response_ids_BR: Tensor  # int64, padded on the right
+    length_B: Tensor  # int64, tokens of each response
     row_N: Tensor  # int64
-    column_N: Tensor  # int64
+    place_N: Tensor  # int64
     token_N: Tensor  # int64
     advantage_N: Tensor  # float32
     mu: PolicyReport
@@ -137,29 +169,50 @@ class Batch:
 
     def __post_init__(self) -> None:
         n = self.token_N.shape
-        assert self.input_ids_BL.dtype == self.token_N.dtype == torch.int64
-        assert self.row_N.shape == self.column_N.shape == self.advantage_N.shape == n
+        assert self.response_ids_BR.dtype == self.token_N.dtype == torch.int64
+        assert self.prompt_B.shape == self.length_B.shape == self.response_ids_BR.shape[:1]
+        assert self.row_N.shape == self.place_N.shape == self.advantage_N.shape == n
         assert self.mu.logp_N.shape == self.anchor.logp_N.shape == n
+
+    @property
+    def places(self) -> int:
+        """Tokens and padding of a forward pass."""
+        return self.prompts.ids_PL.numel() + self.response_ids_BR.numel()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward pass."""
+        return int(self.prompts.length_P1.sum()) + int(self.length_B.sum())
+
+    def whole_ids(self, pad_id: int) -> Tensor:
+        """Every prompt and response as one sequence, int64 [B, L + R], padded on the right."""
+        prompt_ids = self.prompts.unpadded()
+        responses = zip(self.prompt_B.tolist(), self.response_ids_BR, self.length_B.tolist(), strict=True)
+        whole = [torch.cat([prompt_ids[p], ids_R[:n]]) for p, ids_R, n in responses]
+        return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad_id)
 
     @staticmethod
     def pack(samples: Sequence[Sample], pad_id: int, device: torch.device) -> "Batch":
-        """Lay out the sequences of `samples` in their order."""
-        input_ids_BL = torch.full((len(samples), max(s.length for s in samples)), pad_id, dtype=torch.int64)
-        rows, columns, advantages = [], [], []
+        """Lay out the responses of `samples` in their order."""
+        distinct: dict[tuple[int, ...], int] = {}
+        prompt_of = [distinct.setdefault(s.completion.prompt.token_ids, len(distinct)) for s in samples]
+        lengths = [s.completion.token_ids_T.shape[0] for s in samples]
+        response_ids_BR = torch.full((len(samples), max(lengths)), pad_id)
+        rows, places, advantages = [], [], []
         for b, sample in enumerate(samples):
-            prompt_ids = torch.tensor(sample.completion.prompt.token_ids)
-            input_ids_BL[b, : sample.length] = torch.cat([prompt_ids, sample.completion.token_ids_T])
-            column = sample.completion.sampled_T.nonzero().squeeze(-1) + len(prompt_ids) - 1
-            columns.append(column)
-            rows.append(torch.full_like(column, b))
-            advantages.append(torch.full(column.shape, sample.advantage))
-        row_N, column_N = torch.cat(rows), torch.cat(columns)
+            response_ids_BR[b, : lengths[b]] = sample.completion.token_ids_T
+            places.append(sample.completion.sampled_T.nonzero().squeeze(-1))
+            rows.append(torch.full_like(places[-1], b))
+            advantages.append(torch.full(places[-1].shape, sample.advantage))
+        row_N, place_N = torch.cat(rows), torch.cat(places)
         return Batch(
-            input_ids_BL=input_ids_BL.to(device),
-            length_B=torch.tensor([s.length for s in samples]),
+            prompts=Prompts.pad(list(distinct), pad_id, device),
+            prompt_B=torch.tensor(prompt_of, device=device),
+            response_ids_BR=response_ids_BR.to(device),
+            length_B=torch.tensor(lengths, device=device),
             row_N=row_N.to(device),
-            column_N=column_N.to(device),
-            token_N=input_ids_BL[row_N, column_N + 1].to(device),
+            place_N=place_N.to(device),
+            token_N=response_ids_BR[row_N, place_N].to(device),
             advantage_N=torch.cat(advantages).to(device),
             mu=PolicyReport.cat([s.completion.mu for s in samples]).to(device),
             anchor=PolicyReport.cat([s.anchor for s in samples]).to(device),

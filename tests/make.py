@@ -10,7 +10,7 @@ from torch import Tensor
 from dppo_cli.config import TrainConfig
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
-from dppo_cli.types import Batch, Completion, PolicyReport, Prompt, Sample
+from dppo_cli.types import Completion, PolicyReport, Prompt, Sample
 
 MIXED = ("1+2=", "hello world foo bar", "a", "12+34= abcdefgh ijk lmn")
 """Prompts of different lengths, so that a batch is padded; the longest ones outgrow the windows of tests/tiny.py."""
@@ -81,9 +81,13 @@ def samples(completions: Sequence[Completion], advantages: Sequence[float]) -> l
 
 @torch.no_grad()
 def trained_log_probs(of: Policy, completions: Sequence[Completion], temperature: float) -> Tensor:
-    """log pi of the training forward at every sampled token, [N, V], in the order of `completions`."""
-    batch = Batch.pack(samples(completions, [1.0] * len(completions)), of.pad_id, of.device)
-    hidden_NH = of.hidden_states(batch.input_ids_BL)[batch.row_N, batch.column_N]
+    """log pi at every sampled token, [N, V], in the order of `completions`: a forward pass for each, no padding."""
+    rows = []
+    for completion in completions:
+        ids = torch.tensor([[*completion.prompt.token_ids, *completion.token_ids_T.tolist()]])
+        # One to the left of each token stands the state that predicts it.
+        rows.append(of.hidden_states(ids)[0, len(completion.prompt.token_ids) - 1 : -1][completion.sampled_T])
+    hidden_NH = torch.cat(rows)
     return of.head.at(temperature).log_probs(hidden_NH)
 
 

@@ -16,7 +16,8 @@ from dppo_cli.algorithm.approx import Binary, TopK
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.objective import DPPO
 from dppo_cli.cli import config_dir, groups
-from dppo_cli.config import AdamW, BatchPlan, EvalConfig, ExportConfig, LoRA, Sampling, TrainConfig, build
+from dppo_cli.config import EvalConfig, ExportConfig, TrainConfig, build
+from dppo_cli.sections import AdamW, BatchPlan, LoRA, Sampling
 
 MANDATORY = {
     ("data", "file"): ["data.path=problems.jsonl"],

@@ -16,10 +16,11 @@ from torch import Tensor
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.objective import Objective, TokenLoss, Tokens
 from dppo_cli.cli import groups
-from dppo_cli.config import AdamW, TrainConfig
+from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
 from dppo_cli.learner import Learner, UpdateResult, lr_factor, split_by_tokens
 from dppo_cli.policy.policy import Policy
+from dppo_cli.sections import AdamW
 from dppo_cli.telemetry.trust_region import TokenStats
 from dppo_cli.types import Completion, PolicyReport, Sample
 
@@ -148,9 +149,11 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(train_config, object
         counts.append(len(result.stats))
     assert_equal_gradients(gradients[1], gradients[0])
     assert_equal_gradients(gradients[2], gradients[0])
-    lengths = [s.length for s in samples]
-    assert places[0] == (8 * max(lengths), 8 * max(lengths) - sum(lengths))
-    assert places[1] == (sum(lengths), 0)
+    responses = [len(s.completion.token_ids_T) for s in samples]
+    prompts = [len(s.completion.prompt.token_ids) for s in samples[::2]]
+    whole = 4 * max(prompts) + 8 * max(responses)
+    assert places[0] == (whole, whole - sum(prompts) - sum(responses)), "both samples of a prompt share it"
+    assert places[1] == (2 * sum(prompts) + sum(responses), 0)
     assert counts[:2] == [1, 8]
     assert 1 < counts[2] < 8
 
@@ -305,7 +308,7 @@ def test_the_reference_term_changes_the_gradient_of_a_moved_adapter(train_config
     """By how much: see the dense implementation above. The figure is log pi/ref of the sampled tokens."""
     config = train_config("hardware.tokens_per_micro_batch=1000000", UNCLIPPED)
     policy, samples = off_policy(config)
-    samples.sort(key=lambda s: -s.length)
+    samples.sort(key=lambda s: -len(s.completion.token_ids_T))
     token_N = torch.cat([s.completion.token_ids_T for s in samples])
     log_pi_NV = make.trained_log_probs(policy, [s.completion for s in samples], 1.0)
     with policy.without_adapter():
@@ -454,7 +457,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(train_config, model):
         hook = layer.register_forward_pre_hook(count)
         gradients.append(gradient(Learner(policy, config), samples)[0])
         hook.remove()
-    assert calls[1] > calls[0], "nothing was recomputed"
+    # Prompts and responses, for pi and for the reference; whole sequences for both, and pi's again going back.
+    assert calls == [4, 3]
     assert_equal_gradients(gradients[1], gradients[0])
 
 
@@ -485,7 +489,7 @@ def test_figures_of_an_update(train_config):
     log_pi_NV = make.trained_log_probs(policy, [s.completion for s in samples], 0.7)
     learner = Learner(policy, replace(config, hardware=replace(config.hardware, tokens_per_micro_batch=10**6)))
     (stats,) = learner.update(samples).stats
-    order = sorted(range(8), key=lambda i: -samples[i].length)
+    order = sorted(range(8), key=lambda i: -len(samples[i].completion.token_ids_T))
     ends = torch.tensor([len(s.completion.token_ids_T) for s in samples]).cumsum(0)
     rows = torch.cat([torch.arange(ends[i] - len(samples[i].completion.token_ids_T), ends[i]) for i in order])
     log_pi_NV = log_pi_NV[rows]
@@ -524,20 +528,30 @@ def test_skipped_samples_count_in_the_divisor(train_config):
     assert_equal_gradients(found, expected)
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
-def test_sequences_are_split_by_tokens(lengths, budget):
-    parts = split_by_tokens(lengths, budget)
-    assert sorted(itertools.chain(*parts)) == list(range(len(lengths)))
+def padded_size(part: list[int], prompts: list[int], lengths: dict[int, int], responses: list[int]) -> int:
+    distinct = {prompts[i] for i in part}
+    return len(distinct) * max(lengths[p] for p in distinct) + len(part) * max(responses[i] for i in part)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 50)), max_size=30), st.integers(1, 200))
+def test_samples_are_split_by_tokens(samples, budget):
+    """Samples of six prompts of 3, 6, ... tokens, responses of any length."""
+    prompts, responses = [p for p, _ in samples], [r for _, r in samples]
+    lengths = {p: 3 * (p + 1) for p in range(6)}
+    parts = split_by_tokens(prompts, [lengths[p] for p in prompts], responses, budget)
+    assert sorted(itertools.chain(*parts)) == list(range(len(samples)))
     for part in parts:
-        longest = max(lengths[i] for i in part)
-        assert longest * len(part) <= budget or len(part) == 1
-    # Longest first, and no part is closed while the next sequence would still have fitted.
+        assert len(part) == 1 or padded_size(part, prompts, lengths, responses) <= budget
+    # Longest first, and no part is closed while the next sample would still have fitted.
     for part, following in itertools.pairwise(parts):
-        assert min(lengths[i] for i in part) >= max(lengths[i] for i in following)
-        assert max(lengths[i] for i in part) * (len(part) + 1) > budget
+        assert min(responses[i] for i in part) >= max(responses[i] for i in following)
+        assert padded_size([*part, following[0]], prompts, lengths, responses) > budget
 
 
 def test_equal_lengths_keep_their_order():
-    assert split_by_tokens([3, 3, 3, 3], 6) == [[0, 1], [2, 3]]
-    assert split_by_tokens([1, 9, 2, 8], 16) == [[1], [3, 2], [0]]
-    assert split_by_tokens([], 8) == []
+    one = [1] * 4
+    assert split_by_tokens("aaaa", one, [3, 3, 3, 3], 7) == [[0, 1], [2, 3]]
+    assert split_by_tokens("aaaa", one, [1, 9, 2, 8], 19) == [[1, 3], [2, 0]]
+    assert split_by_tokens("abcd", one, [3, 3, 3, 3], 8) == [[0, 1], [2, 3]]
+    assert split_by_tokens("abcd", one, [3, 3, 3, 3], 7) == [[0], [1], [2], [3]]
+    assert split_by_tokens("", [], [], 8) == []

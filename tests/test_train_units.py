@@ -8,7 +8,7 @@ from dataclasses import replace
 import make
 import pytest
 
-from dppo_cli.config import BatchPlan
+from dppo_cli.sections import BatchPlan
 from dppo_cli.train import derive_seed, mini_batches, prompt_batches, score
 from dppo_cli.types import Prompt
 

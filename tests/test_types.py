@@ -4,7 +4,7 @@ import make
 import pytest
 import torch
 
-from dppo_cli.types import Batch, Completion, PolicyReport, Prompt, Sample
+from dppo_cli.types import Batch, Completion, PolicyReport, Prompt, Prompts, Sample
 
 CPU = torch.device("cpu")
 
@@ -37,28 +37,39 @@ def sample(advantage: float, **made: object) -> Sample:
     return Sample(completion, 0.0, advantage, completion.mu)
 
 
-def test_a_batch_is_padded_on_the_right_and_lists_its_sampled_tokens():
+def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
     batch = packed(
         sample(0.5, prompt_ids=(3, 4), token_ids=(5, 6, 7), logp=(-1.0, -2.0, -3.0)),
         sample(-1.0, prompt_ids=(8,), token_ids=(9,), logp=(-4.0,)),
-        sample(2.0, prompt_ids=(3, 4, 10), token_ids=(11, 12), logp=(-5.0, -6.0)),
+        sample(2.0, prompt_ids=(3, 4), token_ids=(11, 12), logp=(-5.0, -6.0)),
     )
-    assert batch.input_ids_BL.tolist() == [[3, 4, 5, 6, 7], [8, 9, 99, 99, 99], [3, 4, 10, 11, 12]]
-    assert batch.length_B.tolist() == [5, 2, 5]
+    assert batch.prompts.ids_PL.tolist() == [[3, 4], [99, 8]], "an equal prompt comes once"
+    assert batch.prompts.length_P1.tolist() == [[2], [1]]
+    assert batch.prompts.positions().tolist() == [[0, 1], [0, 0]]
+    assert batch.prompts.mask(1).tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch.prompt_B.tolist() == [0, 1, 0]
+    assert batch.response_ids_BR.tolist() == [[5, 6, 7], [9, 99, 99], [11, 12, 99]]
+    assert batch.length_B.tolist() == [3, 1, 2]
     assert batch.token_N.tolist() == [5, 6, 7, 9, 11, 12]
     assert batch.row_N.tolist() == [0, 0, 0, 1, 2, 2]
-    assert batch.column_N.tolist() == [1, 2, 3, 0, 2, 3], "one to the left of each token: what predicts it"
+    assert batch.place_N.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.advantage_N.tolist() == [0.5, 0.5, 0.5, -1.0, 2.0, 2.0]
     assert batch.advantage_N.dtype == torch.float32
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
+    assert (batch.places, batch.tokens) == (4 + 9, 3 + 6)
+    assert batch.whole_ids(99).tolist() == [[3, 4, 5, 6, 7], [8, 9, 99, 99, 99], [3, 4, 11, 12, 99]]
+
+
+def test_prompts_of_one_length_need_no_mask():
+    assert Prompts.pad([(3, 4), (5, 6)], 99, CPU).mask(4) is None
 
 
 def test_tokens_that_were_not_sampled_stay_in_the_sequence_only():
     sampled = (False, True, False, False, True)
     batch = packed(sample(1.0, prompt_ids=(3, 4), token_ids=(5, 6, 7, 8, 9), sampled=sampled, logp=(-1.0, -2.0)))
-    assert batch.input_ids_BL.tolist() == [[3, 4, 5, 6, 7, 8, 9]]
+    assert batch.response_ids_BR.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.token_N.tolist() == [6, 9]
-    assert batch.column_N.tolist() == [2, 5]
+    assert batch.place_N.tolist() == [1, 4]
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
 
 
@@ -68,10 +79,6 @@ def test_the_anchor_is_the_samples_own():
     batch = packed(Sample(completion, 0.0, 1.0, anchor))
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
     assert batch.anchor.logp_N.tolist() == [-7.0, -8.0]
-
-
-def test_the_length_of_a_sample_is_what_a_forward_pass_pays_for():
-    assert sample(1.0, prompt_ids=(3, 4), token_ids=(5, 6, 7), sampled=(True, False, True)).length == 5
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([False, True, True, False]), torch.tensor([1, 2])])
@@ -161,8 +168,8 @@ def test_a_prompt_has_tokens():
 def test_a_batch_checks_its_columns():
     whole = packed(sample(1.0, prompt_ids=(3,), token_ids=(5, 6)))
     fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
-    for name in ("row_N", "column_N", "advantage_N", "token_N", "mu", "anchor"):
+    for name in ("row_N", "place_N", "advantage_N", "token_N", "mu", "anchor"):
         with pytest.raises(AssertionError):
             Batch(**{**fields, name: fields[name][:1]})
     with pytest.raises(AssertionError):
-        Batch(**{**fields, "input_ids_BL": fields["input_ids_BL"].int()})
+        Batch(**{**fields, "response_ids_BR": fields["response_ids_BR"].int()})

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dppo_cli.config import did_you_mean
 from dppo_cli.data.task import Example, Task
 from dppo_cli.errors import ConfigError, DataError
+from dppo_cli.sections import did_you_mean
 
 
 @dataclass(frozen=True)

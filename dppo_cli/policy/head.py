@@ -47,8 +47,15 @@ class Head:
 
     def log_probs(self, hidden_NH: Tensor) -> Tensor:
         """log pi, float32 [N, V]."""
+        return self.log_probs_and_probs(hidden_NH)[0]
+
+    def log_probs_and_probs(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi and pi, float32 [N, V] each, from one exponential."""
         z_NV = self.logits(hidden_NH)
-        return z_NV.sub_(z_NV.logsumexp(-1, keepdim=True))
+        z_NV -= z_NV.amax(-1, keepdim=True)
+        pi_NV = z_NV.exp()
+        total_N1 = pi_NV.sum(-1, keepdim=True)
+        return z_NV.sub_(total_N1.log()), pi_NV.div_(total_N1)
 
 
 def token_log_probs(
@@ -74,11 +81,10 @@ class _TokenLogProbs(torch.autograd.Function):
         slope_NH = torch.empty_like(hidden_NH) if needs_gradient else None
         for start in range(0, n, chunk_size):
             rows = slice(start, min(start + chunk_size, n))
-            log_pi_CV = head.log_probs(hidden_NH[rows])
+            log_pi_CV, pi_CV = head.log_probs_and_probs(hidden_NH[rows])
             logp_N[rows] = log_pi_CV.gather(-1, token_N[rows, None]).squeeze(-1)
             if visit is not None:
                 visit(rows, log_pi_CV)
-            pi_CV = log_pi_CV.exp()
             # A forbidden token (log pi = -inf) adds nothing to the entropy; 0 * -inf would make it NaN.
             entropy_N[rows] = -torch.linalg.vecdot(pi_CV, log_pi_CV.clamp_(min=torch.finfo(torch.float32).min))
             if slope_NH is not None:

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dppo_cli.config import Hardware, LoRA
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.policy import Policy, check_head
+from dppo_cli.sections import Hardware, LoRA
 
 EMBEDDED = "embedded:"
 HUB_PATIENCE = 5.0

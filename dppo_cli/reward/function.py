@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dppo_cli.config import did_you_mean
 from dppo_cli.errors import RewardError
 from dppo_cli.reward.scorer import Scorer
+from dppo_cli.sections import did_you_mean
 from dppo_cli.types import Completion
 
 RewardFunction = Callable[..., list[float | None]]

@@ -1,7 +1,7 @@
 """One wave of sequences through a transformers model, a token at a time.
 
-Shapes: P prompts, G samples per prompt, B = P x G sequences, A of them still being written, L padded prompt length,
-H hidden size.
+Shapes: P prompts, G samples per prompt, B = P x G sequences, A of them still being written, X places of prompt
+and response, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dppo_cli.types import Prompt
-
-SHRINK_AT = 0.875
-"""Finished sequences leave the batch when at most this share of it is still being written: leaving copies the cache."""
+from dppo_cli.types import Prompt, Prompts
 
 
 class Decoder:
@@ -24,52 +21,41 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Prompt], group: int, max_new_tokens: int, pad_id: int
     ) -> None:
-        device = model.device
         self.model, self.group, self.pad_id = model, group, pad_id
-        lengths = [len(p.token_ids) for p in prompts]
-        longest = max(lengths)
-        ids = [[pad_id] * (longest - n) + list(p.token_ids) for p, n in zip(prompts, lengths, strict=True)]
-        self.prompt_PL = torch.tensor(ids, device=device)
-        self.length_B1 = torch.tensor(lengths, device=device)[:, None]
-        # Without padding no mask is needed, and attention is faster without one.
-        self.mask_BL = None
-        if min(lengths) < longest:
-            place_1L = torch.arange(longest + max_new_tokens, device=device)[None]
-            self.mask_BL = (place_1L >= longest - self.length_B1).long()
+        self.prompts = Prompts.pad([p.token_ids for p in prompts], pad_id, model.device)
+        self.width = self.prompts.ids_PL.shape[1]
+        self.length_B1 = self.prompts.length_P1
+        self.mask_BX = self.prompts.mask(max_new_tokens)
         self.cache = DynamicCache(config=model.config)
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[i] = PreallocatedLayer(longest + max_new_tokens)
-        self.slot_A = torch.arange(len(prompts) * group, device=device)
+                self.cache.layers[i] = PreallocatedLayer(self.width + max_new_tokens)
         self.written = 0
 
     def prefill(self) -> Tensor:
         """Run each distinct prompt once; [B, H], prompt-major."""
-        width = self.prompt_PL.shape[1]
-        position_PL = (torch.arange(width, device=self.prompt_PL.device) - (width - self.length_B1)).clamp(min=0)
-        hidden_PH = self._forward(self.prompt_PL, position_PL)
+        hidden_PH = self._forward(self.prompts.ids_PL, self.prompts.positions())
         self.cache.batch_repeat_interleave(self.group)
         self.length_B1 = self.length_B1.repeat_interleave(self.group, dim=0)
-        if self.mask_BL is not None:
-            self.mask_BL = self.mask_BL.repeat_interleave(self.group, dim=0)
+        if self.mask_BX is not None:
+            self.mask_BX = self.mask_BX.repeat_interleave(self.group, dim=0)
         return hidden_PH.repeat_interleave(self.group, dim=0)
 
     def step(self, token_A: Tensor, rows_A: Tensor) -> Tensor:
-        """Append `token_A` to the sequences `rows_A` of those that the last call gave; the others have finished."""
-        self.slot_A = self.slot_A[rows_A]
-        if len(self.slot_A) <= SHRINK_AT * self.length_B1.shape[0]:
-            self.cache.batch_select_indices(self.slot_A)
-            self.length_B1 = self.length_B1[self.slot_A]
-            self.mask_BL = None if self.mask_BL is None else self.mask_BL[self.slot_A]
-            self.slot_A = torch.arange(len(self.slot_A), device=token_A.device)
-        token_B1 = torch.full_like(self.length_B1, self.pad_id)
-        token_B1[self.slot_A, 0] = token_A
-        position_B1 = self.length_B1 + self.written
+        """Append `token_A` to the sequences `rows_A` (on the CPU) of those that the last call gave.
+
+        The others have finished and leave. Returns [A, H] in the order of `rows_A`; see `compact`.
+        """
+        if len(rows_A) < len(self.length_B1):
+            self.cache.batch_select_indices(rows_A)
+            self.length_B1 = self.length_B1[rows_A]
+            self.mask_BX = None if self.mask_BX is None else self.mask_BX[rows_A]
+        position_A1 = self.length_B1 + self.written
         self.written += 1
-        return self._forward(token_B1, position_B1)[self.slot_A]
+        return self._forward(token_A[:, None], position_A1)
 
     def _forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        mask = None if self.mask_BL is None else self.mask_BL[:, : self.prompt_PL.shape[1] + self.written]
+        mask = None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
         output = self.model.base_model(
             input_ids=token_ids,
             attention_mask=mask,
@@ -80,10 +66,22 @@ class Decoder:
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
+def compact(writing_A: Tensor) -> Tensor:
+    """The rows that are True in `writing_A`, bool [A] on the CPU, in an order that lets most of them stay in place.
+
+    Rows from the end fill the gaps, so that leaving copies one sequence's cache for each that leaves, not everyone's.
+    """
+    count = int(writing_A.sum())
+    rows = torch.arange(count)
+    rows[~writing_A[:count]] = writing_A[count:].nonzero().squeeze(-1) + count
+    return rows
+
+
 class PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
 
-    A subclass because transformers' `Cache` asks its layers for this interface.
+    A subclass because transformers' `Cache` asks its layers for this interface. The prompt's own states are kept until
+    the first copy: repeating, selecting or appending.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -96,25 +94,38 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
-        assert self.keys is not None and self.values is not None
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if self.buffers is None:
-            self.buffers = self._with_room(self.keys), self._with_room(self.values)
+            self.batch_repeat_interleave(1)
+        assert self.keys is not None and self.buffers is not None
+        rows, start = self.keys.shape[0], self.keys.shape[-2]
+        end = start + key_states.shape[-2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
-        return self.keys, self.values
+            buffer[:rows, :, start:end] = new
+        self._show(rows, end)
+        return self.keys, self.values  # type: ignore[return-value]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.buffers = None
+        """Rows that stay where they are cost nothing. `indices` on the CPU, so that a GPU is not waited for."""
+        if self.buffers is None:
+            self.batch_repeat_interleave(1)
+        assert self.keys is not None and self.buffers is not None
+        length = self.keys.shape[-2]
+        to = (indices != torch.arange(len(indices))).nonzero().squeeze(-1)
+        for buffer in self.buffers:
+            buffer[to, :, :length] = buffer[indices[to], :, :length]
+        self._show(len(indices), length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.buffers = None
+        assert self.keys is not None and self.values is not None
+        self.buffers = self._with_room(self.keys, repeats), self._with_room(self.values, repeats)
+        self._show(self.buffers[0].shape[0], self.keys.shape[-2])
 
-    def _with_room(self, states: Tensor) -> Tensor:
+    def _with_room(self, states: Tensor, repeats: int) -> Tensor:
         batch, heads, length, size = states.shape
-        buffer = states.new_empty(batch, heads, self.capacity, size)
-        buffer[:, :, :length] = states
-        return buffer
+        buffer = states.new_empty(batch, repeats, heads, self.capacity, size)
+        buffer[..., :length, :] = states[:, None]
+        return buffer.flatten(0, 1)
+
+    def _show(self, rows: int, length: int) -> None:
+        assert self.buffers is not None
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self.buffers)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from dppo_cli.config import LoRA, Sampling
 from dppo_cli.policy.policy import Policy
+from dppo_cli.sections import LoRA, Sampling
 from dppo_cli.types import Completion, Prompt
 
 
@@ -29,7 +29,7 @@ class RolloutEngine(Protocol):
 class RolloutSource(Protocol):
     """A rollout option."""
 
-    def check(self, num_logprobs: int, anchor: str, adapter: LoRA | None) -> None:
+    def check(self, num_logprobs: int, adapter: LoRA | None) -> None:
         """Raise ConfigError if this engine cannot report what the approximation needs, or cannot run the adapter."""
         ...
 

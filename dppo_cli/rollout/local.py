@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
-from dppo_cli.config import LoRA, Sampling
 from dppo_cli.errors import ConfigError
 from dppo_cli.policy.head import Head
 from dppo_cli.policy.policy import Policy, model_head
-from dppo_cli.rollout.decoder import Decoder
+from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.merged import MergedCopy
 from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.sections import LoRA, Sampling
 from dppo_cli.types import Completion, PolicyReport, Prompt
 
 
@@ -45,7 +45,7 @@ class LocalRollout:
         if self.max_logprobs < 1:
             raise ConfigError(f"rollout.max_logprobs={self.max_logprobs} must be at least 1")
 
-    def check(self, num_logprobs: int, anchor: str, adapter: LoRA | None) -> None:
+    def check(self, num_logprobs: int, adapter: LoRA | None) -> None:
         if num_logprobs > self.max_logprobs:
             raise ConfigError(
                 f"approx.k={num_logprobs} is more than rollout.max_logprobs={self.max_logprobs}, the longest list this "
@@ -113,15 +113,16 @@ class LocalEngine:
         active_A = torch.arange(len(prompts) * group, device=device)
         hidden_AH = decoder.prefill()
         while True:
-            log_mu_AV = head.log_probs(hidden_AH)
+            log_mu_AV, mu_AV = head.log_probs_and_probs(hidden_AH)
             # A number for every sequence of the wave, so that a token does not depend on who else has finished.
             uniform_B = torch.rand(record.size, generator=generator).to(device)
-            token_A = _choose(log_mu_AV, uniform_B[active_A], sampling)
+            token_A = _choose(log_mu_AV, mu_AV, uniform_B[active_A], sampling)
             record.add(active_A, token_A, log_mu_AV, hidden_AH)
             # The one place where the host waits for the device.
-            rows_A = (~torch.isin(token_A, eos_E)).nonzero().squeeze(-1)
-            if len(rows_A) == 0 or len(record.steps) == sampling.max_new_tokens:
+            writing_A = ~torch.isin(token_A, eos_E).cpu()
+            if not writing_A.any() or len(record.steps) == sampling.max_new_tokens:
                 break
+            rows_A = compact(writing_A)
             active_A = active_A[rows_A]
             hidden_AH = decoder.step(token_A[rows_A], rows_A)
         reports = record.reports()
@@ -176,7 +177,7 @@ class Record:
         return [(token[b], PolicyReport(logp[b], hidden_NH=hidden[b], head=self.head)) for b in range(self.size)]
 
 
-def _choose(log_mu_AV: Tensor, uniform_A: Tensor, sampling: Sampling) -> Tensor:
+def _choose(log_mu_AV: Tensor, mu_AV: Tensor, uniform_A: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return log_mu_AV.argmax(-1)
-    return draw(truncate(log_mu_AV, sampling) if sampling.truncates else log_mu_AV, uniform_A)
+    return draw(truncate(log_mu_AV, sampling).exp() if sampling.truncates else mu_AV, uniform_A)

@@ -11,6 +11,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
 
+from dppo_cli.rollout.packed import PackedLinear, can_pack
+
 
 class MergedCopy:
     """`model` is a plain transformers model; `refresh()` makes it W + delta W of the policy's model as it is now."""
@@ -26,6 +28,8 @@ class MergedCopy:
             own_layer = self.model.get_submodule(name)
             assert isinstance(own_layer, LoraLinear)
             plain = own_layer.get_base_layer()
+            if can_pack(plain, dtype):
+                plain = PackedLinear(plain.bias)
             setattr(self.model.get_submodule(parent), child, plain)
             self.pairs.append((layer, plain))
         self.model.requires_grad_(False).eval()
@@ -37,7 +41,11 @@ class MergedCopy:
     def refresh(self) -> None:
         for layer, plain in self.pairs:
             weight = layer.get_base_layer().weight
-            assert isinstance(weight, torch.Tensor) and isinstance(plain.weight, torch.Tensor)
+            assert isinstance(weight, torch.Tensor)
             for adapter in layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-            plain.weight.copy_(weight)
+            if isinstance(plain, PackedLinear):
+                plain.pack(weight)
+            else:
+                assert isinstance(plain.weight, torch.Tensor)
+                plain.weight.copy_(weight)

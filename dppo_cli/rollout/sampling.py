@@ -1,17 +1,18 @@
-"""Drawing tokens from log-probs. Shapes: B sequences, V vocabulary."""
+"""Drawing tokens from probabilities. Shapes: B sequences, V vocabulary."""
 
 import torch
 from torch import Tensor
 
-from dppo_cli.config import Sampling
+from dppo_cli.sections import Sampling
 
 
-def draw(log_mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def draw(mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Tokens int64 [B] by inverse CDF: the first whose cumulative probability exceeds a uniform number in [0, 1).
 
-    One cumulative sum and one search per row; `torch.multinomial` costs forty times as much on a large vocabulary.
+    `mu_BV`: float32 probabilities, up to a factor per row. One cumulative sum and one search per row;
+    `torch.multinomial` costs forty times as much on a large vocabulary.
     """
-    cdf_BV = log_mu_BV.exp().cumsum(-1)
+    cdf_BV = mu_BV.cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
     # u * total may round up to total, which no token exceeds; just below it there always is one with mass.
     threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
@@ -19,7 +20,7 @@ def draw(log_mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def truncate(log_mu_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs with what top_k, top_p and min_p forbid at -inf (not renormalised; `draw` does not need it).
+    """Log-probs with what top_k, top_p and min_p forbid at -inf (not renormalised: `draw` does not need it).
 
     Ties at a boundary are kept. The likeliest token always stays.
     """

@@ -14,6 +14,7 @@ from rich.table import Table
 from dppo_cli.algorithm.objective import DRPO, PolicyGradient
 from dppo_cli.config import TrainConfig
 from dppo_cli.policy.policy import Policy
+from dppo_cli.telemetry.table import print_table
 from dppo_cli.telemetry.watch import Watch
 
 if TYPE_CHECKING:
@@ -153,13 +154,3 @@ def _cells(m: dict[str, Any]) -> list[list[str]]:
 
 def _show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsole | None = None) -> None:
-    """A two-column table. Long values are folded, not cut: somebody may want to copy a path."""
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    (console or RichConsole(highlight=False)).print(table)

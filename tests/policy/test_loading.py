@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, OPTConfig
 
-from dppo_cli.config import LoRA, Prompting, TrainConfig
+from dppo_cli.config import TrainConfig
 from dppo_cli.data.task import Example
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.learner import Learner
 from dppo_cli.policy import loading
 from dppo_cli.policy.loading import load_policy, resolve_device, resolve_path
 from dppo_cli.policy.policy import Policy, check_head
+from dppo_cli.sections import LoRA, Prompting
 
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from dppo_cli.rollout.decoder import SHRINK_AT, Decoder, PreallocatedLayer
+from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer, compact
 
 
 def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,12 +95,37 @@ def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, 
 
     agree(decoder.prefill())
     for ending in ENDING:
-        rows_A = torch.tensor([i for i, b in enumerate(writing) if b not in ending])
-        writing = [b for b in writing if b not in ending]
+        rows_A = compact(torch.tensor([b not in ending for b in writing]))
+        writing = [writing[row] for row in rows_A.tolist()]
         token_A = torch.randint(3, 70, (len(writing),), generator=generator)
         for b, token in zip(writing, token_A.tolist(), strict=True):
             sequences[b].append(token)
         agree(decoder.step(token_A, rows_A))
         sizes.append(decoder.length_B1.shape[0])
-    assert len(writing) / 12 < SHRINK_AT
-    assert sizes == [12, 12, 8, 8, 4, 2, 2], "finished sequences leave the batch once enough of them have"
+    assert sizes == [12, 11, 8, 8, 4, 2, 2], "finished sequences leave the batch"
+
+
+@pytest.mark.parametrize(
+    ("writing", "rows"),
+    [
+        ([1, 1, 1], [0, 1, 2]),
+        ([0, 1, 1, 1], [3, 1, 2]),
+        ([1, 0, 1, 0, 1], [0, 4, 2]),
+        ([0, 0, 1, 1], [2, 3]),
+        ([1, 1, 0, 0], [0, 1]),
+        ([0, 0], []),
+    ],
+)
+def test_rows_that_are_kept_stay_in_place_where_they_can(writing, rows):
+    assert compact(torch.tensor(writing).bool()).tolist() == rows
+
+
+def test_leaving_copies_only_the_rows_that_move():
+    generator = torch.Generator().manual_seed(0)
+    layer = PreallocatedLayer(capacity=8)
+    layer.update(*states(4, 3, generator))
+    layer.batch_repeat_interleave(1)
+    place, expected = layer.keys.data_ptr(), layer.keys[torch.tensor([0, 3, 2])].clone()
+    layer.batch_select_indices(torch.tensor([0, 3, 2]))
+    assert layer.keys.data_ptr() == place
+    assert torch.equal(layer.keys, expected)

@@ -10,11 +10,11 @@ import tiny
 import torch
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
-from dppo_cli.config import Sampling
 from dppo_cli.errors import ConfigError
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.local import LocalEngine, LocalRollout
+from dppo_cli.sections import Sampling
 from dppo_cli.types import Batch, Completion, PolicyReport, Prompt
 
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
@@ -41,7 +41,7 @@ def reported(completions: Sequence[Completion]) -> PolicyReport:
 def trained(of: Policy, completions: Sequence[Completion]) -> torch.Tensor:
     """Log-prob of each token as the learner computes it."""
     batch = Batch.pack(make.samples(completions, [1.0] * len(completions)), of.pad_id, of.device)
-    hidden_NH = of.hidden_states(batch.input_ids_BL)[batch.row_N, batch.column_N]
+    hidden_NH = of.predicting_states(batch)
     return token_log_probs(of.head.at(TEMPERATURE), hidden_NH, batch.token_N, chunk_size=64)[0].detach()
 
 
@@ -326,10 +326,10 @@ def test_fields_that_cannot_work_are_refused(fields, words):
 def test_combinations_that_cannot_work_are_refused(train_config):
     source = LocalRollout(True, None, 8, max_logprobs=20)
     adapter = train_config().adapter
-    source.check(20, "rollout", adapter)
-    source.check(WHOLE_VOCABULARY, "rollout", adapter)
+    source.check(20, adapter)
+    source.check(WHOLE_VOCABULARY, adapter)
     with pytest.raises(ConfigError, match=r"approx\.k=21 is more than rollout\.max_logprobs=20"):
-        source.check(21, "rollout", adapter)
+        source.check(21, adapter)
     with pytest.raises(ConfigError, match=r"nf4; use rollout\.merge=false"):
-        source.check(0, "rollout", replace(adapter, quantization="nf4"))
-    replace(source, merge=False).check(0, "rollout", replace(adapter, quantization="nf4"))
+        source.check(0, replace(adapter, quantization="nf4"))
+    replace(source, merge=False).check(0, replace(adapter, quantization="nf4"))

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.merged import MergedCopy
+from dppo_cli.rollout.packed import PackedLinear
 
 architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
@@ -15,6 +16,15 @@ IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
 
 def weights(of: Policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in of.model.named_parameters()}
+
+
+def weights_of_copy(copy: MergedCopy) -> dict[str, torch.Tensor]:
+    """By the names that plain layers would have."""
+    found = dict(copy.model.named_parameters())
+    for name, module in copy.model.named_modules():
+        if isinstance(module, PackedLinear):
+            found[f"{name}.weight"] = module.packed.to_dense()
+    return {name: value.detach().clone() for name, value in found.items()}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -46,13 +56,13 @@ def test_refreshing_does_not_drift(train_config):
     policy = make.policy(train_config(model="gpt2"), adapter_scale=0.1, seed=1)
     copy = MergedCopy(policy.model, torch.float32)
     copy.refresh()
-    first = {name: parameter.clone() for name, parameter in copy.model.named_parameters()}
+    first = weights_of_copy(copy)
     copy.refresh()
-    assert_same(dict(copy.model.named_parameters()), first)
+    assert_same(weights_of_copy(copy), first)
     for seed in (2, 3, 1):
         make.move_adapter(policy, 0.1, seed)
         copy.refresh()
-    assert_same(dict(copy.model.named_parameters()), first)
+    assert_same(weights_of_copy(copy), first)
 
 
 def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
@@ -60,7 +70,7 @@ def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
     copy = MergedCopy(policy.model, torch.float32)
     copy.refresh()
     base = {name.replace(".base_layer", ""): value for name, value in weights(policy).items() if "lora_" not in name}
-    assert_same(dict(copy.model.named_parameters()), base)
+    assert_same(weights_of_copy(copy), base)
 
 
 @architectures
@@ -86,7 +96,8 @@ def test_only_the_chosen_layers_are_copied(train_config):
     copy = MergedCopy(policy.model, torch.float32)
     copy.refresh()
     places = {parameter.data_ptr() for parameter in policy.model.parameters()}
-    own = {n.split(".")[-2] for n, p in copy.model.named_parameters() if p.data_ptr() not in places}
+    assert all(parameter.data_ptr() in places for parameter in copy.model.parameters())
+    own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
     assert own == {"q_proj", "down_proj"}
     torch.testing.assert_close(copy.model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
 

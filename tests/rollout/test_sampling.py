@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_cli.config import Sampling
 from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.sections import Sampling
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
@@ -20,7 +20,7 @@ def log_probs(*probabilities: float) -> torch.Tensor:
 
 
 def draw_one(log_mu_1V: torch.Tensor, uniform: float) -> int:
-    return int(draw(log_mu_1V, torch.tensor([uniform])))
+    return int(draw(log_mu_1V.exp(), torch.tensor([uniform])))
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_mass_zero_in_front_is_never_drawn():
 
 def test_each_row_has_its_own_distribution_and_number():
     log_mu_BV = torch.cat([log_probs(0.5, 0.5, 0.0), log_probs(0.0, 0.5, 0.5), log_probs(0.0, 0.0, 1.0)])
-    assert draw(log_mu_BV, torch.tensor([0.9, 0.1, 0.0])).tolist() == [1, 1, 2]
-    assert draw(log_mu_BV, torch.tensor([0.1, 0.9, LARGEST])).tolist() == [0, 2, 2]
+    assert draw(log_mu_BV.exp(), torch.tensor([0.9, 0.1, 0.0])).tolist() == [1, 1, 2]
+    assert draw(log_mu_BV.exp(), torch.tensor([0.1, 0.9, LARGEST])).tolist() == [0, 2, 2]
 
 
 def test_an_even_grid_of_numbers_gives_each_token_its_share():
@@ -47,7 +47,7 @@ def test_an_even_grid_of_numbers_gives_each_token_its_share():
     log_mu_1V[0, 2] = -torch.inf
     log_mu_1V[0, 4] = -torch.inf
     uniform_B = (torch.arange(1100, dtype=torch.float64) + 0.5).div(1100).float()
-    counts = torch.bincount(draw(log_mu_1V.expand(1100, -1), uniform_B), minlength=5)
+    counts = torch.bincount(draw(log_mu_1V.exp().expand(1100, -1), uniform_B), minlength=5)
     assert (counts - torch.tensor([200, 400, 0, 500, 0])).abs().max() <= 1
     assert counts[2] == counts[4] == 0
 

@@ -12,7 +12,8 @@ from rich.console import Console as RichConsole
 
 from dppo_cli.config import TrainConfig
 from dppo_cli.evaluate import Evaluation
-from dppo_cli.telemetry.console import PLAIN_LINES, Console, print_table
+from dppo_cli.telemetry.console import PLAIN_LINES, Console
+from dppo_cli.telemetry.table import print_table
 
 METRICS: dict[str, Any] = {
     "step": 3,

@@ -1,0 +1,85 @@
+"""How close each phase of the benchmark's step comes to what the machine can do at best.
+
+    python benchmarks/floor.py
+
+Peaks are measured here: a large float32 matrix product and a large copy. A phase's floor is the larger of its
+floating-point operations over the one and its bytes moved over the other, both counted from the model's shape and the
+tokens that the run reports; elementwise work, attention and Python count as zero, so 1.0 cannot be reached.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from measure import Spread, save, smollm2
+from step import ours
+from transformers import AutoConfig
+
+GROUP = 8
+
+
+def peaks() -> tuple[float, float]:
+    """Best of ten: float32 operations a second of a matrix product, bytes a second read and written by a copy."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    source, target = torch.randn(64 * 2**20), torch.empty(64 * 2**20)
+    flops = max(2 * 2048**3 / _seconds(lambda: torch.mm(a, b)) for _ in range(10))
+    moved = max(2 * source.nbytes / _seconds(lambda: target.copy_(source)) for _ in range(10))
+    return flops, moved
+
+
+def floors(config: Any, steps: list[dict[str, Any]], peak_flops: float, peak_bytes: float) -> dict[str, Any]:
+    """Median seconds and floor of sampling and of the update."""
+    hidden, inner, layers, vocabulary = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+    )
+    kv = config.num_key_value_heads * config.head_dim
+    body = layers * (2 * hidden * config.num_attention_heads * config.head_dim + 2 * hidden * kv + 3 * hidden * inner)
+    head = hidden * vocabulary
+    sequences = 8 * GROUP
+    found: dict[str, Any] = {}
+    rows: dict[str, list[tuple[float, float, float]]] = {"rollout": [], "update": []}
+    for step in steps:
+        tokens = sequences * step["response_tokens"]
+        prompt = step["prompt_tokens"]
+        rollout_flops = 2 * body * (tokens + prompt * sequences / GROUP) + 2 * head * tokens
+        # Each token step reads the weights once, and every key and value written so far.
+        cache = tokens * (prompt + step["response_tokens"] / 2) * 2 * kv * layers
+        rollout_bytes = 4 * (step["response_tokens_max"] * (body + head) + cache)
+        trained = 1 - step["skipped"]
+        # Forward and the gradient by activations; the frozen weights have none of their own.
+        update_flops = trained * (4 * body * (tokens + prompt * sequences) + 4 * head * tokens)
+        rows["rollout"].append((step["time"]["rollout"], rollout_flops, rollout_bytes))
+        rows["update"].append((step["time"]["update"], update_flops, 4.0 * (body + head)))
+    for phase, values in rows.items():
+        bounds = [max(flops / peak_flops, moved / peak_bytes) for _, flops, moved in values]
+        found[phase] = {
+            "seconds": Spread.of([seconds for seconds, _, _ in values]),
+            "operations_seconds": statistics.median(flops / peak_flops for _, flops, _ in values),
+            "bytes_seconds": statistics.median(moved / peak_bytes for _, _, moved in values),
+            "times_floor": Spread.of([v[0] / bound for v, bound in zip(values, bounds, strict=True)]),
+        }
+    return found
+
+
+def main() -> None:
+    peak_flops, peak_bytes = peaks()
+    config = AutoConfig.from_pretrained(smollm2())
+    found: dict[str, Any] = {"gflops": peak_flops / 1e9, "gb_per_second": peak_bytes / 1e9}
+    for max_new_tokens in (64, 256):
+        found[str(max_new_tokens)] = floors(config, ours(max_new_tokens, 4)[0], peak_flops, peak_bytes)
+    print(found)
+    save("floor", found)
+
+
+def _seconds(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

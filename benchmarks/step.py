@@ -1,0 +1,113 @@
+"""A whole training step: against the peer, and the approximations against one another.
+
+    python benchmarks/step.py peer 64       # rows 1 and 2: against TRL's DPPOTrainer at 64 or 256 new tokens
+    python benchmarks/step.py approx        # rows 3 and 4: topk and full against binary
+
+SmolLM2-135M in float32, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
+temperature 1. The first step of every process is a warm-up and is left out. Memory is the process's peak resident size,
+start-up, model and all.
+"""
+
+import shutil
+import statistics
+import sys
+from typing import Any
+
+from measure import BUILD, HERE, Finished, Spread, peer_python, run_json, save, smollm2, sums, train
+
+WARM_UP = 1
+
+
+def work(max_new_tokens: int, *more: str) -> list[str]:
+    """The overrides of the benchmark's run."""
+    return [
+        f"model.path={smollm2()}",
+        "prompt.template=chat",
+        "data=file",
+        f"data.path={sums()}",
+        "data.eval_problems=8",
+        "reward=function",
+        f"reward.path={HERE / 'reward.py'}:contains_answer",
+        "adapter.r=16",
+        "adapter.alpha=32",
+        "batch.prompts_per_step=8",
+        "batch.samples_per_prompt=8",
+        "batch.prompts_per_update=8",
+        "optim.lr=1e-5",
+        f"sampling.max_new_tokens={max_new_tokens}",
+        *more,
+    ]
+
+
+def ours(max_new_tokens: int, steps: int, *more: str) -> tuple[list[dict[str, Any]], Finished]:
+    """The steps after the warm-up, and the process."""
+    folder = BUILD / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    metrics, process = train(folder, *work(max_new_tokens, f"steps={WARM_UP + steps}", *more))
+    return metrics[WARM_UP:], process
+
+
+def seconds(steps: list[dict[str, Any]]) -> list[float]:
+    return [step["time"]["total"] for step in steps]
+
+
+def against_peer(max_new_tokens: int, steps: int = 4) -> None:
+    """Rows 1 and 2."""
+    found: dict[str, Any] = {}
+    for divergence, more in (("binary_tv", []), ("topk_tv", ["approx=topk"])):
+        if divergence == "topk_tv" and max_new_tokens > 64:
+            continue
+        mine, process = ours(max_new_tokens, steps, *more)
+        peer, peer_process = run_json(
+            "peer_step.py",
+            *("--model", smollm2(), "--data", sums(), "--out", BUILD / "peer_run", "--divergence", divergence),
+            *("--steps", str(WARM_UP + steps), "--max-new-tokens", str(max_new_tokens)),
+            python=peer_python(),
+        )
+        own, other = Spread.of(seconds(mine)), Spread.of(peer["seconds"][WARM_UP:])
+        found[divergence] = {
+            "ours_seconds": own,
+            "peer_seconds": other,
+            "speedup": Spread(other.low / own.high, other.median / own.median, other.high / own.low),
+            "ours_gib": process.peak_gib,
+            "peer_gib": peer_process.peak_gib,
+            "memory_ratio": process.peak_gib / peer_process.peak_gib,
+            "ours_response_tokens": statistics.mean(step["response_tokens"] for step in mine),
+            "peer_response_tokens": statistics.mean(peer["response_tokens"][WARM_UP:]),
+            "ours_phases": {
+                phase: statistics.median(step["time"][phase] for step in mine)
+                for phase in ("rollout", "update", "sync")
+            },
+        }
+        print(max_new_tokens, divergence, found[divergence], flush=True)
+    save(f"peer_{max_new_tokens}", found)
+
+
+def approximations(rounds: int = 3, steps: int = 4) -> None:
+    """Rows 3 and 4: in turn, so that a drifting machine hits all alike; each step against the same step of binary."""
+    times: dict[str, list[float]] = {name: [] for name in ("binary", "topk", "full")}
+    memory: dict[str, list[float]] = {name: [] for name in times}
+    for _ in range(rounds):
+        for name in times:
+            mine, process = ours(64, steps, f"approx={name}")
+            times[name] += seconds(mine)
+            memory[name].append(process.peak_gib)
+    found = {
+        name: {
+            "seconds": Spread.of(times[name]),
+            "ratio": Spread.of([a / b for a, b in zip(times[name], times["binary"], strict=True)]),
+            "gib": Spread.of(memory[name]),
+            "memory_ratio": statistics.median(memory[name]) / statistics.median(memory["binary"]),
+        }
+        for name in times
+    }
+    for name, row in found.items():
+        print(name, row, flush=True)
+    save("approx", found)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "peer":
+        against_peer(int(sys.argv[2]))
+    else:
+        approximations()

@@ -1,0 +1,16 @@
+"""The two-column table at the end of a command."""
+
+from collections.abc import Sequence
+
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsole | None = None) -> None:
+    """A two-column table. Long values are folded, not cut: somebody may want to copy a path."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    (console or RichConsole(highlight=False)).print(table)
