@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo stability test test-slow format clean
+.PHONY: demo stability bench test test-slow format clean
 
 # Train the embedded model, export it, and show what came out: three minutes, installation included.
 demo: $(VENV)/installed
@@ -17,6 +17,19 @@ demo: $(VENV)/installed
 stability: $(VENV)/installed
 	$(BIN)/dppo train recipe=stability run_dir=runs/stability
 	$(BIN)/python recipes/stability/plot.py runs/stability
+
+# Time and memory against public peers: benchmarks/README.md. About two hours on two cores; the peer gets its own venv.
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/step.py peer 64
+	$(BIN)/python benchmarks/step.py peer 64 topk
+	$(BIN)/python benchmarks/step.py peer 256
+	$(BIN)/python benchmarks/step.py approx
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/commands.py
+	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/table.py
 
 # Format check, lint, strict types, tests.
 test: $(VENV)/installed

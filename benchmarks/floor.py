@@ -51,7 +51,7 @@ def floors(config: Any, steps: list[dict[str, Any]], peak_flops: float, peak_byt
         rollout_bytes = 4 * (step["response_tokens_max"] * (body + head) + cache)
         trained = 1 - step["skipped"]
         # Forward and the gradient by activations; the frozen weights have none of their own.
-        update_flops = trained * (4 * body * (tokens + prompt * sequences) + 4 * head * tokens)
+        update_flops = trained * (4 * body * (tokens + prompt * sequences / GROUP) + 4 * head * tokens)
         rows["rollout"].append((step["time"]["rollout"], rollout_flops, rollout_bytes))
         rows["update"].append((step["time"]["update"], update_flops, 4.0 * (body + head)))
     for phase, values in rows.items():

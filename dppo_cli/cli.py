@@ -179,10 +179,24 @@ def _run_task(command: str, node: Any) -> Any:
     with open_dict(node):
         # Where Hydra leaves the recipe's choices.
         node.pop("recipes", None)
+    _make_absolute(node)
     schema = {"train": schemas.TrainConfig, "eval": schemas.EvalConfig, "export": schemas.ExportConfig}[command]
     built: Any = schemas.build(schema, node)
     module = importlib.import_module({"eval": "dppo_cli.evaluate"}.get(command, f"dppo_cli.{command}"))
     return getattr(module, f"run_{command}")(built, OmegaConf.to_yaml(node, resolve=True))
+
+
+def _make_absolute(node: Any) -> None:
+    """A run folder is read from anywhere, so the files that its config names are kept by their whole path."""
+    from omegaconf import OmegaConf
+
+    for key in ("model.path", "data.path", "data.eval_path", "reward.path"):
+        value = OmegaConf.select(node, key)
+        if not isinstance(value, str):
+            continue
+        file, colon, function = value.rpartition(":") if key == "reward.path" else (value, "", "")
+        if file and Path(file).exists():
+            OmegaConf.update(node, key, f"{Path(file).resolve()}{colon}{function}")
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
@@ -194,7 +208,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
     if match := re.search(r"Could not override '([^']+)'", message):
-        return _no_such_key(match.group(1), command, overrides)
+        return _no_such_key(match.group(1), _composed(error, command))
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
         return _no_such_choice(*match.groups())
     if "override must be a string" in message:
@@ -207,13 +221,27 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     return first
 
 
+def _composed(error: Exception, command: str) -> Any:
+    """The config in which Hydra did not find a key."""
+    # What it had composed by then hangs on the error that its own comes from; to compose again would take as long.
+    if error.__cause__ is not None:
+        return error.__cause__.parent_node._get_root()  # type: ignore[attr-defined]
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import initialize_config_dir
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose(command)
+
+
 def _no_such_choice(group: str, choice: str) -> str:
     return f"there is no {group}={choice}{_guess(choice, groups().get(group, []))}"
 
 
-def _no_such_key(key: str, command: str, overrides: Sequence[str]) -> str:
-    choices = [f"{group}={choice}" for group, known in groups().items() for choice in known]
-    keys = _known_keys(command, [word for word in overrides if word in choices])
+def _no_such_key(key: str, composed: Any) -> str:
+    """`composed`: the config that the key was to be set in."""
+    keys = _dotted_keys(composed)
     if key in keys:
         below = [k for k in keys if k.startswith(f"{key}.")]
         return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
@@ -226,17 +254,10 @@ def _no_such_key(key: str, command: str, overrides: Sequence[str]) -> str:
     return f"there is no key {key}{guess} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"
 
 
-def _known_keys(command: str, choices: list[str]) -> list[str]:
-    """Dotted keys of a command's config with these choices of groups, as far as the command has such groups."""
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.initialize import initialize_config_dir
-    from omegaconf import DictConfig, OmegaConf
+def _dotted_keys(config: Any) -> list[str]:
+    """Every key of a config, inner ones too, without Hydra's own."""
+    from omegaconf import OmegaConf
 
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        defaults = compose(command, return_hydra_config=True).hydra.runtime.choices
-        node = compose(command, [word for word in choices if word.partition("=")[0] in defaults])
     keys: list[str] = []
 
     def walk(prefix: str, value: Any) -> None:
@@ -246,9 +267,8 @@ def _known_keys(command: str, choices: list[str]) -> list[str]:
             for name, child in value.items():
                 walk(f"{prefix}.{name}" if prefix else name, child)
 
-    assert isinstance(node, DictConfig)
-    walk("", OmegaConf.to_container(node, resolve=False))
-    return [k for k in keys if not k.endswith("._target_")]
+    walk("", OmegaConf.to_container(config, resolve=False))
+    return [k for k in keys if not k.endswith("._target_") and k.split(".")[0] not in ("hydra", "recipes")]
 
 
 def _guess(word: str, choices: Any) -> str:

@@ -39,25 +39,36 @@ class Evaluation:
         return [r >= self.success_reward for r in self.rewards]
 
     @property
+    def judged(self) -> list[list[bool]]:
+        """For each problem, which of its judged samples are right; problems without a judged sample are left out."""
+        n = self.samples_per_prompt
+        pairs = list(zip(self.correct, self.rewards, strict=True))
+        problems = [[c for c, r in pairs[i : i + n] if not math.isnan(r)] for i in range(0, len(pairs), n)]
+        return [problem for problem in problems if problem]
+
+    @property
     def accuracy(self) -> float:
         """Share of right samples among those judged, in [0, 1]."""
-        judged = [c for c, r in zip(self.correct, self.rewards, strict=True) if not math.isnan(r)]
-        return sum(judged) / len(judged) if judged else math.nan
+        return _mean([float(c) for problem in self.judged for c in problem])
 
     def pass_at(self, k: int) -> float:
-        """Mean over problems of the unbiased estimate of "at least one of k samples is right"."""
-        n = self.samples_per_prompt
-        counts = [sum(self.correct[i : i + n]) for i in range(0, len(self.correct), n)]
-        return sum(pass_at_k(n, c, k) for c in counts) / len(counts)
+        """Mean over problems of the unbiased estimate of "at least one of k samples is right".
+
+        Over the problems with at least k judged samples; NaN if there are none.
+        """
+        return _mean([pass_at_k(len(p), sum(p), k) for p in self.judged if len(p) >= k])
 
     def standard_error(self) -> float:
         """Of the accuracy, from the spread over problems: samples of one problem are not independent."""
-        n = self.samples_per_prompt
-        means = [sum(self.correct[i : i + n]) / n for i in range(0, len(self.correct), n)]
-        mean = sum(means) / len(means)
+        means = [sum(problem) / len(problem) for problem in self.judged]
         if len(means) < 2:
             return math.nan
+        mean = _mean(means)
         return math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -308,7 +308,7 @@ def test_a_reward_function_that_fails_leaves_no_run(
 ) -> None:
     assert train(model, "reward.path=rewards.py:broken", "run_dir=run") == 2
     error = capsys.readouterr().err
-    assert error == "dppo: the reward function rewards.py:broken failed: ValueError: no idea\n"
+    assert error == f"dppo: the reward function {work}/rewards.py:broken failed: ValueError: no idea\n"
     assert not (work / "run").exists() and not (work / "runs").exists()
 
 

@@ -1,5 +1,6 @@
 """`dppo eval`: the estimators against counting by hand, and the command on runs and plain models."""
 
+import json
 import math
 from collections.abc import Callable
 from itertools import combinations
@@ -71,6 +72,12 @@ def test_what_counts_as_right_is_the_users_choice() -> None:
 def test_samples_that_were_not_judged_count_for_nothing() -> None:
     assert evaluation([1.0, math.nan, 0.0, math.nan], 1).accuracy == 0.5
     assert math.isnan(evaluation([math.nan], 1).accuracy)
+    part = evaluation([1.0, math.nan, 0.0, 0.0, math.nan, math.nan], 2)
+    assert part.accuracy == pytest.approx(1 / 3)
+    assert part.pass_at(1) == pytest.approx(1 / 2), "the first problem by its one judged sample, the second by two"
+    assert part.pass_at(2) == 0.0, "only the second problem has two judged samples"
+    assert part.standard_error() == pytest.approx(stdev([1, 0]) / math.sqrt(2))
+    assert math.isnan(evaluation([1.0, math.nan], 2).pass_at(2))
 
 
 def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
@@ -96,6 +103,18 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(model: Path, work: Path, capsys
     assert summary["sampling"]["max_new_tokens"] == 4
     assert summary["pass_at"] == {"1": after}
     assert f"{after:.1%}" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_from_any_folder(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command named by a relative path is found again."""
+    (work / "model").symlink_to(model)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(12)]
+    (work / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert train(Path("model"), "data=file", "data.path=sums.jsonl", "data.eval_path=sums.jsonl", "run_dir=run") == 0
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    assert main(["eval", f"run={work / 'run'}", "out=result"]) == 0
+    assert read_json(work / "elsewhere/result/summary.json")["problems"] == 4
 
 
 def test_the_samples_file_holds_every_sample(model: Path, work: Path) -> None:

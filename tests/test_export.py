@@ -216,5 +216,5 @@ def test_a_base_model_that_is_gone(model: Path, work: Path, refused: Callable[..
     shutil.copytree(model, work / "base")
     assert train(Path("base"), "steps=1", "run_dir=run") == 0
     shutil.rmtree(work / "base")
-    assert "no model folder base" in refused("run=run", "format=merged", "out=mine")
+    assert "/base (in" in refused("run=run", "format=merged", "out=mine")
     assert not (work / "mine").exists() and not list(work.glob(".mine*"))

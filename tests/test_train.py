@@ -45,7 +45,7 @@ def test_a_run_folder_holds_what_it_promises(model: Path, work: Path) -> None:
         assert not list(folder.glob("*.bin"))
 
     config = OmegaConf.load(run / "config.yaml")
-    assert (config.steps, config.adapter.r, config.reward.path) == (3, 4, "rewards.py:late")
+    assert (config.steps, config.adapter.r, config.reward.path) == (3, 4, f"{work}/rewards.py:late")
 
     summary = read_json(run / "summary.json")
     assert set(summary) >= {"eval_before", "eval_after", "steps", "seconds", "peak_memory_gib"}

@@ -44,9 +44,9 @@ def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def curves(runs: list[dict[str, Any]], key: str) -> np.ndarray:
-    """[seeds, steps]"""
-    return np.array([[step[key] for step in run["steps"]] for run in runs], dtype=float)
+def curves(runs: list[dict[str, Any]], key: str) -> np.ma.MaskedArray:
+    """[seeds, steps]; masked where a run has no figure, as when all samples of a rollout got the same reward."""
+    return np.ma.masked_invalid(np.array([[step[key] for step in run["steps"]] for run in runs], dtype=float))
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
@@ -77,8 +77,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown; every cell is mean (lowest to highest seed)."""
 
-    def cell(values: list[float], form: str) -> str:
-        return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    def cell(values: Any, form: str) -> str:
+        present = np.ma.compressed(np.ma.asarray(values))
+        return f"{present.mean():{form}} ({present.min():{form}} to {present.max():{form}})"
 
     lines = [
         "| method | seeds | held-out accuracy after | best reward of a rollout | last reward | last mean \\|pi-mu\\| |"
@@ -90,8 +91,8 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         seeds = runs[method]
         rewards, shifts = curves(seeds, "reward"), curves(seeds, "shift_mean")
         after = [run["summary"]["eval_after"] for run in seeds]
-        cells = [cell(after, ".1%"), cell(list(rewards.max(1)), ".3f"), cell(list(rewards[:, -1]), ".3f")]
-        cells.append(cell(list(shifts[:, -1]), ".4f"))
+        cells = [cell(after, ".1%"), cell(rewards.max(1), ".3f"), cell(rewards[:, -1], ".3f")]
+        cells.append(cell(shifts[:, -1], ".4f"))
         lines.append(f"| {method} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,92 @@
+"""What the benchmarks compute from what they measure, and that each script still fits the package it measures."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import composed
+
+from dppo_cli.config import TrainConfig, build
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("peer_step", "convert"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    loaded: list[str] = []
+
+    def load(name: str) -> ModuleType:
+        loaded.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in {*loaded, *SCRIPTS}:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_imports(name: str, script: Any) -> None:
+    assert script(name).__doc__
+
+
+def test_a_spread_is_minimum_median_and_maximum(script: Any) -> None:
+    spread = script("measure").Spread.of([5.0, 1.0, 2.0])
+    assert (spread.low, spread.median, spread.high) == (1.0, 2.0, 5.0)
+    assert str(spread) == "2 (1 to 5)"
+
+
+def test_the_work_of_a_step_composes(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = script("step")
+    monkeypatch.setattr(step, "smollm2", lambda: tmp_path)
+    monkeypatch.setattr(step, "sums", lambda: tmp_path / "sums.jsonl")
+    config = build(TrainConfig, composed("train", *step.work(64, "approx=topk")))
+    assert config.batch.updates_per_step == 1 and config.sampling.max_new_tokens == 64
+    assert (config.adapter.r, config.adapter.alpha, config.optim.lr) == (16, 32, 1e-5)
+
+
+def test_rewards(script: Any) -> None:
+    reward = script("reward")
+    assert reward.contains_answer(["", ""], ["it is 74.", "7"], answer=["74", "74"]) == [1.0, 0.0]
+    assert reward.every_other(["", "", ""], ["", "", ""]) == [0.0, 1.0, 0.0]
+
+
+def test_the_floor_counts_operations_and_bytes(script: Any) -> None:
+    """By hand: one layer, hidden 4, two heads of 2, one key-value head, inner 8, vocabulary 10; 64 sequences."""
+    config = SimpleNamespace(
+        hidden_size=4, intermediate_size=8, num_hidden_layers=1, vocab_size=10, num_key_value_heads=1, head_dim=2
+    )
+    config.num_attention_heads = 2
+    step = {
+        "response_tokens": 3,
+        "response_tokens_max": 5,
+        "prompt_tokens": 2,
+        "skipped": 0.5,
+        "time": {"rollout": 1.0, "update": 2.0},
+    }
+    found = script("floor").floors(config, [step], peak_flops=1000.0, peak_bytes=1000.0)
+    body, head, tokens = 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 8, 40, 64 * 3
+    operations = 2 * body * (tokens + 2 * 8) + 2 * head * tokens
+    moved = 4 * (5 * (body + head) + tokens * (2 + 1.5) * 2 * 2)
+    assert found["rollout"]["operations_seconds"] == pytest.approx(operations / 1000)
+    assert found["rollout"]["bytes_seconds"] == pytest.approx(moved / 1000)
+    update = 0.5 * (4 * body * (tokens + 2 * 8) + 4 * head * tokens)
+    assert found["update"]["operations_seconds"] == pytest.approx(update / 1000)
+    assert found["update"]["times_floor"].median == pytest.approx(2.0 / (update / 1000))
+
+
+def test_the_table_shows_what_was_saved_and_what_was_not(script: Any, tmp_path: Path) -> None:
+    table = script("table")
+    spread = {"low": 1.0, "median": 2.0, "high": 3.0}
+    head = {"memory_ratio": spread, "time_ratio": {"low": 0.5, "median": 0.625, "high": 0.75}}
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    rows = {work: text for work, text, _ in table.rows(table.read(tmp_path))}
+    assert rows["head, 4,096 tokens x 2,048 x 128,256, against materialised logits"] == (
+        "1/2 (1 to 3) of the extra memory, 0.625 (0.5 to 0.75) times the time"
+    )
+    assert rows["help"] == "not measured"
