@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dppo_cli.data.task import Example
 from dppo_cli.errors import ConfigError, ModelError
@@ -73,9 +74,9 @@ class Policy:
                 position_ids=prompts.positions(),
                 past_key_values=cache,
             ).last_hidden_state[:, -1]
-            hidden_BRH = last_PH[batch.prompt_B][:, None]
+            hidden_BRH = last_PH.index_select(0, batch.prompt_B)[:, None]
             if more:
-                cache.batch_select_indices(batch.prompt_B)
+                _give_each_response_its_prompt(cache, batch.prompt_B)
                 place_1R = torch.arange(more, device=later_BR.device)[None]
                 later_BRH = self.model.base_model(
                     input_ids=later_BR,
@@ -139,6 +140,16 @@ class Policy:
         except TemplateError as error:
             raise ModelError(f"the chat template of {self.path} refuses the prompt: {error}") from None
         return tuple(rendered["input_ids"])
+
+
+def _give_each_response_its_prompt(cache: DynamicCache, prompt_B: Tensor) -> None:
+    for layer in cache.layers:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            # Not layer.keys[prompt_B], whose gradient is added up in an order that changes from run to run.
+            layer.keys = layer.keys.index_select(0, prompt_B)  # type: ignore[union-attr]
+            layer.values = layer.values.index_select(0, prompt_B)  # type: ignore[union-attr]
+        else:
+            layer.batch_select_indices(prompt_B)  # type: ignore[union-attr]
 
 
 def model_head(model: PreTrainedModel) -> Head:
