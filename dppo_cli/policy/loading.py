@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dppo_cli.errors import ConfigError, ModelError
+from dppo_cli.policy.low_rank import make_lean
 from dppo_cli.policy.policy import Policy, check_head
 from dppo_cli.sections import Hardware, LoRA
 
@@ -63,6 +64,7 @@ def load_policy(
     if hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+    make_lean(model)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
     model.train(hardware.gradient_checkpointing or (new_adapter is not None and new_adapter.dropout > 0))
