@@ -5,7 +5,7 @@ the first of them runs, so the gradient is the same however it is cut.
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
 from dppo_cli.policy.head import Visitor, token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.policy.sharing import SharedPrompts, can_share, split_by_tokens
 from dppo_cli.sections import AdamW
 from dppo_cli.telemetry.trust_region import TokenStats
 from dppo_cli.types import Batch, PolicyReport, Sample
@@ -54,8 +55,11 @@ class Learner:
     def anchored(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with the trainer's own report of the policy as it is now as their anchor (anchor=recompute)."""
         found: dict[int, PolicyReport] = {}
-        for batch, indices in self._micro_batches(list(enumerate(samples))):
-            report = self._report(batch)
+        numbered = list(enumerate(samples))
+        with torch.no_grad():
+            prompts = self._prompts(numbered)
+        for batch, indices in self._micro_batches(numbered):
+            report = self._report(batch, prompts)
             for b, index in enumerate(indices):
                 found[index] = report[batch.row_N == b].to(torch.device("cpu"))
         return [replace(sample, anchor=found[i]) for i, sample in enumerate(samples)]
@@ -74,12 +78,18 @@ class Learner:
         needs_idle = config.objective.needs_all_tokens or config.kl_to_reference > 0
         stats, places, padded = [], 0, 0
         for part in (useful, idle) if needs_idle else (useful,):
+            if not part:
+                continue
+            prompts, reference = self._prompts(part), self._reference(part)
             for batch, _ in self._micro_batches(part):
-                loss_N, seen = self._token_losses(batch)
+                loss_N, seen = self._token_losses(batch, prompts, reference)
                 (loss_N.sum() / divisor).backward()
                 stats.append(seen)
                 places += batch.places
                 padded += batch.places - batch.tokens
+            prompts.backward()
+            places += prompts.places
+            padded += prompts.places - prompts.tokens
         lr = float(self.schedule.get_last_lr()[0])
         norm = self._step()
         return UpdateResult(
@@ -92,7 +102,9 @@ class Learner:
             padded_places=padded,
         )
 
-    def _token_losses(self, batch: Batch) -> tuple[Tensor, TokenStats]:
+    def _token_losses(
+        self, batch: Batch, prompts: SharedPrompts, reference: SharedPrompts | None
+    ) -> tuple[Tensor, TokenStats]:
         config = self.config
         divergence_N = torch.empty_like(batch.advantage_N)
 
@@ -101,7 +113,7 @@ class Learner:
             support = config.approx.support(batch.anchor[rows], batch.token_N[rows], logp_pi_C, log_pi_CV)
             divergence_N[rows] = config.divergence(*support)
 
-        logp_pi_N, entropy_N = self._log_probs(batch, measure)
+        logp_pi_N, entropy_N = self._log_probs(batch, prompts, measure)
         tokens = Tokens(
             logp_pi_N=logp_pi_N,
             logp_mu_N=batch.mu.logp_N,
@@ -114,23 +126,30 @@ class Learner:
         )
         loss_N, keep_N = config.objective(tokens)
         reference_kl_N = torch.zeros_like(divergence_N)
-        if config.kl_to_reference > 0:
+        if reference is not None:
             with torch.no_grad(), self.policy.without_adapter():
-                logp_ref_N, _ = self._log_probs(batch, None)
+                logp_ref_N, _ = self._log_probs(batch, reference, None)
             loss_N = loss_N + config.kl_to_reference * kl_to_reference(logp_pi_N, logp_ref_N, batch.mu.logp_N)
             reference_kl_N = logp_pi_N.detach() - logp_ref_N
         return loss_N, TokenStats.collect(batch, tokens, keep_N, entropy_N, reference_kl_N)
 
-    def _log_probs(self, batch: Batch, visit: Visitor | None) -> tuple[Tensor, Tensor]:
-        hidden_NH = self.policy.predicting_states(batch)
+    def _reference(self, samples: Sequence[tuple[int, Sample]]) -> SharedPrompts | None:
+        """The prompts as the base sees them, for KL(pi || ref)."""
+        if self.config.kl_to_reference == 0:
+            return None
+        with torch.no_grad(), self.policy.without_adapter():
+            return self._prompts(samples)
+
+    def _log_probs(self, batch: Batch, prompts: SharedPrompts, visit: Visitor | None) -> tuple[Tensor, Tensor]:
+        hidden_NH = prompts.predicting_states(batch)
         return token_log_probs(self.head, hidden_NH, batch.token_N, self.config.hardware.head_chunk, visit)
 
     @torch.no_grad()
-    def _report(self, batch: Batch) -> PolicyReport:
+    def _report(self, batch: Batch, prompts: SharedPrompts) -> PolicyReport:
         """What the policy reports of a batch now, in the form that the approximation needs."""
         k = self.config.approx.num_logprobs
         if k == WHOLE_VOCABULARY:
-            hidden_NH = self.policy.predicting_states(batch)
+            hidden_NH = prompts.predicting_states(batch)
             logp_N, _ = token_log_probs(self.head, hidden_NH, batch.token_N, self.config.hardware.head_chunk)
             return PolicyReport(logp_N, hidden_NH=hidden_NH, head=self.head)
         ids: list[Tensor] = []
@@ -141,7 +160,7 @@ class Learner:
             ids.append(top.indices)
             values.append(top.values)
 
-        logp_N, _ = self._log_probs(batch, keep_top if k else None)
+        logp_N, _ = self._log_probs(batch, prompts, keep_top if k else None)
         return PolicyReport(logp_N, torch.cat(ids), torch.cat(values)) if k else PolicyReport(logp_N)
 
     def _step(self) -> float:
@@ -166,35 +185,16 @@ class Learner:
             yield Batch.pack([s for _, s in chosen], self.policy.pad_id, self.policy.device), [i for i, _ in chosen]
 
     def _split(self, samples: Sequence[Sample]) -> list[list[int]]:
-        # Without shared keys and values every sample brings its own prompt.
-        shares = not self.config.hardware.gradient_checkpointing
-        prompts = [(s.completion.prompt.token_ids, None if shares else i) for i, s in enumerate(samples)]
+        prompts = [len(s.completion.prompt.token_ids) for s in samples]
         responses = [s.completion.token_ids_T.shape[0] for s in samples]
-        lengths = [len(ids) for ids, _ in prompts]
-        return split_by_tokens(prompts, lengths, responses, self.config.hardware.tokens_per_micro_batch)
+        budget = self.config.hardware.tokens_per_micro_batch
+        if can_share(self.policy):
+            return split_by_tokens(responses, prompts, budget)
+        return split_by_tokens([p + r for p, r in zip(prompts, responses, strict=True)], [0] * len(samples), budget)
 
-
-def split_by_tokens(
-    prompts: Sequence[Hashable], prompt_lengths: Sequence[int], response_lengths: Sequence[int], budget: int
-) -> list[list[int]]:
-    """Indices of samples, cut into micro-batches whose padded size stays within `budget` tokens.
-
-    Equal `prompts` count once. Longest responses first, so neighbours are alike in length and little is padded. A
-    sample longer than the budget is alone.
-    """
-    parts: list[list[int]] = []
-    distinct: dict[Hashable, int] = {}
-    for index in sorted(range(len(prompts)), key=lambda i: -response_lengths[i]):
-        grown = {**distinct, prompts[index]: prompt_lengths[index]}
-        if parts:
-            responses = (len(parts[-1]) + 1) * response_lengths[parts[-1][0]]
-            if len(grown) * max(grown.values()) + responses <= budget:
-                parts[-1].append(index)
-                distinct = grown
-                continue
-        parts.append([index])
-        distinct = {prompts[index]: prompt_lengths[index]}
-    return parts
+    def _prompts(self, samples: Sequence[tuple[int, Sample]]) -> SharedPrompts:
+        budget = self.config.hardware.tokens_per_micro_batch
+        return SharedPrompts(self.policy, (s.completion.prompt.token_ids for _, s in samples), budget)
 
 
 def lr_factor(update: int, total_updates: int, optim: AdamW) -> float:

@@ -118,6 +118,7 @@ class Sample:
 class Prompts:
     """P prompts padded on the left, so that what continues them begins at one place."""
 
+    token_ids: tuple[tuple[int, ...], ...]  # the same, unpadded, on the host
     ids_PL: Tensor  # int64
     length_P1: Tensor  # int64, tokens of each
 
@@ -126,7 +127,8 @@ class Prompts:
         longest = max(len(ids) for ids in token_ids)
         rows = [[pad_id] * (longest - len(ids)) + list(ids) for ids in token_ids]
         lengths = [[len(ids)] for ids in token_ids]
-        return Prompts(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+        unpadded = tuple(tuple(ids) for ids in token_ids)
+        return Prompts(unpadded, torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
 
     def positions(self) -> Tensor:
         """int64 [P, L]; the first token of each prompt stands at position 0."""
@@ -139,14 +141,10 @@ class Prompts:
         None where there is no padding: attention needs no mask then, and is faster without one.
         """
         width = self.ids_PL.shape[1]
-        if int(self.length_P1.min()) == width:
+        if all(len(ids) == width for ids in self.token_ids):
             return None
         place_1X = torch.arange(width + more, device=self.ids_PL.device)[None]
         return (place_1X >= width - self.length_P1).long()
-
-    def unpadded(self) -> list[Tensor]:
-        """Token ids of each prompt."""
-        return [ids_L[len(ids_L) - n :] for ids_L, n in zip(self.ids_PL, self.length_P1[:, 0].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -176,17 +174,17 @@ class Batch:
 
     @property
     def places(self) -> int:
-        """Tokens and padding of a forward pass."""
-        return self.prompts.ids_PL.numel() + self.response_ids_BR.numel()
+        """Tokens and padding of the responses."""
+        return self.response_ids_BR.numel()
 
     @property
     def tokens(self) -> int:
-        """Tokens of a forward pass."""
-        return int(self.prompts.length_P1.sum()) + int(self.length_B.sum())
+        """Tokens of the responses."""
+        return int(self.length_B.sum())
 
     def whole_ids(self, pad_id: int) -> Tensor:
         """Every prompt and response as one sequence, int64 [B, L + R], padded on the right."""
-        prompt_ids = self.prompts.unpadded()
+        prompt_ids = [torch.tensor(ids, device=self.token_N.device) for ids in self.prompts.token_ids]
         responses = zip(self.prompt_B.tolist(), self.response_ids_BR, self.length_B.tolist(), strict=True)
         whole = [torch.cat([prompt_ids[p], ids_R[:n]]) for p, ids_R, n in responses]
         return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad_id)

@@ -9,8 +9,6 @@ from typing import Any
 import make
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dppo_cli.algorithm.divergence import TotalVariation
@@ -18,14 +16,11 @@ from dppo_cli.algorithm.objective import Objective, TokenLoss, Tokens
 from dppo_cli.cli import groups
 from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
-from dppo_cli.learner import Learner, UpdateResult, lr_factor, split_by_tokens
+from dppo_cli.learner import Learner, UpdateResult, lr_factor
 from dppo_cli.policy.policy import Policy
 from dppo_cli.sections import AdamW
 from dppo_cli.telemetry.trust_region import TokenStats
 from dppo_cli.types import Completion, PolicyReport, Sample
-
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("tests")
 
 ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 2.0, -1.0, 0.5)
 UNCLIPPED = "optim.max_grad_norm=null"
@@ -122,7 +117,7 @@ def masked(result: UpdateResult) -> int:
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_the_gradient_is_that_of_a_dense_implementation(train_config, model, kl):
     config = train_config(UNCLIPPED, "sampling.temperature=0.7", f"kl_to_reference={kl}", model=model)
-    config = replace(config, hardware=replace(config.hardware, head_chunk=7, tokens_per_micro_batch=60))
+    config = replace(config, hardware=replace(config.hardware, head_chunk=7, tokens_per_micro_batch=25))
     delta = 0.001 if model == "cohere2" else 0.01  # Cohere's small scale leaves it nearly uniform
     config = replace(config, divergence=TotalVariation(delta_low=delta, delta_high=2 * delta))
     policy, samples = off_policy(config)
@@ -153,7 +148,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(train_config, object
     prompts = [len(s.completion.prompt.token_ids) for s in samples[::2]]
     whole = 4 * max(prompts) + 8 * max(responses)
     assert places[0] == (whole, whole - sum(prompts) - sum(responses)), "both samples of a prompt share it"
-    assert places[1] == (2 * sum(prompts) + sum(responses), 0)
+    assert places[1] == (sum(prompts) + sum(responses), 0), "however the responses are cut, a prompt runs once"
     assert counts[:2] == [1, 8]
     assert 1 < counts[2] < 8
 
@@ -457,8 +452,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(train_config, model):
         hook = layer.register_forward_pre_hook(count)
         gradients.append(gradient(Learner(policy, config), samples)[0])
         hook.remove()
-    # Prompts and responses, for pi and for the reference; whole sequences for both, and pi's again going back.
-    assert calls == [4, 3]
+    # Prompts and responses, for pi and for the reference, and pi's prompts again going back; whole sequences for both,
+    # and pi's again going back.
+    assert calls == [5, 3]
     assert_equal_gradients(gradients[1], gradients[0])
 
 
@@ -526,32 +522,3 @@ def test_skipped_samples_count_in_the_divisor(train_config):
     expected = dense_gradient(policy, config, samples)
     found, _ = gradient(Learner(policy, config), samples)
     assert_equal_gradients(found, expected)
-
-
-def padded_size(part: list[int], prompts: list[int], lengths: dict[int, int], responses: list[int]) -> int:
-    distinct = {prompts[i] for i in part}
-    return len(distinct) * max(lengths[p] for p in distinct) + len(part) * max(responses[i] for i in part)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 50)), max_size=30), st.integers(1, 200))
-def test_samples_are_split_by_tokens(samples, budget):
-    """Samples of six prompts of 3, 6, ... tokens, responses of any length."""
-    prompts, responses = [p for p, _ in samples], [r for _, r in samples]
-    lengths = {p: 3 * (p + 1) for p in range(6)}
-    parts = split_by_tokens(prompts, [lengths[p] for p in prompts], responses, budget)
-    assert sorted(itertools.chain(*parts)) == list(range(len(samples)))
-    for part in parts:
-        assert len(part) == 1 or padded_size(part, prompts, lengths, responses) <= budget
-    # Longest first, and no part is closed while the next sample would still have fitted.
-    for part, following in itertools.pairwise(parts):
-        assert min(responses[i] for i in part) >= max(responses[i] for i in following)
-        assert padded_size([*part, following[0]], prompts, lengths, responses) > budget
-
-
-def test_equal_lengths_keep_their_order():
-    one = [1] * 4
-    assert split_by_tokens("aaaa", one, [3, 3, 3, 3], 7) == [[0, 1], [2, 3]]
-    assert split_by_tokens("aaaa", one, [1, 9, 2, 8], 19) == [[1, 3], [2, 0]]
-    assert split_by_tokens("abcd", one, [3, 3, 3, 3], 8) == [[0, 1], [2, 3]]
-    assert split_by_tokens("abcd", one, [3, 3, 3, 3], 7) == [[0], [1], [2], [3]]
-    assert split_by_tokens("", [], [], 8) == []

@@ -56,7 +56,8 @@ def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
     assert batch.advantage_N.tolist() == [0.5, 0.5, 0.5, -1.0, 2.0, 2.0]
     assert batch.advantage_N.dtype == torch.float32
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
-    assert (batch.places, batch.tokens) == (4 + 9, 3 + 6)
+    assert (batch.places, batch.tokens) == (9, 6), "those of the responses"
+    assert batch.prompts.token_ids == ((3, 4), (8,))
     assert batch.whole_ids(99).tolist() == [[3, 4, 5, 6, 7], [8, 9, 99, 99, 99], [3, 4, 11, 12, 99]]
 
 

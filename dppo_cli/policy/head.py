@@ -23,7 +23,8 @@ class Head:
     """log pi = log_softmax(z / T),  z = cap * tanh(u / cap) or u,  u = scale * (W h + b).
 
     `weight_VH` and `bias_V` are the frozen parameters of the model's output layer, of any float dtype; `softcap` is
-    Gemma's final-logit cap; `scale` Cohere's and Granite's logit multiplier.
+    Gemma's final-logit cap; `scale` Cohere's and Granite's logit multiplier. `linear`: W h + b by other means, for
+    sampling.
     """
 
     weight_VH: Tensor
@@ -31,6 +32,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    linear: Callable[[Tensor], Tensor] | None = None
 
     def at(self, temperature: float) -> "Head":
         """The same head at another temperature."""
@@ -38,7 +40,9 @@ class Head:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Tempered logits z / T, float32 [N, V]."""
-        z_NV = torch.nn.functional.linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V).float()
+        h = hidden_NH.to(self.weight_VH.dtype)
+        u_NV = self.linear(h) if self.linear else torch.nn.functional.linear(h, self.weight_VH, self.bias_V)
+        z_NV = u_NV.float()
         if self.scale != 1.0:
             z_NV *= self.scale
         if self.softcap is not None:

@@ -10,14 +10,13 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dppo_cli.data.task import Example
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.head import Head
 from dppo_cli.sections import Prompting
-from dppo_cli.types import Batch, Prompt
+from dppo_cli.types import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,39 +52,6 @@ class Policy:
         """
         with self.autocast():
             return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-    def predicting_states(self, batch: Batch) -> Tensor:
-        """The final hidden state [N, H] from which each sampled token is predicted, one place to the left of it.
-
-        Each distinct prompt runs once and its responses continue from its keys and values, with gradient. Under
-        gradient checkpointing, where transformers keeps no keys and values, every whole sequence runs instead.
-        """
-        if self.model.is_activation_checkpointing:
-            start_N = batch.prompts.length_P1[batch.prompt_B[batch.row_N], 0]
-            return self.hidden_states(batch.whole_ids(self.pad_id))[batch.row_N, start_N + batch.place_N - 1]
-        prompts, later_BR = batch.prompts, batch.response_ids_BR[:, :-1]
-        width, more = prompts.ids_PL.shape[1], later_BR.shape[1]
-        mask_PX = prompts.mask(more)
-        cache = DynamicCache(config=self.model.config)
-        with self.autocast():
-            last_PH = self.model.base_model(
-                input_ids=prompts.ids_PL,
-                attention_mask=None if mask_PX is None else mask_PX[:, :width],
-                position_ids=prompts.positions(),
-                past_key_values=cache,
-            ).last_hidden_state[:, -1]
-            hidden_BRH = last_PH.index_select(0, batch.prompt_B)[:, None]
-            if more:
-                _give_each_response_its_prompt(cache, batch.prompt_B)
-                place_1R = torch.arange(more, device=later_BR.device)[None]
-                later_BRH = self.model.base_model(
-                    input_ids=later_BR,
-                    attention_mask=None if mask_PX is None else mask_PX[batch.prompt_B],
-                    position_ids=prompts.length_P1[batch.prompt_B] + place_1R,
-                    past_key_values=cache,
-                ).last_hidden_state
-                hidden_BRH = torch.cat([hidden_BRH, later_BRH], dim=1)
-        return hidden_BRH[batch.row_N, batch.place_N]  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Runs the float32 adapter in the base's precision where that is a lower one."""
@@ -140,16 +106,6 @@ class Policy:
         except TemplateError as error:
             raise ModelError(f"the chat template of {self.path} refuses the prompt: {error}") from None
         return tuple(rendered["input_ids"])
-
-
-def _give_each_response_its_prompt(cache: DynamicCache, prompt_B: Tensor) -> None:
-    for layer in cache.layers:
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            # Not layer.keys[prompt_B], whose gradient is added up in an order that changes from run to run.
-            layer.keys = layer.keys.index_select(0, prompt_B)  # type: ignore[union-attr]
-            layer.values = layer.values.index_select(0, prompt_B)  # type: ignore[union-attr]
-        else:
-            layer.batch_select_indices(prompt_B)  # type: ignore[union-attr]
 
 
 def model_head(model: PreTrainedModel) -> Head:

@@ -7,9 +7,9 @@ Shapes: P prompts, G samples per prompt, B = P x G sequences of a wave, A of the
 length, V vocabulary, K reported log-probs, H hidden size.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,28 +61,19 @@ class LocalRollout:
         dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
         # `check` refuses merge=true on a quantised base for training; an evaluation of such a run just does without.
         merge = self.merge and policy.peft is not None and not getattr(policy.model, "is_quantized", False)
-        copy = MergedCopy(policy.model, dtype) if merge else None
-        return LocalEngine(policy, copy, dtype, self.concurrent_sequences)
+        return LocalEngine(policy, MergedCopy(policy.model, dtype) if merge else None, self.concurrent_sequences)
 
 
 class LocalEngine:
-    """See `RolloutEngine`."""
+    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so there is nothing to send at a sync."""
 
-    def __init__(self, policy: Policy, copy: MergedCopy | None, dtype: torch.dtype, concurrent_sequences: int) -> None:
+    def __init__(self, policy: Policy, copy: MergedCopy | None, concurrent_sequences: int) -> None:
         self.policy = policy
         self.copy = copy
-        self.dtype = dtype
         self.concurrent_sequences = concurrent_sequences
         self.version = 0
-        self.sync(0)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.copy.model if self.copy else self.policy.model
 
     def sync(self, version: int) -> None:
-        if self.copy:
-            self.copy.refresh()
         self.version = version
 
     @torch.no_grad()
@@ -92,24 +83,39 @@ class LocalEngine:
         generator = torch.Generator().manual_seed(seed)
         per_wave = max(1, self.concurrent_sequences // samples_per_prompt)
         completions: list[Completion] = []
-        training = self.model.training
-        self.model.eval()
-        # The policy's own model runs as it does in training; the copy is a plain model in one precision.
-        with nullcontext() if self.copy else self.policy.autocast():
+        with self.copy.merged() if self.copy else self._policy_itself() as sampler:
             for start in range(0, len(prompts), per_wave):
                 wave = prompts[start : start + per_wave]
-                completions += self._wave(wave, samples_per_prompt, sampling, num_logprobs, generator)
-        self.model.train(training)
+                completions += self._wave(sampler, wave, samples_per_prompt, sampling, num_logprobs, generator)
         return completions
 
+    @contextmanager
+    def _policy_itself(self) -> Iterator[tuple[PreTrainedModel, Head]]:
+        """In the precision in which it is trained, without the adapter's dropout."""
+        model = self.policy.model
+        training = model.training
+        model.eval()
+        try:
+            with self.policy.autocast():
+                yield model, model_head(model)
+        finally:
+            model.train(training)
+
     def _wave(
-        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, num_logprobs: int, generator: torch.Generator
+        self,
+        sampler: tuple[PreTrainedModel, Head],
+        prompts: Sequence[Prompt],
+        group: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        generator: torch.Generator,
     ) -> list[Completion]:
+        model, head = sampler
         device = self.policy.device
-        head = model_head(self.model).at(sampling.temperature or 1.0)
+        head = head.at(sampling.temperature or 1.0)
         record = Record(len(prompts) * group, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
-        decoder = Decoder(self.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
+        decoder = Decoder(model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(len(prompts) * group, device=device)
         hidden_AH = decoder.prefill()
         while True:
@@ -148,7 +154,8 @@ class Record:
     """What was sampled at each step, for the sequences that were still being written then."""
 
     def __init__(self, size: int, head: Head, num_logprobs: int) -> None:
-        self.size, self.head, self.num_logprobs = size, head, num_logprobs
+        # A report outlives the sampler's packed weights.
+        self.size, self.head, self.num_logprobs = size, replace(head, linear=None), num_logprobs
         self.steps: list[tuple[Tensor, ...]] = []
 
     def add(self, active_A: Tensor, token_A: Tensor, log_mu_AV: Tensor, hidden_AH: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Linear layers for token-by-token sampling on a CPU."""
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ class PackedLinear(nn.Module):
     sampling makes one per layer and token. Same sums, in another order: equal to float32 rounding.
     """
 
-    def __init__(self, bias_O: nn.Parameter | None) -> None:
+    def __init__(self, bias_O: Tensor | None) -> None:
         super().__init__()
         self.bias = bias_O
         self.packed: Tensor | None = None
@@ -25,16 +23,15 @@ class PackedLinear(nn.Module):
         """Take over a weight, float32."""
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, TYPICAL_ROWS)
 
+    def release(self) -> None:
+        """Let go of the weight."""
+        self.packed = None
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
 
 
-def can_pack(layer: nn.Module, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
-    """Whether a `PackedLinear` can stand in for `layer` at this precision."""
-    return (
-        isinstance(layer, nn.Linear)
-        and dtype == torch.float32
-        and layer.weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-    )
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a layout of its own for weights there, at this precision."""
+    return dtype == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()

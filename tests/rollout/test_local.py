@@ -13,6 +13,7 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.errors import ConfigError
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.policy.sharing import SharedPrompts
 from dppo_cli.rollout.local import LocalEngine, LocalRollout
 from dppo_cli.sections import Sampling
 from dppo_cli.types import Batch, Completion, PolicyReport, Prompt
@@ -41,7 +42,7 @@ def reported(completions: Sequence[Completion]) -> PolicyReport:
 def trained(of: Policy, completions: Sequence[Completion]) -> torch.Tensor:
     """Log-prob of each token as the learner computes it."""
     batch = Batch.pack(make.samples(completions, [1.0] * len(completions)), of.pad_id, of.device)
-    hidden_NH = of.predicting_states(batch)
+    hidden_NH = SharedPrompts(of, batch.prompts.token_ids, budget=64).predicting_states(batch)
     return token_log_probs(of.head.at(TEMPERATURE), hidden_NH, batch.token_N, chunk_size=64)[0].detach()
 
 
@@ -63,20 +64,18 @@ def test_log_probs_are_those_of_the_training_forward(train_config, architecture,
 
 
 @merging
-def test_the_copy_samples_from_the_last_sync(train_config, merge):
-    """A merged copy keeps the old weights until told; the policy's own model cannot."""
+def test_it_samples_from_the_policy_as_it_is(train_config, merge):
+    """And says which version that was: the one of the last sync."""
     policy = make.policy(train_config())
     sampler = engine(policy, merge)
     prompts = make.prompts(policy)
     before = sampler.generate(prompts, 2, sampling(), 0, seed=1)
     make.move_adapter(policy, 0.3)
-    unsynced = sampler.generate(prompts, 2, sampling(), 0, seed=1)
-    assert (make.tokens(unsynced) == make.tokens(before)) is merge
     sampler.sync(7)
-    synced = sampler.generate(prompts, 2, sampling(), 0, seed=1)
-    assert make.tokens(synced) != make.tokens(before)
-    assert {c.version for c in before + unsynced} == {0}
-    assert {c.version for c in synced} == {7}
+    after = sampler.generate(prompts, 2, sampling(), 0, seed=1)
+    assert make.tokens(after) != make.tokens(before)
+    assert {c.version for c in before} == {0}
+    assert {c.version for c in after} == {7}
 
 
 @architectures
@@ -238,7 +237,7 @@ def test_a_sampling_copy_in_bfloat16_differs_a_little(train_config, architecture
     mismatch_N = (reported(completions).logp_N.exp() - trained(policy, completions).exp()).abs()
     assert 1e-5 < mismatch_N.mean() < 0.05
     assert reported(completions).logp_N.dtype == torch.float32
-    assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in sampler.copy.model.parameters()} == {torch.bfloat16}
     for name, parameter in policy.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name]), f"the sampling copy changed the policy's {name}"

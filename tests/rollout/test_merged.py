@@ -18,13 +18,14 @@ def weights(of: Policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in of.model.named_parameters()}
 
 
-def weights_of_copy(copy: MergedCopy) -> dict[str, torch.Tensor]:
+def merged_weights(copy: MergedCopy) -> dict[str, torch.Tensor]:
     """By the names that plain layers would have."""
-    found = dict(copy.model.named_parameters())
-    for name, module in copy.model.named_modules():
-        if isinstance(module, PackedLinear):
-            found[f"{name}.weight"] = module.packed.to_dense()
-    return {name: value.detach().clone() for name, value in found.items()}
+    with copy.merged() as (model, _):
+        found = dict(model.named_parameters())
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                found[f"{name}.weight"] = module.packed.to_dense()
+        return {name: value.detach().clone() for name, value in found.items()}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -41,10 +42,12 @@ def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
     policy = make.policy(train_config(model=architecture), adapter_scale=0.1)
     before = weights(policy)
     copy = MergedCopy(policy.model, torch.float32)
-    copy.refresh()
     assert not any(isinstance(module, LoraLayer) for module in copy.model.modules())
     assert not any(parameter.requires_grad for parameter in copy.model.parameters())
-    found, expected = copy.model(IDS).logits, policy.model(IDS).logits
+    with copy.merged() as (model, head):
+        found, expected = model(IDS).logits, policy.model(IDS).logits
+        hidden_LH = model.base_model(IDS).last_hidden_state[0]
+        torch.testing.assert_close(head.log_probs(hidden_LH), expected[0].log_softmax(-1), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     with policy.without_adapter():
         assert (policy.model(IDS).logits - expected).abs().max() > 0.1, "the adapter made no difference"
@@ -52,25 +55,22 @@ def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
     assert len(policy.parameters) == len([name for name in before if "lora_" in name])
 
 
-def test_refreshing_does_not_drift(train_config):
+def test_merging_again_does_not_drift(train_config):
     policy = make.policy(train_config(model="gpt2"), adapter_scale=0.1, seed=1)
     copy = MergedCopy(policy.model, torch.float32)
-    copy.refresh()
-    first = weights_of_copy(copy)
-    copy.refresh()
-    assert_same(weights_of_copy(copy), first)
+    first = merged_weights(copy)
+    assert_same(merged_weights(copy), first)
     for seed in (2, 3, 1):
         make.move_adapter(policy, 0.1, seed)
-        copy.refresh()
-    assert_same(weights_of_copy(copy), first)
+        last = merged_weights(copy)
+    assert_same(last, first)
 
 
 def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
     policy = make.policy(train_config())
     copy = MergedCopy(policy.model, torch.float32)
-    copy.refresh()
     base = {name.replace(".base_layer", ""): value for name, value in weights(policy).items() if "lora_" not in name}
-    assert_same(weights_of_copy(copy), base)
+    assert_same(merged_weights(copy), base)
 
 
 @architectures
@@ -86,7 +86,7 @@ def test_layers_without_adapter_share_memory(train_config, architecture):
         else:  # "q_proj.weight" here, "q_proj.base_layer.weight" there
             layer, _, kind = name.rpartition(".")
             twin = original[f"{layer}.base_layer.{kind}"]
-            assert parameter.data_ptr() != twin.data_ptr(), name
+            assert (parameter.data_ptr() == twin.data_ptr()) is (kind == "bias"), name
     assert any("embed" in name or "wte" in name for name in shared)
     assert any("norm" in name or "ln_" in name for name in shared)
 
@@ -94,12 +94,35 @@ def test_layers_without_adapter_share_memory(train_config, architecture):
 def test_only_the_chosen_layers_are_copied(train_config):
     policy = make.policy(train_config("adapter.target_modules=[q_proj,down_proj]"), adapter_scale=0.1)
     copy = MergedCopy(policy.model, torch.float32)
-    copy.refresh()
     places = {parameter.data_ptr() for parameter in policy.model.parameters()}
     assert all(parameter.data_ptr() in places for parameter in copy.model.parameters())
     own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
     assert own == {"q_proj", "down_proj"}
-    torch.testing.assert_close(copy.model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
+    with copy.merged() as (model, _):
+        torch.testing.assert_close(model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_merged_outlives_the_sampling(train_config, architecture, dtype):
+    """Not after an error either: training gets the memory back."""
+    policy = make.policy(train_config(model=architecture))
+    own = {id(p) for p in policy.model.parameters()}
+
+    def held() -> int:
+        packed = [m.packed for m in copy.model.modules() if isinstance(m, PackedLinear)]
+        plain = [m.weight for _, m in copy.pairs if not isinstance(m, PackedLinear)]
+        return sum(w.numel() for w in [*packed, *plain] if w is not None and id(w) not in own)
+
+    copy = MergedCopy(policy.model, dtype)
+    adapted = sum(layer.get_base_layer().weight.numel() for layer, _ in copy.pairs)
+    assert held() == 0
+    with copy.merged():
+        assert held() == adapted > 0
+    assert held() == 0
+    with pytest.raises(KeyboardInterrupt), copy.merged():
+        raise KeyboardInterrupt
+    assert held() == 0
 
 
 @architectures
@@ -108,7 +131,6 @@ def test_another_precision_is_a_copy_of_its_own(train_config, architecture):
     before = weights(policy)
     logits = policy.model(IDS).logits
     copy = MergedCopy(policy.model, torch.bfloat16)
-    copy.refresh()
     assert {p.dtype for p in copy.model.parameters()} == {torch.bfloat16}
     assert_same(weights(policy), before)
     assert torch.equal(policy.model(IDS).logits, logits)
@@ -124,7 +146,7 @@ def test_weights_are_rounded_once(train_config):
     """To bfloat16 after the sum, not W and delta W each by itself."""
     policy = make.policy(train_config(), adapter_scale=0.3)
     copy = MergedCopy(policy.model, torch.bfloat16)
-    copy.refresh()
     layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
     sum_ = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    assert torch.equal(copy.model.get_submodule("model.layers.0.self_attn.q_proj").weight, sum_.bfloat16())
+    with copy.merged() as (model, _):
+        assert torch.equal(model.get_submodule("model.layers.0.self_attn.q_proj").weight, sum_.bfloat16())

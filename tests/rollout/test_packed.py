@@ -21,6 +21,14 @@ def test_same_product(bias, shape):
 
 
 def test_what_can_be_packed():
-    assert can_pack(torch.nn.Linear(3, 4), torch.float32)
-    assert not can_pack(torch.nn.Linear(3, 4), torch.bfloat16)
-    assert not can_pack(torch.nn.Conv1d(3, 4, 1), torch.float32)
+    assert can_pack(torch.device("cpu"), torch.float32)
+    assert not can_pack(torch.device("cpu"), torch.bfloat16)
+    assert not can_pack(torch.device("cuda"), torch.float32)
+
+
+def test_a_released_weight_is_gone():
+    plain = torch.nn.Linear(24, 40)
+    packed = PackedLinear(plain.bias)
+    packed.pack(plain.weight.detach())
+    packed.release()
+    assert packed.packed is None and plain.weight.shape == (40, 24)
