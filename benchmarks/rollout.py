@@ -3,18 +3,22 @@
     python benchmarks/rollout.py [max_new_tokens]
 
 SmolLM2-135M in float32 with a LoRA r=16 adapter, 8 prompts x 8 samples, temperature 1. Both sides in one process, in
-turn, on the same prompts; `generate` runs the merged model too, and reports no log-probs, which ours does.
+turn, on the same prompts; `generate` runs a plain model with the adapter merged into it, and reports no log-probs; ours
+does.
 """
 
+import copy
 import statistics
 import sys
 import time
 
 import torch
 from measure import Spread, save, smollm2, sums
+from transformers import PreTrainedModel
 
 from dppo_cli.data.file import JsonLines
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.sections import Hardware, LoRA, Prompting, Sampling
 
@@ -27,7 +31,7 @@ def main(max_new_tokens: int, rounds: int = 4) -> None:
     prompts = policy.encode(data.load().train[:8], Prompting("chat", None))
     sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens)
     engine = LocalRollout(merge=True, dtype=None, concurrent_sequences=512, max_logprobs=1024).load(policy)
-    plain = engine.model
+    plain = merged_by_peft(policy)
     width = max(len(p.token_ids) for p in prompts)
     ids = [[policy.pad_id] * (width - len(p.token_ids)) + list(p.token_ids) for p in prompts for _ in range(8)]
     mask = [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts for _ in range(8)]
@@ -65,6 +69,12 @@ def main(max_new_tokens: int, rounds: int = 4) -> None:
     }
     print(max_new_tokens, found)
     save(f"rollout_{max_new_tokens}", found)
+
+
+def merged_by_peft(policy: Policy) -> PreTrainedModel:
+    """A plain transformers model, as PEFT's own merge leaves it."""
+    assert policy.peft is not None
+    return copy.deepcopy(policy.peft).merge_and_unload()  # type: ignore[no-any-return,operator]
 
 
 def _length(tokens: list[int], eos_ids: tuple[int, ...]) -> int:

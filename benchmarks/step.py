@@ -36,7 +36,7 @@ def work(max_new_tokens: int, *more: str) -> list[str]:
         "batch.prompts_per_update=8",
         "optim.lr=1e-5",
         # Smaller micro-batches than the default: a little slower, far less memory.
-        "hardware.tokens_per_micro_batch=512",
+        "hardware.tokens_per_micro_batch=320",
         "hardware.head_chunk=128",
         f"sampling.max_new_tokens={max_new_tokens}",
         *more,

@@ -119,7 +119,7 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Threads that spin for long make a run many times slower when another program wants the cores, too; those that do
     # not spin at all cost a quarter of the speed when none does.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
