@@ -81,7 +81,7 @@ def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) ->
     save(f"peer_{max_new_tokens}_{approx}", found)
 
 
-def approximations(rounds: int = 3, steps: int = 4) -> None:
+def approximations(rounds: int = 2, steps: int = 3) -> None:
     """In turn, so that a drifting machine hits all alike; each step against the same step of binary."""
     times: dict[str, list[float]] = {name: [] for name in ("binary", "topk", "full")}
     memory: dict[str, list[float]] = {name: [] for name in times}

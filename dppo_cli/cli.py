@@ -3,17 +3,17 @@
 Hydra composes the config; this module finds the command, prints help, and turns a user's error into one line.
 """
 
-import difflib
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dppo_cli import __version__
+from dppo_cli.conf_tree import config_dir, groups, recipes_dir
 from dppo_cli.errors import ConfigError, DppoError
+from dppo_cli.mistakes import check_keys, explain, guess
 
 COMMANDS = {
     "train": "train a LoRA or QLoRA adapter with DPPO, evaluated before and after",
@@ -27,7 +27,6 @@ EXAMPLES = """\
 OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--config-dir", "-h", "--help", "--version")
 TAKE_A_VALUE = ("--cfg", "--info", "--config-dir")
 INTERRUPTED = 130
-PACKAGE = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = args[0]
         if command not in COMMANDS:
-            raise ConfigError(f"there is no command {command!r}{_guess(command, COMMANDS)}")
+            raise ConfigError(f"there is no command {command!r}{guess(command, COMMANDS)}")
         options, overrides = split_options(args[1:])
+        if "--config-dir" not in options:
+            check_keys(command, overrides)
         _run_hydra(command, options, [recipe_override(word) for word in overrides])
         return 0
     except DppoError as error:
@@ -52,22 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dppo: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def config_dir() -> Path:
-    """The YAML tree: beside the package in a checkout, inside it in an installed wheel."""
-    return _data_dir("conf", "train.yaml")
-
-
-def recipes_dir() -> Path:
-    """The recipes, likewise."""
-    return _data_dir("recipes", "README.md")
-
-
-def groups() -> dict[str, list[str]]:
-    """Config groups with their choices."""
-    found = sorted(p for p in config_dir().iterdir() if p.is_dir())
-    return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in found}
 
 
 def help_text() -> str:
@@ -110,7 +95,7 @@ def recipe_override(word: str) -> str:
         return word
     known = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
     if name not in known:
-        raise ConfigError(f"there is no recipe {name!r}{_guess(name, known)}")
+        raise ConfigError(f"there is no recipe {name!r}{guess(name, known)}")
     return f"+recipes/{name}=recipe"
 
 
@@ -197,92 +182,6 @@ def _make_absolute(node: Any) -> None:
         file, colon, function = value.rpartition(":") if key == "reward.path" else (value, "", "")
         if file and Path(file).exists():
             OmegaConf.update(node, key, f"{Path(file).resolve()}{colon}{function}")
-
-
-def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
-    """Hydra's complaint in one line, with the nearest right word."""
-    from hydra.errors import OverrideParseException
-
-    message = str(error)
-    first = message.strip().splitlines()[0].rstrip(".")
-    if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
-    if match := re.search(r"Could not override '([^']+)'", message):
-        return _no_such_key(match.group(1), _composed(error, command))
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
-        return _no_such_choice(*match.groups())
-    if "override must be a string" in message:
-        words = [word.split("=", 1) for word in overrides if word.partition("=")[0] in groups()]
-        for group, choice in words:
-            if choice not in groups()[group]:
-                return _no_such_choice(group, choice)
-    if "ambiguous value" in message.lower():
-        return f"{first.split(': ', 1)[-1]}; to run every value, add -m"
-    return first
-
-
-def _composed(error: Exception, command: str) -> Any:
-    """The config in which Hydra did not find a key."""
-    # What it had composed by then hangs on the error that its own comes from; to compose again would take as long.
-    if error.__cause__ is not None:
-        return error.__cause__.parent_node._get_root()  # type: ignore[attr-defined]
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.initialize import initialize_config_dir
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose(command)
-
-
-def _no_such_choice(group: str, choice: str) -> str:
-    return f"there is no {group}={choice}{_guess(choice, groups().get(group, []))}"
-
-
-def _no_such_key(key: str, composed: Any) -> str:
-    """`composed`: the config that the key was to be set in."""
-    keys = _dotted_keys(composed)
-    if key in keys:
-        below = [k for k in keys if k.startswith(f"{key}.")]
-        return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    parent = key.rpartition(".")[0]
-    siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
-    if not siblings:
-        parent, siblings = "", sorted({k.split(".")[0] for k in keys})
-    guess = f"; did you mean {close[0]}?" if close else "."
-    return f"there is no key {key}{guess} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"
-
-
-def _dotted_keys(config: Any) -> list[str]:
-    """Every key of a config, inner ones too, without Hydra's own."""
-    from omegaconf import OmegaConf
-
-    keys: list[str] = []
-
-    def walk(prefix: str, value: Any) -> None:
-        if prefix:
-            keys.append(prefix)
-        if isinstance(value, dict):
-            for name, child in value.items():
-                walk(f"{prefix}.{name}" if prefix else name, child)
-
-    walk("", OmegaConf.to_container(config, resolve=False))
-    return [k for k in keys if not k.endswith("._target_") and k.split(".")[0] not in ("hydra", "recipes")]
-
-
-def _guess(word: str, choices: Any) -> str:
-    from dppo_cli.sections import did_you_mean
-
-    return did_you_mean(word, choices)
-
-
-def _data_dir(name: str, marker: str) -> Path:
-    # Inside first: beside an installed package stand other people's folders.
-    for place in (PACKAGE / name, PACKAGE.parent / name):
-        if (place / marker).is_file():
-            return place
-    raise ConfigError(f"the folder {name} is missing from this installation of dppo; install it again")
 
 
 if __name__ == "__main__":

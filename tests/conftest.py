@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dppo_cli.cli import config_dir, groups
+from dppo_cli.conf_tree import config_dir, groups
 from dppo_cli.config import TrainConfig, build
 
 SMALL = (

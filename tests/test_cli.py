@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dppo_cli import __version__
-from dppo_cli.cli import COMMANDS, groups, main
+from dppo_cli.cli import COMMANDS, main
+from dppo_cli.conf_tree import groups
 from dppo_cli.learner import Learner
 from dppo_cli.rollout.local import LocalEngine
 
@@ -143,6 +144,18 @@ def test_misspelt_words(words: list[str], parts: list[str], refused: Callable[..
     line = refused(*words)
     for part in parts:
         assert part in line
+
+
+def test_a_key_that_no_choice_has_is_answered_without_hydra(work: Path) -> None:
+    """Hydra would compose twice first; and torch is far away."""
+    code = (
+        "import sys; from dppo_cli.cli import main\n"
+        "assert main(['train', 'divergence=kl', 'sampling.temprature=1']) == 2\n"
+        "assert not {'hydra', 'omegaconf', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "there is no key sampling.temprature; did you mean sampling.temperature?" in done.stderr
 
 
 # Values

@@ -15,7 +15,7 @@ from dppo_cli.algorithm.aggregation import TokenMean
 from dppo_cli.algorithm.approx import Binary, TopK
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.objective import DPPO
-from dppo_cli.cli import config_dir, groups
+from dppo_cli.conf_tree import config_dir, dotted_keys, groups, known_keys
 from dppo_cli.config import EvalConfig, ExportConfig, TrainConfig, build
 from dppo_cli.sections import AdamW, BatchPlan, LoRA, Sampling
 
@@ -47,6 +47,19 @@ def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
     target = node.get(group, node).get("_target_")
     if target:
         assert f"{type(getattr(config, group)).__module__}.{type(getattr(config, group)).__name__}" == target
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_key_of_every_choice_is_known(group: str, choice: str) -> None:
+    """So that a key is never called misspelt which Hydra would find."""
+    node = OmegaConf.to_container(composed("train", f"{group}={choice}", *MANDATORY.get((group, choice), [])))
+    assert set(dotted_keys(node)) <= set(known_keys("train"))
+
+
+def test_a_command_knows_its_own_keys_only() -> None:
+    assert set(dotted_keys(OmegaConf.to_container(composed("eval", *REQUIRED["eval"])))) <= set(known_keys("eval"))
+    assert "data.path" in known_keys("eval") and "divergence.delta_high" not in known_keys("eval")
+    assert set(known_keys("export")) == set(dotted_keys(OmegaConf.to_container(composed("export"))))
 
 
 @pytest.mark.parametrize("command", ROOTS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.objective import Objective, TokenLoss, Tokens
-from dppo_cli.cli import groups
+from dppo_cli.conf_tree import groups
 from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
 from dppo_cli.learner import Learner, UpdateResult, lr_factor

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dppo_cli.cli import config_dir, recipes_dir
+from dppo_cli.conf_tree import config_dir, recipes_dir
 from dppo_cli.config import TrainConfig, build
 
 RECIPES = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))

@@ -64,9 +64,9 @@ def test_the_installed_command_runs_from_another_folder(installed: Path, tmp_pat
     shown = run([command, "--help"], tmp_path, **path)
     assert "approx       binary, full, topk" in shown
 
-    code = "import dppo_cli.cli as c; print(c.__file__, c.config_dir(), c.recipes_dir(), sep='\\n')"
+    code = "import dppo_cli.conf_tree as c; print(c.__file__, c.config_dir(), c.recipes_dir(), sep='\\n')"
     places = [Path(line) for line in run([sys.executable, "-c", code], tmp_path, **path).splitlines()]
-    assert places == [installed / "dppo_cli" / name for name in ("cli.py", "conf", "recipes")]
+    assert places == [installed / "dppo_cli" / name for name in ("conf_tree.py", "conf", "recipes")]
 
     words = ["train", "steps=2", "batch.prompts_per_step=2", "batch.prompts_per_update=2", "data.eval_problems=4"]
     run([command, *words, "data.train_problems=50", "run_dir=run"], tmp_path, **path, OMP_NUM_THREADS="1")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.errors import ConfigError
+from dppo_cli.memory import give_back
 from dppo_cli.policy.head import Head
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.decoder import Decoder, compact
@@ -83,10 +84,12 @@ class LocalEngine:
         generator = torch.Generator().manual_seed(seed)
         per_wave = max(1, self.concurrent_sequences // samples_per_prompt)
         completions: list[Completion] = []
+        give_back()  # what training has freed, and at the end what sampling has
         with self.copy.merged() if self.copy else self._policy_itself() as sampler:
             for start in range(0, len(prompts), per_wave):
                 wave = prompts[start : start + per_wave]
                 completions += self._wave(sampler, wave, samples_per_prompt, sampling, num_logprobs, generator)
+        give_back()
         return completions
 
     @contextmanager
