@@ -131,6 +131,8 @@ class LocalEngine:
             writing_A = ~torch.isin(token_A, eos_E).cpu()
             if not writing_A.any() or len(record.steps) == sampling.max_new_tokens:
                 break
+            # Not kept beside the next step's.
+            del log_mu_AV, mu_AV
             rows_A = compact(writing_A)
             active_A = active_A[rows_A]
             hidden_AH = decoder.step(token_A[rows_A], rows_A)

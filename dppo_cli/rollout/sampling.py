@@ -9,10 +9,10 @@ from dppo_cli.sections import Sampling
 def draw(mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Tokens int64 [B] by inverse CDF: the first whose cumulative probability exceeds a uniform number in [0, 1).
 
-    `mu_BV`: float32 probabilities, up to a factor per row. One cumulative sum and one search per row;
+    `mu_BV`: float32 probabilities, up to a factor per row; overwritten. One cumulative sum and one search per row;
     `torch.multinomial` costs forty times as much on a large vocabulary.
     """
-    cdf_BV = mu_BV.cumsum(-1)
+    cdf_BV = mu_BV.cumsum_(-1)
     total_B1 = cdf_BV[:, -1:]
     # u * total may round up to total, which no token exceeds; just below it there always is one with mass.
     threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))

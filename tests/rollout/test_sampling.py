@@ -47,7 +47,7 @@ def test_an_even_grid_of_numbers_gives_each_token_its_share():
     log_mu_1V[0, 2] = -torch.inf
     log_mu_1V[0, 4] = -torch.inf
     uniform_B = (torch.arange(1100, dtype=torch.float64) + 0.5).div(1100).float()
-    counts = torch.bincount(draw(log_mu_1V.exp().expand(1100, -1), uniform_B), minlength=5)
+    counts = torch.bincount(draw(log_mu_1V.exp().repeat(1100, 1), uniform_B), minlength=5)
     assert (counts - torch.tensor([200, 400, 0, 500, 0])).abs().max() <= 1
     assert counts[2] == counts[4] == 0
 
@@ -114,5 +114,4 @@ def test_truncation_leaves_its_input_alone():
     log_mu_1V = log_probs(0.2, 0.5, 0.3)
     before = log_mu_1V.clone()
     truncate(log_mu_1V, Sampling(1.0, 0.5, 1, 0.9, 1))
-    draw(log_mu_1V, torch.tensor([0.5]))
     assert torch.equal(log_mu_1V, before)
