@@ -1,7 +1,7 @@
 """Running each prompt of an update once, however many responses it has and however they are cut into micro-batches.
 
-Shapes: P distinct prompts, L their longest length, B responses of a micro-batch to prompts of at most W tokens,
-R their longest length, N sampled tokens, H hidden size.
+Shapes: P distinct prompts, L their longest length, B responses of a micro-batch, R their longest length,
+N sampled tokens, H hidden size.
 """
 
 from collections.abc import Iterable, Sequence

@@ -21,7 +21,7 @@ from dppo_cli.rollout.packed import PackedLinear, can_pack
 
 
 class MergedCopy:
-    """`with copy.merged() as model:` gives a plain transformers model with the weights W + delta W of this moment."""
+    """`with copy.merged() as (model, head):` is a plain transformers model with the weights W + delta W of now."""
 
     def __init__(self, policy_model: PreTrainedModel, dtype: torch.dtype) -> None:
         adapted = {name: m for name, m in policy_model.named_modules() if isinstance(m, LoraLinear)}
