@@ -36,7 +36,7 @@ def work(max_new_tokens: int, *more: str) -> list[str]:
         "batch.prompts_per_update=8",
         "optim.lr=1e-5",
         # Smaller micro-batches than the default: a little slower, far less memory.
-        "hardware.tokens_per_micro_batch=320",
+        "hardware.tokens_per_micro_batch=256",
         "hardware.head_chunk=128",
         f"sampling.max_new_tokens={max_new_tokens}",
         *more,
@@ -81,7 +81,7 @@ def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) ->
     save(f"peer_{max_new_tokens}_{approx}", found)
 
 
-def approximations(rounds: int = 2, steps: int = 3) -> None:
+def approximations(rounds: int = 3, steps: int = 3) -> None:
     """In turn, so that a drifting machine hits all alike; each step against the same step of binary."""
     times: dict[str, list[float]] = {name: [] for name in ("binary", "topk", "full")}
     memory: dict[str, list[float]] = {name: [] for name in times}

@@ -15,6 +15,7 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.algorithm.objective import Tokens, kl_to_reference
 from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
+from dppo_cli.memory import give_back
 from dppo_cli.policy.head import Visitor, token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.policy.sharing import SharedPrompts, can_share, split_by_tokens
@@ -87,6 +88,7 @@ class Learner:
                 stats.append(seen)
                 places += batch.places
                 padded += batch.places - batch.tokens
+                give_back()  # The next micro-batch has other shapes, and no use for these pieces.
             prompts.backward()
             places += prompts.places
             padded += prompts.places - prompts.tokens

@@ -1,9 +1,11 @@
-"""Freed memory goes back to the system, if it is much."""
+"""Memory that nobody needs goes back to the system."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dppo_cli import memory
 
@@ -32,3 +34,21 @@ def test_freed_pieces_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> 
     memory.give_back()
     assert holes - resident_mib() > 80
     assert all(float(t.sum()) == 16_000 for t in kept[::500])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_weights_that_rest_leave_memory_and_come_back(tmp_path: Path) -> None:
+    """A file's, whole and in part; weights that are no file's stay, for they could only go to swap."""
+    written = torch.randn(2, 16_000_000)
+    save_file({"a": written[0].clone(), "b": written[1].clone()}, tmp_path / "weights.safetensors")
+    found = load_file(tmp_path / "weights.safetensors")
+    for name, expected in zip("ab", written, strict=True):
+        assert torch.equal(found[name], expected)
+    before = resident_mib()
+    memory.set_aside([found["a"], found["b"][:8_000_000]])
+    assert 85 < before - resident_mib() < 100, "64 and 32 million bytes less than before, in MiB"
+    for name, expected in zip("ab", written, strict=True):
+        assert torch.equal(found[name], expected)
+    before = resident_mib()
+    memory.set_aside([written, torch.ones(3)])
+    assert before - resident_mib() < 5

@@ -55,11 +55,18 @@ class Head:
 
     def log_probs_and_probs(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
         """log pi and pi, float32 [N, V] each, from one exponential."""
-        z_NV = self.logits(hidden_NH)
-        z_NV -= z_NV.amax(-1, keepdim=True)
-        pi_NV = z_NV.exp()
-        total_N1 = pi_NV.sum(-1, keepdim=True)
-        return z_NV.sub_(total_N1.log()), pi_NV.div_(total_N1)
+        shifted_NV, mass_NV, total_N1 = self.masses(hidden_NH)
+        return shifted_NV.sub_(total_N1.log()), mass_NV.div_(total_N1)
+
+    def masses(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits less their maximum, s; m = exp(s); sum m: float32 [N, V], [N, V], [N, 1]. log pi = s - log sum m.
+
+        Enough to draw a token from, and less work than log pi and pi of every token.
+        """
+        s_NV = self.logits(hidden_NH)
+        s_NV -= s_NV.amax(-1, keepdim=True)
+        m_NV = s_NV.exp()
+        return s_NV, m_NV, m_NV.sum(-1, keepdim=True)
 
 
 def token_log_probs(

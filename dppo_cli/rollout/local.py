@@ -122,17 +122,24 @@ class LocalEngine:
         active_A = torch.arange(len(prompts) * group, device=device)
         hidden_AH = decoder.prefill()
         while True:
-            log_mu_AV, mu_AV = head.log_probs_and_probs(hidden_AH)
+            # log mu = logits - log_total; over the whole vocabulary only where something asks for it.
+            logits_AV, mass_AV, total_A1 = head.masses(hidden_AH)
+            log_total_A1 = total_A1.log()
             # A number for every sequence of the wave, so that a token does not depend on who else has finished.
             uniform_B = torch.rand(record.size, generator=generator).to(device)
-            token_A = _choose(log_mu_AV, mu_AV, uniform_B[active_A], sampling)
-            record.add(active_A, token_A, log_mu_AV, hidden_AH)
+            if sampling.temperature == 0:
+                token_A = logits_AV.argmax(-1)
+            else:
+                if sampling.truncates:
+                    mass_AV = truncate(logits_AV - log_total_A1, sampling).exp()
+                token_A = draw(mass_AV, uniform_B[active_A])
+            record.add(active_A, token_A, logits_AV, log_total_A1, hidden_AH)
             # The one place where the host waits for the device.
             writing_A = ~torch.isin(token_A, eos_E).cpu()
             if not writing_A.any() or len(record.steps) == sampling.max_new_tokens:
                 break
             # Not kept beside the next step's.
-            del log_mu_AV, mu_AV
+            del logits_AV, mass_AV
             rows_A = compact(writing_A)
             active_A = active_A[rows_A]
             hidden_AH = decoder.step(token_A[rows_A], rows_A)
@@ -163,12 +170,14 @@ class Record:
         self.size, self.head, self.num_logprobs = size, replace(head, linear=None), num_logprobs
         self.steps: list[tuple[Tensor, ...]] = []
 
-    def add(self, active_A: Tensor, token_A: Tensor, log_mu_AV: Tensor, hidden_AH: Tensor) -> None:
+    def add(
+        self, active_A: Tensor, token_A: Tensor, logits_AV: Tensor, log_total_A1: Tensor, hidden_AH: Tensor
+    ) -> None:
         """Keep the sampled token's log-prob and what the approximation asked for; the rest of [A, V] is let go."""
-        columns = [active_A, token_A, log_mu_AV.gather(-1, token_A[:, None]).squeeze(-1)]
+        columns = [active_A, token_A, (logits_AV.gather(-1, token_A[:, None]) - log_total_A1).squeeze(-1)]
         if self.num_logprobs > 0:
-            top = log_mu_AV.topk(min(self.num_logprobs, log_mu_AV.shape[-1]), dim=-1)
-            columns += [top.indices, top.values]
+            top = logits_AV.topk(min(self.num_logprobs, logits_AV.shape[-1]), dim=-1)
+            columns += [top.indices, top.values - log_total_A1]
         elif self.num_logprobs == WHOLE_VOCABULARY:
             columns.append(hidden_AH)
         self.steps.append(tuple(columns))
@@ -187,9 +196,3 @@ class Record:
             return [(token[b], PolicyReport(logp[b], ids[b], values[b])) for b in range(self.size)]
         hidden = more[0]
         return [(token[b], PolicyReport(logp[b], hidden_NH=hidden[b], head=self.head)) for b in range(self.size)]
-
-
-def _choose(log_mu_AV: Tensor, mu_AV: Tensor, uniform_A: Tensor, sampling: Sampling) -> Tensor:
-    if sampling.temperature == 0:
-        return log_mu_AV.argmax(-1)
-    return draw(truncate(log_mu_AV, sampling).exp() if sampling.truncates else mu_AV, uniform_A)

@@ -6,18 +6,23 @@ that training has their memory.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dppo_cli.memory import set_aside
 from dppo_cli.policy.head import Head
 from dppo_cli.policy.policy import model_head
-from dppo_cli.rollout.packed import PackedLinear, can_pack
+from dppo_cli.rollout.packed import PackedLinear, Siblings, can_pack
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What most models of transformers call the layers that read one input. Under other names each is its own product."""
 
 
 class MergedCopy:
@@ -35,15 +40,18 @@ class MergedCopy:
 
         self.model = copy.deepcopy(policy_model, memo={id(p): stand_in(p) for p in policy_model.parameters()})
         self.dtype = dtype
-        self.pairs: list[tuple[LoraLinear, nn.Module]] = []
-        for name, layer in adapted.items():
-            own_layer = self.model.get_submodule(name)
-            assert isinstance(own_layer, LoraLinear)
-            plain = own_layer.get_base_layer()
-            if isinstance(plain, nn.Linear) and can_pack(policy_model.device, dtype):
-                plain = PackedLinear(plain.bias)
-            self.model.set_submodule(name, plain)
-            self.pairs.append((layer, plain))
+        self.merges: list[tuple[list[LoraLinear], nn.Module]] = []
+        for names in _by_input(adapted):
+            layers = [adapted[name] for name in names]
+            own = [self._own_layer(name) for name in names]
+            if can_pack(policy_model.device, dtype) and all(isinstance(layer, nn.Linear) for layer in own):
+                siblings = Siblings([m.out_features for m in own], [m.bias for m in own])
+                self.merges.append((layers, siblings.linear))
+                own = siblings.members
+            else:
+                self.merges += [([layer], plain) for layer, plain in zip(layers, own, strict=True)]
+            for name, module in zip(names, own, strict=True):
+                self.model.set_submodule(name, module)
         self.model.eval()
 
     @contextmanager
@@ -52,17 +60,19 @@ class MergedCopy:
         try:
             with torch.no_grad():
                 self._merge()
+            # What was merged is read again only in training.
+            set_aside(layer.get_base_layer().weight for layers, _ in self.merges for layer in layers)  # type: ignore[misc]
             yield self.model, self._head()
         finally:
             self._release()
 
     def _merge(self) -> None:
-        for layer, plain in self.pairs:
-            weight = _merged_weight(layer).to(self.dtype)
-            if isinstance(plain, PackedLinear):
-                plain.pack(weight)
+        for layers, target in self.merges:
+            weight = torch.cat([_merged_weight(layer) for layer in layers]).to(self.dtype)
+            if isinstance(target, PackedLinear):
+                target.pack(weight)
             else:
-                plain.weight.data = weight
+                target.weight.data = weight
 
     def _head(self) -> Head:
         head = model_head(self.model)
@@ -72,12 +82,27 @@ class MergedCopy:
         packed.pack(head.weight_VH.detach())
         return replace(head, linear=packed)
 
+    def _own_layer(self, name: str) -> Any:
+        """The copy's twin of the layer below an adapter."""
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, LoraLinear)
+        return layer.get_base_layer()
+
     def _release(self) -> None:
-        for _, plain in self.pairs:
-            if isinstance(plain, PackedLinear):
-                plain.release()
+        for _, target in self.merges:
+            if isinstance(target, PackedLinear):
+                target.release()
             else:
-                plain.weight.data = torch.empty(0, dtype=self.dtype)
+                target.weight.data = torch.empty(0, dtype=self.dtype)
+
+
+def _by_input(names: Iterable[str]) -> list[list[str]]:
+    """Names of layers, those together that read the same input."""
+    groups: dict[tuple[str, Any], list[str]] = {}
+    for name in names:
+        parent, _, kind = name.rpartition(".")
+        groups.setdefault((parent, next((s for s in SIBLINGS if kind in s), kind)), []).append(name)
+    return list(groups.values())
 
 
 def _merged_weight(layer: LoraLinear) -> Tensor:

@@ -1,4 +1,6 @@
-"""Linear layers for token-by-token sampling on a CPU."""
+"""Linear layers for token-by-token sampling on a CPU. Shapes: I input, O output size of a layer."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,45 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
+
+
+class Siblings:
+    """Layers that read the same input, such as a query, a key and a value projection, as one product.
+
+    `members` stand in the model where the layers stood. The first that is called with an input computes for all; one
+    that is called with another input than the last gets its own product, so no model can get another's output.
+    """
+
+    def __init__(self, sizes: Sequence[int], biases: Sequence[Tensor | None]) -> None:
+        self.sizes = list(sizes)
+        whole = None
+        if any(bias is not None for bias in biases):
+            whole = torch.cat([torch.zeros(n) if b is None else b.detach() for n, b in zip(sizes, biases, strict=True)])
+        self.linear = PackedLinear(whole)
+        self.members = [Sibling(self, i) for i in range(len(sizes))]
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def output(self, x: Tensor, member: int) -> Tensor:
+        """Each output is handed out once, so that an input whose values have changed since is seen as a new one."""
+        if x is not self.input or member not in self.outputs:
+            self.input = x
+            self.outputs = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+        out = self.outputs.pop(member)
+        if not self.outputs:
+            self.input = None
+        return out
+
+
+class Sibling(nn.Module):
+    """One of `Siblings`."""
+
+    def __init__(self, siblings: Siblings, member: int) -> None:
+        super().__init__()
+        self.siblings, self.member = siblings, member
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.siblings.output(x, self.member)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

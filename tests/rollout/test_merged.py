@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.merged import MergedCopy
-from dppo_cli.rollout.packed import PackedLinear
+from dppo_cli.rollout.packed import PackedLinear, Sibling
 
 architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
@@ -23,8 +23,9 @@ def merged_weights(copy: MergedCopy) -> dict[str, torch.Tensor]:
     with copy.merged() as (model, _):
         found = dict(model.named_parameters())
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                found[f"{name}.weight"] = module.packed.to_dense()
+            if isinstance(module, Sibling):
+                whole = module.siblings.linear.packed.to_dense()
+                found[f"{name}.weight"] = whole.split(module.siblings.sizes)[module.member]
         return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -91,12 +92,24 @@ def test_layers_without_adapter_share_memory(train_config, architecture):
     assert any("norm" in name or "ln_" in name for name in shared)
 
 
+def test_layers_of_one_input_are_one_product(train_config):
+    policy = make.policy(train_config("adapter.target_modules=[q_proj,v_proj,o_proj,up_proj]"))
+    copy = MergedCopy(policy.model, torch.float32)
+    names = {id(m): name for name, m in policy.model.named_modules()}
+    groups = [[names[id(layer)].removeprefix("model.layers.") for layer in layers] for layers, _ in copy.merges]
+    assert [group for group in groups if group[0].startswith("0.")] == [
+        ["0.self_attn.q_proj", "0.self_attn.v_proj"],
+        ["0.self_attn.o_proj"],
+        ["0.mlp.up_proj"],
+    ]
+
+
 def test_only_the_chosen_layers_are_copied(train_config):
     policy = make.policy(train_config("adapter.target_modules=[q_proj,down_proj]"), adapter_scale=0.1)
     copy = MergedCopy(policy.model, torch.float32)
     places = {parameter.data_ptr() for parameter in policy.model.parameters()}
     assert all(parameter.data_ptr() in places for parameter in copy.model.parameters())
-    own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
+    own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, Sibling)}
     assert own == {"q_proj", "down_proj"}
     with copy.merged() as (model, _):
         torch.testing.assert_close(model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
@@ -110,12 +123,11 @@ def test_nothing_merged_outlives_the_sampling(train_config, architecture, dtype)
     own = {id(p) for p in policy.model.parameters()}
 
     def held() -> int:
-        packed = [m.packed for m in copy.model.modules() if isinstance(m, PackedLinear)]
-        plain = [m.weight for _, m in copy.pairs if not isinstance(m, PackedLinear)]
-        return sum(w.numel() for w in [*packed, *plain] if w is not None and id(w) not in own)
+        found = [m.packed if isinstance(m, PackedLinear) else m.weight for _, m in copy.merges]
+        return sum(w.numel() for w in found if w is not None and id(w) not in own)
 
     copy = MergedCopy(policy.model, dtype)
-    adapted = sum(layer.get_base_layer().weight.numel() for layer, _ in copy.pairs)
+    adapted = sum(layer.get_base_layer().weight.numel() for layers, _ in copy.merges for layer in layers)
     assert held() == 0
     with copy.merged():
         assert held() == adapted > 0

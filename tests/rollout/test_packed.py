@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dppo_cli.rollout.packed import PackedLinear, can_pack
+from dppo_cli.rollout.packed import PackedLinear, Siblings, can_pack
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -32,3 +32,33 @@ def test_a_released_weight_is_gone():
     packed.pack(plain.weight.detach())
     packed.release()
     assert packed.packed is None and plain.weight.shape == (40, 24)
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_siblings_are_the_layers_they_stand_for(biases):
+    """However they are called: in any order, more than once, with another input, with one that was written to."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Linear(24, n, bias=bias) for n, bias in zip((40, 8, 16), biases, strict=True)]
+    siblings = Siblings([m.out_features for m in plain], [m.bias for m in plain])
+    siblings.linear.pack(torch.cat([m.weight.detach() for m in plain]))
+    a, b = torch.randn(5, 24), torch.randn(3, 1, 24)
+    with torch.no_grad():
+        for x, member in [(a, 0), (a, 1), (a, 2), (a, 0), (b, 2), (a, 1), (b, 0), (b, 0), (b, 1), (b, 1)]:
+            found = siblings.members[member](x)
+            torch.testing.assert_close(found, plain[member](x), rtol=1e-5, atol=1e-6)
+        for _ in range(2):
+            for member in (0, 1, 2):
+                torch.testing.assert_close(siblings.members[member](a), plain[member](a), rtol=1e-5, atol=1e-6)
+            a.mul_(2)
+
+
+def test_siblings_are_multiplied_at_once():
+    plain = [torch.nn.Linear(24, n, bias=False) for n in (40, 8)]
+    siblings = Siblings([40, 8], [None, None])
+    siblings.linear.pack(torch.cat([m.weight.detach() for m in plain]))
+    products = []
+    siblings.linear.register_forward_hook(lambda *_: products.append(1))
+    x = torch.randn(2, 24)
+    first, second = (member(x) for member in siblings.members)
+    assert (first.shape, second.shape, len(products)) == ((2, 40), (2, 8), 1)
+    assert siblings.input is None, "nothing of a finished step is held"
