@@ -1,4 +1,4 @@
-"""The table of what has been measured: `python benchmarks/table.py` writes results.md from build/results/.
+"""What has been measured, as tables: `python benchmarks/table.py` writes results.md from build/results/.
 
 Rows that were not measured say so.
 """
@@ -70,9 +70,58 @@ def rows(results: dict[str, Any]) -> list[Row]:
     return found
 
 
+def floor_table(floor: dict[str, Any]) -> list[str]:
+    """Each phase of the benchmark's step against what the machine's peaks would allow."""
+    lines = [
+        "## How close to the machine's limits",
+        "",
+        f"Measured peaks: {floor['gflops']:.0f} GFLOP/s (float32 matrix product), {floor['gb_per_second']:.0f} GB/s "
+        "(copy). A phase's floor is the larger of its operations and its bytes over these; elementwise work, attention "
+        "and Python count as zero.",
+        "",
+        "| new tokens | phase | seconds | floor by operations | floor by bytes | times the floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for tokens in ("64", "256"):
+        for phase, r in floor[tokens].items():
+            lines.append(
+                f"| {tokens} | {phase} | {spread(r['seconds'])} | {r['operations_seconds']:.2g} s | "
+                f"{r['bytes_seconds']:.2g} s | {spread(r['times_floor'])} |"
+            )
+    return lines
+
+
+def growth_table(growth: dict[str, Any]) -> list[str]:
+    """Time and memory along each axis, and how well a straight line describes them."""
+    lines = [
+        "## Growth",
+        "",
+        "A random Llama (hidden 384, 6 layers), 4 prompts; every response has the length asked for. Seconds of a step, "
+        "median (lowest to highest).",
+    ]
+    for axis, found in growth.items():
+        lines += [
+            "",
+            f"By {axis}: R² of a straight line {found['r2_time']:.3f} for the time, {found['r2_memory']:.3f} for the "
+            f"memory; over the last doubling the time grows by 2^{found['time_exponent']:.2f}, the memory by "
+            f"2^{found['memory_exponent']:.2f}.",
+            "",
+            f"| {axis} | step, s | sampling, s | update, s | peak memory, GiB |",
+            "|---|---|---|---|---|",
+        ]
+        for point in found["points"]:
+            seconds = " | ".join(spread(point[name]) for name in ("seconds", "rollout", "update"))
+            lines.append(f"| {point[axis]:,} | {seconds} | {point['gib']:.2f} |")
+    return [*lines, "", "![time and memory against each](growth.png)"]
+
+
 def main() -> None:
+    results = read(BUILD / "results")
     lines = ["| work | measured, median (lowest to highest) | target |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(read(BUILD / "results"))]
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    for name, section in (("floor", floor_table), ("growth", growth_table)):
+        if name in results:
+            lines += ["", *section(results[name])]
     text = f"{machine()}\n\n" + "\n".join(lines) + "\n"
     (HERE / "results.md").write_text(text)
     print(text)

@@ -15,7 +15,6 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.algorithm.objective import Tokens, kl_to_reference
 from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
-from dppo_cli.memory import give_back
 from dppo_cli.policy.head import Visitor, token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.policy.sharing import SharedPrompts, can_share, split_by_tokens
@@ -48,6 +47,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             policy.parameters, lr=optim.lr, betas=(b1, b2), eps=optim.eps, weight_decay=optim.weight_decay
         )
+        # Now and for good: made amid the first backward pass they would cut the memory it frees into pieces. A batch of
+        # which every sample is skipped leaves them zero, not absent.
+        for parameter in policy.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         total_updates = config.steps * config.batch.updates_per_step
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: lr_factor(update, total_updates, optim)
@@ -88,7 +91,6 @@ class Learner:
                 stats.append(seen)
                 places += batch.places
                 padded += batch.places - batch.tokens
-                give_back()  # The next micro-batch has other shapes, and no use for these pieces.
             prompts.backward()
             places += prompts.places
             padded += prompts.places - prompts.tokens
@@ -166,19 +168,15 @@ class Learner:
         return PolicyReport(logp_N, torch.cat(ids), torch.cat(values)) if k else PolicyReport(logp_N)
 
     def _step(self) -> float:
-        parameters = self.policy.parameters
-        for parameter in parameters:
-            if parameter.grad is None:  # Every sample of the batch was skipped: the gradient is zero, not absent.
-                parameter.grad = torch.zeros_like(parameter)
         limit = self.config.optim.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, math.inf if limit is None else limit))
         if not math.isfinite(norm):
             raise NumericalError(
                 f"the gradient is {norm}; nothing was updated. Try a lower optim.lr or objective.ratio_cap"
             )
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         return norm
 
     def _micro_batches(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[tuple[Batch, list[int]]]:

@@ -14,8 +14,8 @@ WORTH_IT = 512 * 2**20
 """Bytes. Below this, asking the system for the same pages again costs a small model more time than they are worth."""
 FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
-MADV_PAGEOUT = 21
-"""Linux 5.4: reclaim these pages now. Nothing is lost: the next access reads them from their file again."""
+WORTH_RESTING = 64 * 2**20
+"""Bytes. Looking for the files behind less weight takes longer than it is worth."""
 
 
 class _HeapInfo(ctypes.Structure):
@@ -27,8 +27,8 @@ class _HeapInfo(ctypes.Structure):
 def give_back() -> None:
     """Return freed memory to the system if there is much of it and the C library is glibc.
 
-    Sampling, training, and micro-batches of different shapes ask for tensors of different sizes, and what one has
-    freed lies in pieces that the next cannot use. Costs a tenth of a second per GiB.
+    Sampling and training ask for tensors of different sizes, and what one has freed lies in pieces that the other
+    cannot use. Costs a tenth of a second per GiB.
     """
     library = _glibc()
     if library is not None and library.mallinfo2().fordblks > WORTH_IT:
@@ -39,34 +39,36 @@ def set_aside(weights: Iterable[Tensor]) -> None:
     """Let the system have the memory of weights that are not read for a while, as far as their pages are a file's.
 
     safetensors maps a checkpoint into memory, so weights that were not converted come back from the page cache at the
-    next access, in a fraction of a second per GiB. Weights without a file behind them stay: their pages could only
-    go to swap. Does nothing on systems other than Linux.
+    next access, in a tenth of a second per GiB. All others stay as they are: weights without a file behind them, and
+    mappings of which a page was written to since. Does nothing on systems other than Linux.
     """
     library = _libc()
-    if library is None:
+    weights = [weight for weight in weights if weight.device.type == "cpu"]
+    if library is None or sum(weight.nbytes for weight in weights) < WORTH_RESTING:
         return
-    mapped = _file_mappings()
+    mapped = _unwritten_file_mappings()
     starts = [start for start, _ in mapped]
     for weight in weights:
-        if weight.device.type != "cpu":
-            continue
         begin, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
         i = bisect(starts, begin) - 1
         if i >= 0 and end <= mapped[i][1]:
             begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
             if begin < end:
-                library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+                library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-def _file_mappings() -> list[tuple[int, int]]:
-    """Address ranges of this process that files are mapped to, ascending."""
-    found = []
-    with open("/proc/self/maps") as lines:
+def _unwritten_file_mappings() -> list[tuple[int, int]]:
+    """Address ranges of this process that show files as they are, ascending."""
+    found: list[tuple[int, int]] = []
+    with open("/proc/self/smaps") as lines:
         for line in lines:
-            addresses, _, _, _, inode = line.split()[:5]
-            if inode != "0":
-                start, end = addresses.split("-")
-                found.append((int(start, 16), int(end, 16)))
+            first, *fields = line.split()
+            if not first.endswith(":"):
+                start, end = (int(address, 16) for address in first.split("-"))
+                is_file = fields[3] != "0"
+            # A page of a private mapping that was written to is the process's own; of a file's there are none.
+            elif first == "Anonymous:" and is_file and fields[0] == "0":
+                found.append((start, end))
     return found
 
 

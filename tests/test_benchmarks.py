@@ -90,3 +90,18 @@ def test_the_table_shows_what_was_saved_and_what_was_not(script: Any, tmp_path: 
         "1/2 (1 to 3) of the extra memory, 0.625 (0.5 to 0.75) times the time"
     )
     assert rows["help"] == "not measured"
+
+
+def test_the_tables_of_floor_and_growth(script: Any) -> None:
+    table = script("table")
+    spread = {"low": 1.0, "median": 2.0, "high": 3.0}
+    phase = {"seconds": spread, "operations_seconds": 0.5, "bytes_seconds": 0.25, "times_floor": spread}
+    floor = {"gflops": 140.0, "gb_per_second": 29.0, "64": {"rollout": phase}, "256": {"update": phase}}
+    text = table.floor_table(floor)
+    assert "140 GFLOP/s" in text[2] and "29 GB/s" in text[2]
+    assert text[-1] == "| 256 | update | 2 (1 to 3) | 0.5 s | 0.25 s | 2 (1 to 3) |"
+    point = {"vocabulary": 32_000, "seconds": spread, "rollout": spread, "update": spread, "gib": 1.5}
+    fit = {"r2_time": 0.999, "r2_memory": 0.98, "time_exponent": 1.0, "memory_exponent": 0.5}
+    lines = table.growth_table({"vocabulary": {"points": [point], **fit}})
+    assert "| 32,000 | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | 1.50 |" in lines
+    assert any("0.999 for the time" in line and "2^0.50" in line for line in lines)

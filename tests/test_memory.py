@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+import make
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dppo_cli import memory
+from dppo_cli.rollout.merged import MergedCopy
 
 
 def resident_mib() -> float:
@@ -50,5 +52,30 @@ def test_weights_that_rest_leave_memory_and_come_back(tmp_path: Path) -> None:
     for name, expected in zip("ab", written, strict=True):
         assert torch.equal(found[name], expected)
     before = resident_mib()
-    memory.set_aside([written, torch.ones(3)])
+    memory.set_aside([written])
     assert before - resident_mib() < 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_weights_that_were_written_to_stay(tmp_path: Path) -> None:
+    """What is in memory is not what is in the file then."""
+    save_file({"a": torch.zeros(20_000_000)}, tmp_path / "weights.safetensors")
+    found = load_file(tmp_path / "weights.safetensors")["a"]
+    found[12_345_678] = 1.0
+    memory.set_aside([found])
+    assert found[12_345_678] == 1.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_base_of_a_sampler_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_config) -> None:
+    """A real policy's weights are a file's, and the same after they have rested."""
+    monkeypatch.setattr(memory, "WORTH_RESTING", 0)
+    policy = make.policy(train_config())
+    before = {name: parameter.clone() for name, parameter in policy.model.named_parameters()}
+    asked: list[int] = []
+    unwritten = memory._unwritten_file_mappings
+    monkeypatch.setattr(memory, "_unwritten_file_mappings", lambda: asked.append(1) or unwritten())
+    with MergedCopy(policy.model, torch.float32).merged():
+        assert asked == [1]
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name

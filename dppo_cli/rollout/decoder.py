@@ -5,6 +5,7 @@ and response, H hidden size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from dppo_cli.types import Prompt, Prompts
 
 
 class Decoder:
-    """`prefill()` once, then `step()` per token; both give final hidden states of the sequences still being written."""
+    """`prefill()` once, then `step()` per token; both give final hidden states of the sequences still being written.
+
+    A step does not wait for the device. Two families do in transformers itself, to see whether there is padding: GPT-2,
+    and models with a sliding window whose prompts differ in length.
+    """
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Prompt], group: int, max_new_tokens: int, pad_id: int
@@ -29,7 +34,7 @@ class Decoder:
         self.cache = DynamicCache(config=model.config)
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[i] = PreallocatedLayer(self.width + max_new_tokens)
+                self.cache.layers[i] = PreallocatedLayer(self.width + max_new_tokens, self.mask_BX is not None)
         self.written = 0
 
     def prefill(self) -> Tensor:
@@ -41,15 +46,18 @@ class Decoder:
             self.mask_BX = self.mask_BX.repeat_interleave(self.group, dim=0)
         return hidden_PH.repeat_interleave(self.group, dim=0)
 
-    def step(self, token_A: Tensor, rows_A: Tensor) -> Tensor:
-        """Append `token_A` to the sequences `rows_A` (on the CPU) of those that the last call gave.
+    def keep(self, rows: "Rows") -> None:
+        """The other sequences have finished and leave."""
+        for layer in self.cache.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.keep(rows)
+            else:
+                layer.batch_select_indices(rows.kept_A)  # type: ignore[union-attr]
+        self.length_B1 = self.length_B1[rows.kept_A]
+        self.mask_BX = None if self.mask_BX is None else self.mask_BX[rows.kept_A]
 
-        The others have finished and leave. Returns [A, H] in the order of `rows_A`; see `compact`.
-        """
-        if len(rows_A) < len(self.length_B1):
-            self.cache.batch_select_indices(rows_A)
-            self.length_B1 = self.length_B1[rows_A]
-            self.mask_BX = None if self.mask_BX is None else self.mask_BX[rows_A]
+    def step(self, token_A: Tensor) -> Tensor:
+        """Append a token to each sequence; [A, H]."""
         position_A1 = self.length_B1 + self.written
         self.written += 1
         return self._forward(token_A[:, None], position_A1)
@@ -66,27 +74,40 @@ class Decoder:
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
-def compact(writing_A: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Who stays: row i is from now on what row `kept_A[i]` was; of these only the rows `to_M` have moved, `from_M`."""
+
+    kept_A: Tensor
+    to_M: Tensor
+    from_M: Tensor
+
+
+def compact(writing_A: Tensor, device: torch.device) -> Rows:
     """The rows that are True in `writing_A`, bool [A] on the CPU, in an order that lets most of them stay in place.
 
     Rows from the end fill the gaps, so that leaving copies one sequence's cache for each that leaves, not everyone's.
     """
     count = int(writing_A.sum())
-    rows = torch.arange(count)
-    rows[~writing_A[:count]] = writing_A[count:].nonzero().squeeze(-1) + count
-    return rows
+    to_M = (~writing_A[:count]).nonzero().squeeze(-1)
+    from_M = writing_A[count:].nonzero().squeeze(-1) + count
+    kept_A = torch.arange(count)
+    kept_A[to_M] = from_M
+    return Rows(kept_A.to(device), to_M.to(device), from_M.to(device))
 
 
 class PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
 
     A subclass because transformers' `Cache` asks its layers for this interface. The prompt's own states are kept until
-    the first copy: repeating, selecting or appending.
+    the first copy: repeating, leaving or appending.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, padded: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
+        # transformers takes it as: do not look, at every token, whether the mask is all ones. On a GPU it would wait.
+        self.is_compileable = padded
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -104,16 +125,15 @@ class PreallocatedLayer(DynamicLayer):
         self._show(rows, end)
         return self.keys, self.values  # type: ignore[return-value]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Rows that stay where they are cost nothing. `indices` on the CPU, so that a GPU is not waited for."""
+    def keep(self, rows: Rows) -> None:
+        """Rows that stay where they are cost nothing."""
         if self.buffers is None:
             self.batch_repeat_interleave(1)
         assert self.keys is not None and self.buffers is not None
         length = self.keys.shape[-2]
-        to = (indices != torch.arange(len(indices))).nonzero().squeeze(-1)
         for buffer in self.buffers:
-            buffer[to, :, :length] = buffer[indices[to], :, :length]
-        self._show(len(indices), length)
+            buffer[rows.to_M, :, :length] = buffer[rows.from_M, :, :length]
+        self._show(len(rows.kept_A), length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         assert self.keys is not None and self.values is not None

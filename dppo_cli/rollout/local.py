@@ -119,14 +119,15 @@ class LocalEngine:
         record = Record(len(prompts) * group, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
         decoder = Decoder(model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
-        active_A = torch.arange(len(prompts) * group, device=device)
+        active_A = torch.arange(record.size, device=device)
+        # For every sequence at every step, so that a token does not depend on who else has finished; all at once, for
+        # sending them to the device waits for it.
+        uniform_TB = torch.rand(sampling.max_new_tokens, record.size, generator=generator).to(device)
         hidden_AH = decoder.prefill()
-        while True:
+        for uniform_B in uniform_TB:
             # log mu = logits - log_total; over the whole vocabulary only where something asks for it.
             logits_AV, mass_AV, total_A1 = head.masses(hidden_AH)
             log_total_A1 = total_A1.log()
-            # A number for every sequence of the wave, so that a token does not depend on who else has finished.
-            uniform_B = torch.rand(record.size, generator=generator).to(device)
             if sampling.temperature == 0:
                 token_A = logits_AV.argmax(-1)
             else:
@@ -134,15 +135,16 @@ class LocalEngine:
                     mass_AV = truncate(logits_AV - log_total_A1, sampling).exp()
                 token_A = draw(mass_AV, uniform_B[active_A])
             record.add(active_A, token_A, logits_AV, log_total_A1, hidden_AH)
-            # The one place where the host waits for the device.
-            writing_A = ~torch.isin(token_A, eos_E).cpu()
+            writing_A = _still_writing(token_A, eos_E)
             if not writing_A.any() or len(record.steps) == sampling.max_new_tokens:
                 break
             # Not kept beside the next step's.
             del logits_AV, mass_AV
-            rows_A = compact(writing_A)
-            active_A = active_A[rows_A]
-            hidden_AH = decoder.step(token_A[rows_A], rows_A)
+            if not writing_A.all():
+                rows = compact(writing_A, device)
+                decoder.keep(rows)
+                active_A, token_A = active_A[rows.kept_A], token_A[rows.kept_A]
+            hidden_AH = decoder.step(token_A)
         reports = record.reports()
         return [
             self._completion(prompts[b // group], token_T.cpu(), report.to(torch.device("cpu")))
@@ -196,3 +198,8 @@ class Record:
             return [(token[b], PolicyReport(logp[b], ids[b], values[b])) for b in range(self.size)]
         hidden = more[0]
         return [(token[b], PolicyReport(logp[b], hidden_NH=hidden[b], head=self.head)) for b in range(self.size)]
+
+
+def _still_writing(token_A: Tensor, eos_E: Tensor) -> Tensor:
+    """Bool [A] on the CPU. The one place where the host waits for the device."""
+    return ~torch.isin(token_A, eos_E).cpu()

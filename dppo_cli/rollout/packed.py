@@ -38,7 +38,8 @@ class Siblings:
     """Layers that read the same input, such as a query, a key and a value projection, as one product.
 
     `members` stand in the model where the layers stood. The first that is called with an input computes for all; one
-    that is called with another input than the last gets its own product, so no model can get another's output.
+    that is called with another input than the last gets a product of its own, so which layers are put together changes
+    the speed, not the result.
     """
 
     def __init__(self, sizes: Sequence[int], biases: Sequence[Tensor | None]) -> None:

@@ -8,6 +8,8 @@ from transformers.cache_utils import DynamicLayer
 
 from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer, compact
 
+CPU = torch.device("cpu")
+
 
 def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 2, length, 4, generator=generator), torch.randn(batch, 2, length, 4, generator=generator)
@@ -15,7 +17,7 @@ def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.T
 
 def test_the_preallocated_layer_is_a_dynamic_layer():
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = PreallocatedLayer(capacity=20), DynamicLayer()
+    ours, theirs = PreallocatedLayer(capacity=20, padded=False), DynamicLayer()
 
     def update(batch: int, length: int) -> None:
         new = states(batch, length, generator)
@@ -29,6 +31,11 @@ def test_the_preallocated_layer_is_a_dynamic_layer():
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
 
+    def leave(writing: list[int]) -> None:
+        rows = compact(torch.tensor(writing).bool(), CPU)
+        ours.keep(rows)
+        theirs.batch_select_indices(rows.kept_A)
+
     assert ours.get_seq_length() == theirs.get_seq_length() == 0
     update(3, 5)
     for layer in (ours, theirs):
@@ -36,13 +43,11 @@ def test_the_preallocated_layer_is_a_dynamic_layer():
     agree()
     for _ in range(3):
         update(6, 1)
-    for layer in (ours, theirs):
-        layer.batch_select_indices(torch.tensor([5, 0, 2]))
+    leave([1, 0, 1, 0, 0, 1])
     agree()
     update(3, 1)
     update(3, 2)
-    for layer in (ours, theirs):
-        layer.batch_select_indices(torch.tensor([1]))
+    leave([0, 1, 0])
     agree()
     update(1, 9)
     assert ours.get_seq_length() == 20
@@ -50,7 +55,7 @@ def test_the_preallocated_layer_is_a_dynamic_layer():
 
 def test_a_step_writes_into_the_same_memory():
     generator = torch.Generator().manual_seed(0)
-    layer = PreallocatedLayer(capacity=8)
+    layer = PreallocatedLayer(capacity=8, padded=False)
     first = states(2, 3, generator)
     kept = first[0].clone()
     layer.update(*first)
@@ -95,12 +100,14 @@ def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, 
 
     agree(decoder.prefill())
     for ending in ENDING:
-        rows_A = compact(torch.tensor([b not in ending for b in writing]))
-        writing = [writing[row] for row in rows_A.tolist()]
+        rows = compact(torch.tensor([b not in ending for b in writing]), CPU)
+        if ending:
+            decoder.keep(rows)
+        writing = [writing[row] for row in rows.kept_A.tolist()]
         token_A = torch.randint(3, 70, (len(writing),), generator=generator)
         for b, token in zip(writing, token_A.tolist(), strict=True):
             sequences[b].append(token)
-        agree(decoder.step(token_A, rows_A))
+        agree(decoder.step(token_A))
         sizes.append(decoder.length_B1.shape[0])
     assert sizes == [12, 11, 8, 8, 4, 2, 2], "finished sequences leave the batch"
 
@@ -117,15 +124,18 @@ def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, 
     ],
 )
 def test_rows_that_are_kept_stay_in_place_where_they_can(writing, rows):
-    assert compact(torch.tensor(writing).bool()).tolist() == rows
+    found = compact(torch.tensor(writing).bool(), CPU)
+    assert found.kept_A.tolist() == rows
+    assert found.to_M.tolist() == [i for i, row in enumerate(rows) if i != row]
+    assert found.from_M.tolist() == [row for i, row in enumerate(rows) if i != row]
 
 
 def test_leaving_copies_only_the_rows_that_move():
     generator = torch.Generator().manual_seed(0)
-    layer = PreallocatedLayer(capacity=8)
+    layer = PreallocatedLayer(capacity=8, padded=False)
     layer.update(*states(4, 3, generator))
     layer.batch_repeat_interleave(1)
     place, expected = layer.keys.data_ptr(), layer.keys[torch.tensor([0, 3, 2])].clone()
-    layer.batch_select_indices(torch.tensor([0, 3, 2]))
+    layer.keep(compact(torch.tensor([1, 0, 1, 1]).bool(), CPU))
     assert layer.keys.data_ptr() == place
     assert torch.equal(layer.keys, expected)

@@ -1,20 +1,25 @@
 """The in-process engine: what it reports is what training computes, and what it samples is what it reports."""
 
+import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import make
 import pytest
 import tiny
 import torch
+from transformers import PreTrainedModel, masking_utils
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.errors import ConfigError
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.policy.sharing import SharedPrompts
-from dppo_cli.rollout.local import LocalEngine, LocalRollout
+from dppo_cli.rollout import local
+from dppo_cli.rollout.decoder import Decoder
+from dppo_cli.rollout.local import LocalEngine, LocalRollout, Record
 from dppo_cli.sections import Sampling
 from dppo_cli.types import Batch, Completion, PolicyReport, Prompt
 
@@ -122,8 +127,7 @@ def naive_generate(
     """One wave without cache, padding or batch: the whole sequence again for every token."""
     size = len(prompts) * group
     responses: list[list[int]] = [[] for _ in range(size)]
-    for _ in range(length):
-        uniform_B = torch.rand(size, generator=generator)
+    for uniform_B in torch.rand(length, size, generator=generator):
         writing = [b for b in range(size) if not responses[b] or responses[b][-1] not in policy.eos_ids]
         if not writing:
             break
@@ -179,6 +183,46 @@ def test_a_token_does_not_depend_on_who_else_has_finished(train_config, architec
     for short, long, length in zip(stopped, running, lengths, strict=True):
         assert short.token_ids_T.tolist() == long.token_ids_T[:length].tolist()
         torch.testing.assert_close(short.mu.logp_N, long.mu.logp_N[:length], **ROUNDING)
+
+
+@architectures
+@pytest.mark.parametrize("texts", [make.MIXED, ("3+4=", "a - ", "b - ")], ids=["padded", "equal lengths"])
+@pytest.mark.parametrize("num_logprobs", [0, 5, WHOLE_VOCABULARY])
+def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
+    train_config, monkeypatch, architecture, texts, num_logprobs
+):
+    """Tensors on the meta device have no values, so whatever would wait for one fails.
+
+    Once a wave transformers asks whether prompts are padded; the test answers for the device.
+    """
+    prefill = Decoder.prefill
+
+    def answered(decoder: Decoder) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(masking_utils, "fast_all", lambda _: False)
+            patch.setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None)
+            return prefill(decoder)
+
+    monkeypatch.setattr(Decoder, "prefill", answered)
+    policy = make.policy(train_config(model=architecture))
+    prompts = make.prompts(policy, texts[:3])
+    policy = replace(policy, model=copy.deepcopy(policy.model).to("meta"), device=torch.device("meta"))
+    monkeypatch.setattr(Policy, "autocast", lambda _: nullcontext())  # which knows no such device
+    monkeypatch.setattr(Record, "reports", lambda record: steps.append(len(record.steps)) or [])
+    steps: list[int] = []
+    sampler = LocalEngine(policy, None, concurrent_sequences=512)
+    with pytest.raises(NotImplementedError, match="meta"):
+        sampler.generate(prompts, 2, sampling(), num_logprobs, seed=0)
+    ended = [[], [0, 3], [], [1], [0, 1, 2]]
+    answers = (torch.tensor([row not in rows for row in range(6)]) for rows in ended)
+    size = iter([6, 6, 4, 4, 3])
+    monkeypatch.setattr(local, "_still_writing", lambda *_: next(answers)[: next(size)])
+    if (architecture, texts is make.MIXED) in {("cohere2", True), ("gpt2", False)}:  # transformers' own questions
+        with pytest.raises(RuntimeError, match="meta"):
+            sampler.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0)
+    else:
+        sampler.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0)
+        assert steps == [len(ended)]
 
 
 def test_equal_seeds_give_equal_tokens_and_other_seeds_others(train_config):
