@@ -76,8 +76,9 @@ def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) ->
         "peer_response_tokens": statistics.mean(peer["response_tokens"][WARM_UP:]),
         "ours_skipped": statistics.mean(step["skipped"] for step in mine),
         "ours_phases": {name: statistics.median(s["time"][name] for s in mine) for name in ("rollout", "update")},
+        "ours_steps": mine,
     }
-    print(max_new_tokens, approx, found, flush=True)
+    print(max_new_tokens, approx, {k: v for k, v in found.items() if k != "ours_steps"}, flush=True)
     save(f"peer_{max_new_tokens}_{approx}", found)
 
 
