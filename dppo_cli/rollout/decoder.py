@@ -26,7 +26,7 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Prompt], group: int, max_new_tokens: int, pad_id: int
     ) -> None:
-        self.model, self.group, self.pad_id = model, group, pad_id
+        self.model, self.group = model, group
         self.prompts = Prompts.pad([p.token_ids for p in prompts], pad_id, model.device)
         self.width = self.prompts.ids_PL.shape[1]
         self.length_B1 = self.prompts.length_P1
@@ -100,7 +100,7 @@ class PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
 
     A subclass because transformers' `Cache` asks its layers for this interface. The prompt's own states are kept until
-    the first copy: repeating, leaving or appending.
+    the first copy: repeating, leaving or appending. Rows leave by `keep` alone.
     """
 
     def __init__(self, capacity: int, padded: bool) -> None:
