@@ -28,7 +28,7 @@ def give_back() -> None:
     """Return freed memory to the system if there is much of it and the C library is glibc.
 
     Sampling and training ask for tensors of different sizes, and what one has freed lies in pieces that the other
-    cannot use. Costs a tenth of a second per GiB.
+    cannot use. Going through it takes a tenth of a second per GiB, getting the same pages again up to a second.
     """
     library = _glibc()
     if library is not None and library.mallinfo2().fordblks > WORTH_IT:
