@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dppo_cli.policy.products import multiply
+
 Visitor = Callable[[slice, Tensor], None]
 """Called once per chunk, without gradient, with its rows and log pi, float32 [C, V], which it must not change."""
 
@@ -40,8 +42,7 @@ class Head:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Tempered logits z / T, float32 [N, V]."""
-        h = hidden_NH.to(self.weight_VH.dtype)
-        u_NV = self.linear(h) if self.linear else torch.nn.functional.linear(h, self.weight_VH, self.bias_V)
+        u_NV = self.linear(hidden_NH) if self.linear else multiply(hidden_NH, self.weight_VH, self.bias_V)
         z_NV = u_NV.float()
         if self.scale != 1.0:
             z_NV *= self.scale
@@ -97,9 +98,11 @@ class _TokenLogProbs(torch.autograd.Function):
             if visit is not None:
                 visit(rows, log_pi_CV)
             # A forbidden token (log pi = -inf) adds nothing to the entropy; 0 * -inf would make it NaN.
-            entropy_N[rows] = -torch.linalg.vecdot(pi_CV, log_pi_CV.clamp_(min=torch.finfo(torch.float32).min))
+            entropy_N[rows] = -log_pi_CV.clamp_(min=torch.finfo(torch.float32).min).mul_(pi_CV).sum(-1)
+            del log_pi_CV
             if slope_NH is not None:
                 slope_NH[rows] = _slope(head, hidden_NH[rows], token_N[rows], pi_CV)
+            del pi_CV  # not kept beside the next chunk's
         ctx.save_for_backward(slope_NH)
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
@@ -116,4 +119,4 @@ def _slope(head: Head, hidden_CH: Tensor, token_C: Tensor, pi_CV: Tensor) -> Ten
     slope_z_CV = pi_CV.neg_().scatter_add_(-1, token_C[:, None], torch.ones_like(pi_CV[:, :1]))
     if head.softcap is not None:
         slope_z_CV *= 1 - (head.at(1.0).logits(hidden_CH) / head.softcap).square()
-    return slope_z_CV.to(head.weight_VH.dtype) @ head.weight_VH * (head.scale / head.temperature)
+    return multiply(slope_z_CV, head.weight_VH.t()).mul_(head.scale / head.temperature)

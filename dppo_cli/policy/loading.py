@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,25 @@ def _load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unavailable(location, path, "weights", error) from error
     model, report = loaded
+    if quantization is not None:
+        _keep_layout(model)
     if report["missing_keys"]:
         # transformers would draw them at random and go on.
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights in {path} lack {len(missing)} of the model's tensors, such as {missing[0]}")
     return model  # type: ignore[no-any-return]
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Have 4-bit layers leave their weights alone.
+
+    On a CPU with AVX512-BF16 bitsandbytes would, at the first use without gradient, rewrite them with scales rounded to
+    bfloat16: the policy that samples would no longer be the one that was loaded.
+    """
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _unavailable(location: str, path: str, what: str, error: Exception) -> ModelError:

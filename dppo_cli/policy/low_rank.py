@@ -1,4 +1,4 @@
-"""LoRA's sum W x + s B A x, written into the frozen layer's own output instead of through four tensors of its size.
+"""LoRA's sum W x + s B A x with a frozen W, as one operation that keeps one tensor less and adds in place.
 
 Shapes: N places, I inputs, O outputs, r rank; s = alpha / r.
 """
@@ -9,9 +9,11 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from dppo_cli.policy.products import multiply
+
 
 class LeanLoraLinear(LoraLinear):
-    """PEFT's layer with `add_low_rank` for the common case: one plain adapter, switched on and not merged.
+    """PEFT's layer with `adapted_linear` for the common case: one plain adapter, switched on and not merged.
 
     A subclass because PEFT looks its layers up by their class; its own forward does the rest.
     """
@@ -23,8 +25,11 @@ class LeanLoraLinear(LoraLinear):
         (name,) = names
         lora_a, lora_b = self.lora_A[name], self.lora_B[name]
         assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
-        out, x = self.base_layer(x), self.lora_dropout[name](x)
-        return add_low_rank(out, x, lora_a.weight, lora_b.weight, self.scaling[name])
+        base: Any = self.base_layer
+        # GPT-2's layers keep W^T.
+        weight_OI = base.weight.t() if self.fan_in_fan_out else base.weight
+        dropped = self.lora_dropout[name](x)
+        return adapted_linear(x, dropped, weight_OI, base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
 
 
 def make_lean(model: nn.Module) -> None:
@@ -34,30 +39,50 @@ def make_lean(model: nn.Module) -> None:
             module.__class__ = LeanLoraLinear
 
 
-def add_low_rank(out_NO: Tensor, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, s: float) -> Tensor:
-    """out + s (x A^T) B^T, into `out`, in its dtype; `out` and `x` may have further dimensions in front."""
-    return _AddLowRank.apply(out_NO, x_NI, a_rI, b_Or, s)  # type: ignore[no-untyped-call,no-any-return]
+def adapted_linear(
+    x: Tensor, dropped: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_rI: Tensor, b_Or: Tensor, s: float
+) -> Tensor:
+    """x W^T + b + s (d A^T) B^T in W's dtype; x and d [..., I], out [..., O].
+
+    `dropped`, d: what the adapter sees of x: x itself, or x after its dropout. W and b are frozen: no gradient.
+    """
+    return _AdaptedLinear.apply(x, dropped, weight_OI, bias_O, a_rI, b_Or, s)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class _AddLowRank(torch.autograd.Function):
+class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, a_rI: Tensor, b_Or: Tensor, s: float) -> Tensor:
-        ctx.mark_dirty(out)
-        ctx.s = s
-        a, b = a_rI.to(out.dtype), b_Or.to(out.dtype)
-        x_NI = x.flatten(0, -2).to(out.dtype)
-        low_Nr = x_NI @ a.t()
-        out.view(-1, out.shape[-1]).addmm_(low_Nr, b.t(), alpha=s)
-        ctx.save_for_backward(x, low_Nr, a_rI, b_Or)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_rI: Tensor,
+        b_Or: Tensor,
+        s: float,
+    ) -> Tensor:
+        ctx.s, ctx.same = s, dropped is x
+        dtype = weight_OI.dtype
+        out = multiply(x, weight_OI, bias_O)
+        low_Nr = dropped.flatten(0, -2).to(dtype) @ a_rI.to(dtype).t()
+        out.view(-1, out.shape[-1]).addmm_(low_Nr, b_Or.to(dtype).t(), alpha=s)
+        ctx.save_for_backward(dropped, low_Nr, weight_OI, a_rI, b_Or)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
-        x, low_Nr, a_rI, b_Or = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, low_Nr, weight_OI, a_rI, b_Or = ctx.saved_tensors
         a, b = a_rI.to(grad_out.dtype), b_Or.to(grad_out.dtype)
-        grad_NO = grad_out.flatten(0, -2)
+        grad_NO = grad_out.flatten(0, -2).contiguous()
         grad_low_Nr = (grad_NO @ b).mul_(ctx.s)
-        grad_x = (grad_low_Nr @ a).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
-        grad_a = (grad_low_Nr.t() @ x.flatten(0, -2).to(grad_out.dtype)).to(a_rI.dtype)
+        grad_a = (grad_low_Nr.t() @ dropped.flatten(0, -2).to(grad_out.dtype)).to(a_rI.dtype)
         grad_b = (grad_NO.t() @ low_Nr).mul_(ctx.s).to(b_Or.dtype)
-        return grad_out, grad_x, grad_a, grad_b, None
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = multiply(grad_NO, weight_OI.t())
+            if ctx.same:
+                grad_x.addmm_(grad_low_Nr, a)
+            else:
+                grad_dropped = (grad_low_Nr @ a).view_as(dropped).to(dropped.dtype)
+            grad_x = grad_x.view_as(dropped).to(dropped.dtype)
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from dppo_cli.memory import set_aside
 from dppo_cli.policy.head import Head
 from dppo_cli.policy.policy import model_head
-from dppo_cli.rollout.packed import PackedLinear, Siblings, can_pack
+from dppo_cli.policy.products import has_onednn
+from dppo_cli.rollout.packed import PackedLinear, Siblings
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What most models of transformers call the layers that read one input. Under other names each is its own product."""
@@ -44,7 +45,7 @@ class MergedCopy:
         for names in _by_input(adapted):
             layers = [adapted[name] for name in names]
             own = [self._own_layer(name) for name in names]
-            if can_pack(policy_model.device, dtype) and all(isinstance(layer, nn.Linear) for layer in own):
+            if has_onednn(policy_model.device, dtype) and all(isinstance(layer, nn.Linear) for layer in own):
                 siblings = Siblings([m.out_features for m in own], [m.bias for m in own])
                 self.merges.append((layers, siblings.linear))
                 own = siblings.members
@@ -76,7 +77,7 @@ class MergedCopy:
 
     def _head(self) -> Head:
         head = model_head(self.model)
-        if not can_pack(head.weight_VH.device, head.weight_VH.dtype):
+        if not has_onednn(head.weight_VH.device, head.weight_VH.dtype):
             return head
         packed = PackedLinear(head.bias_V)
         packed.pack(head.weight_VH.detach())

@@ -72,8 +72,3 @@ class Sibling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.siblings.output(x, self.member)
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a layout of its own for weights there, at this precision."""
-    return dtype == torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 
-from dppo_cli.policy.low_rank import LeanLoraLinear, add_low_rank
+from dppo_cli.policy.low_rank import LeanLoraLinear, adapted_linear
 from dppo_cli.policy.policy import Policy
 
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22], [9, 9, 3, 30, 31, 7, 60, 61, 3, 4, 4]])
@@ -50,13 +50,34 @@ def test_a_model_is_the_one_that_peft_makes(train_config, architecture, dropout)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
-def test_the_sum_and_its_gradient(shape):
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_sum_and_its_gradient(shape, bias):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    w, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 5), (2, 5), (4, 2)))
-    expected = x @ w.t() + 0.7 * (x @ a.t()) @ b.t()
-    torch.testing.assert_close(add_low_rank(x @ w.t(), x, a, b, 0.7), expected)
-    assert torch.autograd.gradcheck(lambda x, w, a, b: add_low_rank(x @ w.t(), x, a, b, 0.7), (x, w, a, b))
+    x, other = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 5), (4, 2)))
+    w, c = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if bias else None
+    expected = torch.nn.functional.linear(x, w, c) + 0.7 * (other @ a.t()) @ b.t()
+    torch.testing.assert_close(adapted_linear(x, other, w, c, a, b, 0.7), expected)
+    assert torch.autograd.gradcheck(lambda x, d, a, b: adapted_linear(x, d, w, c, a, b, 0.7), (x, other, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted_linear(x, x, w, c, a, b, 0.7), (x, a, b))
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_float32_by_other_means_is_the_same_product(same, transposed):
+    """Against float64 by torch's own product; a weight may be kept the other way round, as GPT-2's are."""
+    torch.manual_seed(0)
+    x, other, w = torch.randn(3, 70, 48), torch.randn(3, 70, 48), torch.randn(40, 48)
+    a, b, direction = torch.randn(4, 48), torch.randn(40, 4), torch.randn(3, 70, 40)
+    found, exact = [], []
+    for dtype, results in ((torch.float32, found), (torch.float64, exact)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, other, a, b)]
+        weight = w.to(dtype).t().contiguous().t() if transposed else w.to(dtype)
+        out = adapted_linear(leaves[0], leaves[0 if same else 1], weight, None, *leaves[2:], 0.5)
+        results += [out, *torch.autograd.grad((out * direction.to(dtype)).sum(), leaves, materialize_grads=True)]
+    for f, e in zip(found, exact, strict=True):
+        # Sums of up to 210 products, of size 10 at most, in float32.
+        torch.testing.assert_close(f, e.float(), rtol=1e-5, atol=2e-4)
 
 
 def test_a_bfloat16_base_keeps_its_precision():
@@ -64,7 +85,8 @@ def test_a_bfloat16_base_keeps_its_precision():
     torch.manual_seed(0)
     x = torch.randn(6, 5, dtype=torch.bfloat16, requires_grad=True)
     a, b = torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    out = add_low_rank(torch.ones(6, 4, dtype=torch.bfloat16), x, a, b, 0.5)
+    ones = torch.ones(4, dtype=torch.bfloat16)
+    out = adapted_linear(x, x, torch.zeros(4, 5, dtype=torch.bfloat16), ones, a, b, 0.5)
     out.float().sum().backward()
     assert (out.dtype, x.grad.dtype, a.grad.dtype, b.grad.dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
     exact = 1 + 0.5 * (x.float() @ a.t()) @ b.t()
@@ -75,6 +97,6 @@ def test_a_bfloat16_base_keeps_its_precision():
 def test_a_frozen_input_gets_no_gradient():
     a, b = torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     x = torch.randn(6, 5)
-    add_low_rank(torch.zeros(6, 4), x, a, b, 1.0).sum().backward()
+    adapted_linear(x, x, torch.zeros(4, 5), None, a, b, 1.0).sum().backward()
     assert x.grad is None
     torch.testing.assert_close(b.grad, (x @ a.t()).sum(0).expand(4, 2))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dppo_cli.rollout.packed import PackedLinear, Siblings, can_pack
+from dppo_cli.rollout.packed import PackedLinear, Siblings
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -18,12 +18,6 @@ def test_same_product(bias, shape):
         torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-6)
         packed.pack(2 * plain.weight)
         torch.testing.assert_close(packed(x) - plain(x), x @ plain.weight.T, rtol=1e-5, atol=1e-5)
-
-
-def test_what_can_be_packed():
-    assert can_pack(torch.device("cpu"), torch.float32)
-    assert not can_pack(torch.device("cpu"), torch.bfloat16)
-    assert not can_pack(torch.device("cuda"), torch.float32)
 
 
 def test_a_released_weight_is_gone():
