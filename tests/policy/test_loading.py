@@ -283,7 +283,7 @@ def test_a_4_bit_base_trains(train_config):
     assert kinds == {"Linear4bit"}
     assert {p.dtype for p in policy.parameters} == {torch.float32}
     # What bitsandbytes asks before it changes the weights of a layer on some CPUs.
-    layers = [m for m in policy.model.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [m for n, m in policy.model.named_modules() if n.endswith("_proj.base_layer")]
     assert {m.support_avx512bf16_for_cpu for m in layers} == {False}
     frozen = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
     before = [p.detach().clone() for p in policy.parameters]
