@@ -7,6 +7,7 @@ response has exactly the length asked for; LoRA r=16, 4 prompts, one update a st
 """
 
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def point(length: int, samples: int, vocabulary: int, steps: int = 3) -> dict[st
         "seconds": Spread.of([step["time"]["total"] for step in metrics[1:]]),
         "rollout": Spread.of([step["time"]["rollout"] for step in metrics[1:]]),
         "update": Spread.of([step["time"]["update"] for step in metrics[1:]]),
+        "ms_per_token": 1000
+        * statistics.median(step["time"]["total"] for step in metrics[1:])
+        / (4 * samples * length),
         "gib": process.peak_gib,
     }
 

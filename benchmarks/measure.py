@@ -94,7 +94,8 @@ def machine() -> str:
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
-        f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, no GPU, {platform.system()}, "
+        f"{len(os.sched_getaffinity(0))} cores of {cpu} ({torch.backends.cpu.get_cpu_capability()}), {memory:.0f} GiB, "
+        f"no GPU, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{date.today().isoformat()}"
     )

@@ -56,8 +56,8 @@ def seconds(steps: list[dict[str, Any]]) -> list[float]:
 
 
 def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) -> None:
-    """One process of ours, then one of the peer's."""
-    mine, process = ours(max_new_tokens, steps, f"approx={approx}")
+    """One process of ours, then one of the peer's. Ours runs twice the steps: they differ more, as idle samples do."""
+    mine, process = ours(max_new_tokens, 2 * steps, f"approx={approx}")
     peer, peer_process = run_json(
         "peer_step.py",
         *("--model", smollm2(), "--data", sums(), "--out", BUILD / "peer_run", "--divergence", f"{approx}_tv"),

@@ -100,8 +100,15 @@ def test_the_tables_of_floor_and_growth(script: Any) -> None:
     text = table.floor_table(floor)
     assert "140 GFLOP/s" in text[2] and "29 GB/s" in text[2]
     assert text[-1] == "| 256 | update | 2 (1 to 3) | 0.5 s | 0.25 s | 2 (1 to 3) |"
-    point = {"vocabulary": 32_000, "seconds": spread, "rollout": spread, "update": spread, "gib": 1.5}
+    point = {
+        "vocabulary": 32_000,
+        "seconds": spread,
+        "rollout": spread,
+        "update": spread,
+        "gib": 1.5,
+        "ms_per_token": 0.25,
+    }
     fit = {"r2_time": 0.999, "r2_memory": 0.98, "time_exponent": 1.0, "memory_exponent": 0.5}
     lines = table.growth_table({"vocabulary": {"points": [point], **fit}})
-    assert "| 32,000 | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | 1.50 |" in lines
+    assert "| 32,000 | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | 0.25 | 1.50 |" in lines
     assert any("0.999 for the time" in line and "2^0.50" in line for line in lines)

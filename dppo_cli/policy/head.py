@@ -54,19 +54,19 @@ class Head:
         """log pi, float32 [N, V]."""
         return self.log_probs_and_probs(hidden_NH)[0]
 
-    def log_probs_and_probs(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi and pi, float32 [N, V] each, from one exponential."""
-        shifted_NV, mass_NV, total_N1 = self.masses(hidden_NH)
+    def log_probs_and_probs(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log pi and pi, float32 [N, V] each, from one exponential; pi in the memory of `out_NV`, if given."""
+        shifted_NV, mass_NV, total_N1 = self.masses(hidden_NH, out_NV)
         return shifted_NV.sub_(total_N1.log()), mass_NV.div_(total_N1)
 
-    def masses(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def masses(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits less their maximum, s; m = exp(s); sum m: float32 [N, V], [N, V], [N, 1]. log pi = s - log sum m.
 
-        Enough to draw a token from, and less work than log pi and pi of every token.
+        Enough to draw a token from, and less work than log pi and pi of every token. m in `out_NV`, if given.
         """
         s_NV = self.logits(hidden_NH)
         s_NV -= s_NV.amax(-1, keepdim=True)
-        m_NV = s_NV.exp()
+        m_NV = torch.exp(s_NV, out=out_NV)
         return s_NV, m_NV, m_NV.sum(-1, keepdim=True)
 
 
@@ -91,18 +91,19 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy_N = torch.empty_like(logp_N)
         needs_gradient = ctx.needs_input_grad[0]
         slope_NH = torch.empty_like(hidden_NH) if needs_gradient else None
+        # Once: the system would have to find, and clear, so much memory anew for every chunk.
+        buffer_CV = hidden_NH.new_empty(min(chunk_size, n), head.weight_VH.shape[0], dtype=torch.float32)
         for start in range(0, n, chunk_size):
             rows = slice(start, min(start + chunk_size, n))
-            log_pi_CV, pi_CV = head.log_probs_and_probs(hidden_NH[rows])
+            log_pi_CV, pi_CV = head.log_probs_and_probs(hidden_NH[rows], buffer_CV[: rows.stop - start])
             logp_N[rows] = log_pi_CV.gather(-1, token_N[rows, None]).squeeze(-1)
             if visit is not None:
                 visit(rows, log_pi_CV)
             # A forbidden token (log pi = -inf) adds nothing to the entropy; 0 * -inf would make it NaN.
             entropy_N[rows] = -log_pi_CV.clamp_(min=torch.finfo(torch.float32).min).mul_(pi_CV).sum(-1)
-            del log_pi_CV
+            del log_pi_CV  # not kept beside the next chunk's
             if slope_NH is not None:
                 slope_NH[rows] = _slope(head, hidden_NH[rows], token_N[rows], pi_CV)
-            del pi_CV  # not kept beside the next chunk's
         ctx.save_for_backward(slope_NH)
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
