@@ -20,10 +20,10 @@ stability: $(VENV)/installed
 
 # Time and memory against public peers: benchmarks/README.md. About two hours on two cores; the peer gets its own venv.
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step.py peer 64
-	$(BIN)/python benchmarks/step.py peer 64 topk
-	$(BIN)/python benchmarks/step.py peer 256
-	$(BIN)/python benchmarks/step.py approx
+	$(BIN)/python benchmarks/step.py 64
+	$(BIN)/python benchmarks/step.py 64 topk
+	$(BIN)/python benchmarks/step.py 256
+	$(BIN)/python benchmarks/approx.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/commands.py

@@ -1,6 +1,6 @@
 """How close each phase of the benchmark's step comes to what the machine can do at best.
 
-    python benchmarks/floor.py      # reads the steps that step.py peer 64 and 256 have run, or runs them
+    python benchmarks/floor.py      # reads the steps that step.py 64 and 256 have run, or runs them
 
 Peaks are measured here: a large float32 matrix product and a large copy. A phase's floor is the larger of its
 floating-point operations over the one and its bytes moved over the other, both counted from the model's shape and the

@@ -76,7 +76,8 @@ def point(length: int, samples: int, vocabulary: int, steps: int = 3) -> dict[st
         "optim.lr=1e-6",
         f"steps={1 + steps}",
     )
-    assert all(step["response_tokens"] > 0.95 * length for step in metrics)
+    # One of 16 sequences may end early now and then.
+    assert all(step["response_tokens"] > 0.85 * length for step in metrics)
     return {
         "response tokens": length,
         "samples per prompt": samples,
@@ -84,9 +85,9 @@ def point(length: int, samples: int, vocabulary: int, steps: int = 3) -> dict[st
         "seconds": Spread.of([step["time"]["total"] for step in metrics[1:]]),
         "rollout": Spread.of([step["time"]["rollout"] for step in metrics[1:]]),
         "update": Spread.of([step["time"]["update"] for step in metrics[1:]]),
-        "ms_per_token": 1000
-        * statistics.median(step["time"]["total"] for step in metrics[1:])
-        / (4 * samples * length),
+        "ms_per_token": statistics.median(
+            1000 * step["time"]["total"] / (4 * samples * step["response_tokens"]) for step in metrics[1:]
+        ),
         "gib": process.peak_gib,
     }
 

@@ -1,8 +1,7 @@
-"""A whole training step: against the peer, and the approximations against one another.
+"""A whole training step against the peer.
 
-    python benchmarks/step.py peer 64       # against TRL's DPPOTrainer at 64 new tokens; also 256
-    python benchmarks/step.py peer 64 topk  # the same with top-K on both sides
-    python benchmarks/step.py approx        # topk and full against binary
+    python benchmarks/step.py 64       # against TRL's DPPOTrainer at 64 new tokens; also 256
+    python benchmarks/step.py 64 topk  # the same with top-K on both sides
 
 SmolLM2-135M in float32, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
 temperature 1. The first step of every process is a warm-up and is left out. Memory is the process's peak resident size,
@@ -82,31 +81,5 @@ def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) ->
     save(f"peer_{max_new_tokens}_{approx}", found)
 
 
-def approximations(rounds: int = 3, steps: int = 3) -> None:
-    """In turn, so that a drifting machine hits all alike; each step against the same step of binary."""
-    times: dict[str, list[float]] = {name: [] for name in ("binary", "topk", "full")}
-    memory: dict[str, list[float]] = {name: [] for name in times}
-    for _ in range(rounds):
-        for name in times:
-            mine, process = ours(64, steps, f"approx={name}")
-            times[name] += seconds(mine)
-            memory[name].append(process.peak_gib)
-    found = {
-        name: {
-            "seconds": Spread.of(times[name]),
-            "ratio": Spread.of([a / b for a, b in zip(times[name], times["binary"], strict=True)]),
-            "gib": Spread.of(memory[name]),
-            "memory_ratio": statistics.median(memory[name]) / statistics.median(memory["binary"]),
-        }
-        for name in times
-    }
-    for name, row in found.items():
-        print(name, row, flush=True)
-    save("approx", found)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "peer":
-        against_peer(int(sys.argv[2]), *sys.argv[3:])
-    else:
-        approximations()
+    against_peer(int(sys.argv[1]), *sys.argv[2:])

@@ -15,7 +15,7 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.algorithm.objective import Tokens, kl_to_reference
 from dppo_cli.config import TrainConfig
 from dppo_cli.errors import NumericalError
-from dppo_cli.policy.head import Visitor, token_log_probs
+from dppo_cli.policy.head import Visitor, token_log_probs, top_k
 from dppo_cli.policy.policy import Policy
 from dppo_cli.policy.sharing import SharedPrompts, can_share, split_by_tokens
 from dppo_cli.sections import AdamW
@@ -160,9 +160,9 @@ class Learner:
         values: list[Tensor] = []
 
         def keep_top(_: slice, log_pi_CV: Tensor) -> None:
-            top = log_pi_CV.topk(min(k, log_pi_CV.shape[-1]), dim=-1)
-            ids.append(top.indices)
-            values.append(top.values)
+            values_CK, ids_CK = top_k(log_pi_CV, k)
+            ids.append(ids_CK)
+            values.append(values_CK)
 
         logp_N, _ = self._log_probs(batch, prompts, keep_top if k else None)
         return PolicyReport(logp_N, torch.cat(ids), torch.cat(values)) if k else PolicyReport(logp_N)

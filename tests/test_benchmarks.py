@@ -50,6 +50,13 @@ def test_the_work_of_a_step_composes(script: Any, monkeypatch: pytest.MonkeyPatc
     assert (config.adapter.r, config.adapter.alpha, config.optim.lr) == (16, 32, 1e-5)
 
 
+def test_approximations_are_compared_turn_by_turn(script: Any) -> None:
+    approx = script("approx")
+    rows, binary = [{"step": 3.0}, {"step": 8.0}, {"step": 5.0}], [{"step": 2.0}, {"step": 4.0}, {"step": 5.0}]
+    spread = approx.ratio(rows, binary, "step")
+    assert (spread.low, spread.median, spread.high) == (1.0, 1.5, 2.0)
+
+
 def test_rewards(script: Any) -> None:
     reward = script("reward")
     assert reward.contains_answer(["", ""], ["it is 74.", "7"], answer=["74", "74"]) == [1.0, 0.0]

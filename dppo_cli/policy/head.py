@@ -16,6 +16,9 @@ from torch import Tensor
 
 from dppo_cli.policy.products import multiply
 
+TOP_K_BLOCK = 256
+"""Columns in a block of `top_k`. Smaller ones make more maxima to search, larger ones more columns."""
+
 Visitor = Callable[[slice, Tensor], None]
 """Called once per chunk, without gradient, with its rows and log pi, float32 [C, V], which it must not change."""
 
@@ -79,6 +82,28 @@ def token_log_probs(
     """
     logp_N, entropy_N = _TokenLogProbs.apply(hidden_NH, token_N, head, chunk_size, visit)  # type: ignore[no-untyped-call]
     return logp_N, entropy_N
+
+
+def top_k(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row, in descending order, and their columns: [N, k] and int64 [N, k]; V if k > V.
+
+    They stand in the k blocks of columns whose maxima are largest: if one stood in another block, each of these k would
+    hold a value at least as large. So one pass over the row and a search among k blocks do; torch.topk takes several.
+    """
+    n, v = values_NV.shape
+    blocks = v // TOP_K_BLOCK
+    if blocks < 2 * k:
+        top = values_NV.topk(min(k, v), dim=-1)
+        return top.values, top.indices
+    split = blocks * TOP_K_BLOCK
+    blocks_NBW = values_NV[:, :split].unflatten(-1, (blocks, TOP_K_BLOCK))
+    best_Nk1 = blocks_NBW.amax(-1).topk(k, dim=-1).indices[..., None]
+    column = torch.arange(v, device=values_NV.device)
+    inside_NkW = best_Nk1 * TOP_K_BLOCK + column[:TOP_K_BLOCK]
+    # The columns behind the last whole block are always looked at.
+    columns_NC = torch.cat([inside_NkW.flatten(1), column[split:].expand(n, -1)], dim=-1)
+    top = values_NV.gather(-1, columns_NC).topk(k, dim=-1)
+    return top.values, columns_NC.gather(-1, top.indices)
 
 
 class _TokenLogProbs(torch.autograd.Function):

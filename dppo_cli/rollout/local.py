@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.errors import ConfigError
 from dppo_cli.memory import give_back
-from dppo_cli.policy.head import Head
+from dppo_cli.policy.head import Head, top_k
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.merged import MergedCopy
@@ -178,8 +178,8 @@ class Record:
         """Keep the sampled token's log-prob and what the approximation asked for; the rest of [A, V] is let go."""
         columns = [active_A, token_A, (logits_AV.gather(-1, token_A[:, None]) - log_total_A1).squeeze(-1)]
         if self.num_logprobs > 0:
-            top = logits_AV.topk(min(self.num_logprobs, logits_AV.shape[-1]), dim=-1)
-            columns += [top.indices, top.values - log_total_A1]
+            values_AK, ids_AK = top_k(logits_AV, self.num_logprobs)
+            columns += [ids_AK, values_AK - log_total_A1]
         elif self.num_logprobs == WHOLE_VOCABULARY:
             columns.append(hidden_AH)
         self.steps.append(tuple(columns))

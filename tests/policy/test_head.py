@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dppo_cli.policy.head import Head, token_log_probs
+from dppo_cli.policy.head import TOP_K_BLOCK, Head, token_log_probs, top_k
 
 N, H, V = 7, 8, 53
 EVERY_CHUNK = pytest.mark.parametrize("chunk_size", [1, 3, N, N + 5])
@@ -193,6 +193,25 @@ def test_two_tokens_by_hand():
     assert logp_N.tolist() == pytest.approx([math.log(0.75)], abs=ATOL)
     assert entropy_N.tolist() == pytest.approx([-0.75 * math.log(0.75) - 0.25 * math.log(0.25)], abs=ATOL)
     assert slope_NH[0].tolist() == pytest.approx([math.log(3) / 4, -0.5], abs=ATOL)
+
+
+@pytest.mark.parametrize("columns", [3, 6 * TOP_K_BLOCK, 6 * TOP_K_BLOCK + 1, 40 * TOP_K_BLOCK + 77])
+@pytest.mark.parametrize("k", [1, 3, 20])
+@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "last", "forbidden"])
+def test_top_k_is_what_sorting_finds(columns, k, kind):
+    values = normal(5, columns, seed=k)
+    if kind == "ties":
+        values = values.round()
+    elif kind == "sorted":
+        values = values.sort(-1).values
+    elif kind == "last":
+        values[:, -2:] += 20
+    elif kind == "forbidden":
+        values[:, 2:] = -torch.inf
+    found, ids = top_k(values, k)
+    assert torch.equal(found, values.sort(-1, descending=True).values[:, :k])
+    assert torch.equal(values.gather(-1, ids), found)
+    assert all(len(set(row)) == min(k, columns) for row in ids.tolist())
 
 
 # Low precision -------------------------------------------------------------------------------------------------------
