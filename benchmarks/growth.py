@@ -111,7 +111,7 @@ def main() -> None:
             panel = panels[row, column]
             panel.plot(x, y, "o", color="C0")
             panel.plot(x, [offset + slope * v for v in x], color="0.6", linewidth=1)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * max(y))
             panel.set_xlabel(axis)
             panel.set_ylabel(label)
             found[axis][f"r2_{'time' if row == 0 else 'memory'}"] = float(np.corrcoef(x, y)[0, 1] ** 2)
