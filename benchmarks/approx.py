@@ -61,8 +61,8 @@ def ratio(rows: list[dict[str, float]], binary: list[dict[str, float]], phase: s
 
 def main(rounds: int = 7) -> None:
     found: dict[str, Any] = {}
-    rows = seconds(rounds)
     memory = {name: ours(64, 3, f"approx={name}")[1].peak_gib for name in NAMES}
+    rows = seconds(rounds)
     for name in NAMES:
         found[name] = {
             "seconds": statistics.median(row["step"] for row in rows[name]),

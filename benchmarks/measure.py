@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,7 +52,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended well: seconds of wall time, peak resident memory in GiB, what it printed."""
+    """A process that ended well: seconds of wall time, peak resident memory in GiB, what it printed.
+
+    The peak is NaN where it is no more than this process's own, for a process begins with the peak of its parent.
+    """
 
     seconds: float
     peak_gib: float
@@ -71,7 +76,9 @@ def run(command: Sequence[str | Path], expect: int = 0, quiet: bool = True) -> F
         stdout = output.read()
     if process.returncode != expect:
         raise RuntimeError(f"{command} ended with {process.returncode}:\n{stdout[-2000:]}\n{log.read_text()[-4000:]}")
-    return Finished(seconds, usage.ru_maxrss / 2**20, stdout)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = usage.ru_maxrss if usage.ru_maxrss > own else math.nan
+    return Finished(seconds, peak / 2**20, stdout)
 
 
 def run_json(script: str, *args: str | Path, python: Path | None = None) -> tuple[dict[str, Any], Finished]:

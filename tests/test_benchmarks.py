@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import math
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,6 +41,16 @@ def test_a_spread_is_minimum_median_and_maximum(script: Any) -> None:
     spread = script("measure").Spread.of([5.0, 1.0, 2.0])
     assert (spread.low, spread.median, spread.high) == (1.0, 2.0, 5.0)
     assert str(spread) == "2 (1 to 5)"
+
+
+def test_a_peak_that_may_be_the_starting_process_own_is_none(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    measure = script("measure")
+    monkeypatch.setattr(measure, "BUILD", tmp_path)
+    held = bytearray(b"1") * 2**28
+    assert math.isnan(measure.run([sys.executable, "-c", "pass"]).peak_gib)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    larger = measure.run([sys.executable, "-c", f"bytearray(b'1') * ({peak} + 2**28)"]).peak_gib
+    assert peak + len(held) < larger * 2**30 < peak + 2**29
 
 
 def test_the_work_of_a_step_composes(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

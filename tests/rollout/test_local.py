@@ -208,7 +208,7 @@ def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
     prompts = make.prompts(policy, texts[:3])
     policy = replace(policy, model=copy.deepcopy(policy.model).to("meta"), device=torch.device("meta"))
     monkeypatch.setattr(Policy, "autocast", lambda _: nullcontext())  # which knows no such device
-    monkeypatch.setattr(Record, "reports", lambda record: steps.append(len(record.steps)) or [])
+    monkeypatch.setattr(Record, "reports", lambda record: steps.append(record.steps) or [])
     steps: list[int] = []
     sampler = LocalEngine(policy, None, concurrent_sequences=512)
     with pytest.raises(NotImplementedError, match="meta"):
@@ -223,6 +223,24 @@ def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
     else:
         sampler.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0)
         assert steps == [len(ended)]
+
+
+def test_the_record_keeps_each_sequence_in_memory_that_is_there_before_the_first_step(train_config):
+    """Sequences leave, the others change places, and no step needs new memory that stays."""
+    record = Record(3, 4, make.policy(train_config()).head, num_logprobs=2)
+    places = []
+    logits_AV = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0], [1.0, 2.0, 0.0]])
+    for token, active in enumerate(([0, 1, 2], [2, 1], [2])):
+        rows = torch.tensor(active)
+        logits = logits_AV[rows]
+        record.add(rows, torch.full_like(rows, token), logits, torch.zeros(len(rows), 1), logits)
+        places.append([column.data_ptr() for column in record.columns])
+    (token_0, mu_0), (token_1, mu_1), (token_2, mu_2) = record.reports()
+    assert (token_0.tolist(), token_1.tolist(), token_2.tolist()) == ([0], [0, 1], [0, 1, 2])
+    assert (mu_0.logp_N.tolist(), mu_1.logp_N.tolist(), mu_2.logp_N.tolist()) == ([0], [2, 1], [1, 2, 0])
+    assert mu_0.topk_ids_NK.tolist() == [[2, 1]] and mu_2.topk_ids_NK.tolist() == [[1, 0]] * 3
+    assert mu_1.topk_logp_NK.tolist() == [[2, 1], [2, 1]]
+    assert places[0] == places[1] == places[2]
 
 
 def test_equal_seeds_give_equal_tokens_and_other_seeds_others(train_config):
