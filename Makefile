@@ -22,6 +22,7 @@ stability: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py 64
 	$(BIN)/python benchmarks/step.py 64 topk
+	$(BIN)/python benchmarks/step.py 64 binary bfloat16
 	$(BIN)/python benchmarks/step.py 256
 	$(BIN)/python benchmarks/approx.py
 	$(BIN)/python benchmarks/head.py

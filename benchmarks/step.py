@@ -2,8 +2,9 @@
 
     python benchmarks/step.py 64       # against TRL's DPPOTrainer at 64 new tokens; also 256
     python benchmarks/step.py 64 topk  # the same with top-K on both sides
+    python benchmarks/step.py 64 binary bfloat16  # in bfloat16: on processors that have it, each side's fastest
 
-SmolLM2-135M in float32, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
+SmolLM2-135M, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
 temperature 1. The first step of every process is a warm-up and is left out. Memory is the process's peak resident size,
 start-up, model and all.
 """
@@ -54,13 +55,14 @@ def seconds(steps: list[dict[str, Any]]) -> list[float]:
     return [step["time"]["total"] for step in steps]
 
 
-def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) -> None:
+def against_peer(max_new_tokens: int, approx: str = "binary", dtype: str = "float32", steps: int = 3) -> None:
     """One process of ours, then one of the peer's. Ours runs twice the steps: they differ more, as idle samples do."""
-    mine, process = ours(max_new_tokens, 2 * steps, f"approx={approx}")
+    mine, process = ours(max_new_tokens, 2 * steps, f"approx={approx}", f"hardware.dtype={dtype}")
     peer, peer_process = run_json(
         "peer_step.py",
         *("--model", smollm2(), "--data", sums(), "--out", BUILD / "peer_run", "--divergence", f"{approx}_tv"),
         *("--steps", str(WARM_UP + steps), "--max-new-tokens", str(max_new_tokens)),
+        *(["--bf16"] if dtype == "bfloat16" else []),
         python=peer_python(),
     )
     own, other = Spread.of(seconds(mine)), Spread.of(peer["seconds"][WARM_UP:])
@@ -77,8 +79,8 @@ def against_peer(max_new_tokens: int, approx: str = "binary", steps: int = 3) ->
         "ours_phases": {name: statistics.median(s["time"][name] for s in mine) for name in ("rollout", "update")},
         "ours_steps": mine,
     }
-    print(max_new_tokens, approx, {k: v for k, v in found.items() if k != "ours_steps"}, flush=True)
-    save(f"peer_{max_new_tokens}_{approx}", found)
+    print(max_new_tokens, approx, dtype, {k: v for k, v in found.items() if k != "ours_steps"}, flush=True)
+    save("_".join(["peer", str(max_new_tokens), approx, *([] if dtype == "float32" else [dtype])]), found)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     for name, tokens, approx, target in (
         ("peer_64_binary", 64, "binary", "4 times faster, half the memory"),
         ("peer_64_topk", 64, "top-K", ""),
+        ("peer_64_binary_bfloat16", 64, "binary, both in bfloat16", ""),
         ("peer_256_binary", 256, "binary", "7 times faster, a third of the memory"),
     ):
         text = "not measured"

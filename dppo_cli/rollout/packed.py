@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dppo_cli.policy.products import onednn_linear, packed
+
 TYPICAL_ROWS = 64
 """Sequences in a wave that the layout is chosen for; it works for any number."""
 
@@ -13,7 +15,7 @@ class PackedLinear(nn.Module):
     """`nn.Linear` without gradient, its weight in the blocked layout that oneDNN multiplies from.
 
     A product of a few dozen rows with a weight in the usual layout spends much of its time rearranging the weight;
-    sampling makes one per layer and token. Same sums, in another order: equal to float32 rounding.
+    sampling makes one per layer and token. Same sums, in another order: equal to rounding.
     """
 
     def __init__(self, bias_O: Tensor | None) -> None:
@@ -22,16 +24,16 @@ class PackedLinear(nn.Module):
         self.packed: Tensor | None = None
 
     def pack(self, weight_OI: Tensor) -> None:
-        """Take over a weight, float32."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, TYPICAL_ROWS)
+        """Take over a weight, in a precision for which `has_onednn`."""
+        self.packed = packed(weight_OI, TYPICAL_ROWS)
 
     def release(self) -> None:
         """Let go of the weight."""
         self.packed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return out
+        assert self.packed is not None
+        return onednn_linear(x, self.packed, self.bias)
 
 
 class Siblings:
@@ -45,8 +47,10 @@ class Siblings:
     def __init__(self, sizes: Sequence[int], biases: Sequence[Tensor | None]) -> None:
         self.sizes = list(sizes)
         whole = None
-        if any(bias is not None for bias in biases):
-            whole = torch.cat([torch.zeros(n) if b is None else b.detach() for n, b in zip(sizes, biases, strict=True)])
+        given = next((bias for bias in biases if bias is not None), None)
+        if given is not None:
+            parts = zip(sizes, biases, strict=True)
+            whole = torch.cat([given.new_zeros(n) if b is None else b.detach() for n, b in parts])
         self.linear = PackedLinear(whole)
         self.members = [Sibling(self, i) for i in range(len(sizes))]
         self.input: Tensor | None = None

@@ -29,5 +29,6 @@ def test_the_weight_names_the_precision():
 
 def test_where_onednn_is_asked():
     assert has_onednn(torch.device("cpu"), torch.float32)
-    assert not has_onednn(torch.device("cpu"), torch.bfloat16)
+    assert has_onednn(torch.device("cpu"), torch.bfloat16) is torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not has_onednn(torch.device("cpu"), torch.float64)
     assert not has_onednn(torch.device("cuda"), torch.float32)

@@ -160,5 +160,4 @@ def test_weights_are_rounded_once(train_config):
     copy = MergedCopy(policy.model, torch.bfloat16)
     layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
     sum_ = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    with copy.merged() as (model, _):
-        assert torch.equal(model.get_submodule("model.layers.0.self_attn.q_proj").weight, sum_.bfloat16())
+    assert torch.equal(merged_weights(copy)["model.layers.0.self_attn.q_proj.weight"], sum_.bfloat16())

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from dppo_cli.policy.products import has_onednn
 from dppo_cli.rollout.packed import PackedLinear, Siblings
+
+BFLOAT16 = has_onednn(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -18,6 +21,21 @@ def test_same_product(bias, shape):
         torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-6)
         packed.pack(2 * plain.weight)
         torch.testing.assert_close(packed(x) - plain(x), x @ plain.weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="the processor has no bfloat16")
+@pytest.mark.parametrize("biases", [(True, False), (False, False)])
+def test_same_product_in_bfloat16(biases):
+    """Summed in float32 and rounded once."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Linear(24, n, bias=bias).bfloat16() for n, bias in zip((40, 8), biases, strict=True)]
+    siblings = Siblings([40, 8], [m.bias for m in plain])
+    siblings.linear.pack(torch.cat([m.weight.detach() for m in plain]))
+    x = torch.randn(70, 24).bfloat16()
+    for member, layer in zip(siblings.members, plain, strict=True):
+        found, expected = member(x), layer.double()(x.double())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_a_released_weight_is_gone():
