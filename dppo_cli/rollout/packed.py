@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dppo_cli.policy.products import onednn_linear, packed
+from dppo_cli.policy.products import onednn_layout, onednn_linear
 
 TYPICAL_ROWS = 64
 """Sequences in a wave that the layout is chosen for; it works for any number."""
@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
 
     def pack(self, weight_OI: Tensor) -> None:
         """Take over a weight, in a precision for which `has_onednn`."""
-        self.packed = packed(weight_OI, TYPICAL_ROWS)
+        self.packed = onednn_layout(weight_OI, TYPICAL_ROWS)
 
     def release(self) -> None:
         """Let go of the weight."""
