@@ -68,7 +68,7 @@ def floors(config: Any, steps: list[dict[str, Any]], peak_flops: float, peak_byt
 
 def steps(max_new_tokens: int) -> list[dict[str, Any]]:
     """Metrics of our steps after the warm-up."""
-    measured = BUILD / "results" / f"peer_{max_new_tokens}_binary.json"
+    measured = BUILD / "results" / f"peer_{max_new_tokens}_binary_float32.json"
     if measured.exists():
         return json.loads(measured.read_text())["ours_steps"]  # type: ignore[no-any-return]
     return ours(max_new_tokens, 3)[0]

@@ -1,8 +1,8 @@
 """A whole training step against the peer.
 
-    python benchmarks/step.py 64       # against TRL's DPPOTrainer at 64 new tokens; also 256
-    python benchmarks/step.py 64 topk  # the same with top-K on both sides
-    python benchmarks/step.py 64 binary bfloat16  # in bfloat16: on processors that have it, each side's fastest
+    python benchmarks/step.py 64                  # against TRL's DPPOTrainer at 64 new tokens, in float32; also 256
+    python benchmarks/step.py 64 topk             # the same with top-K on both sides
+    python benchmarks/step.py 64 binary bfloat16  # in bfloat16, on processors that have it the fastest for both sides
 
 SmolLM2-135M, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
 temperature 1. The first step of every process is a warm-up and is left out. Memory is the process's peak resident size,
@@ -80,7 +80,7 @@ def against_peer(max_new_tokens: int, approx: str = "binary", dtype: str = "floa
         "ours_steps": mine,
     }
     print(max_new_tokens, approx, dtype, {k: v for k, v in found.items() if k != "ours_steps"}, flush=True)
-    save("_".join(["peer", str(max_new_tokens), approx, *([] if dtype == "float32" else [dtype])]), found)
+    save(f"peer_{max_new_tokens}_{approx}_{dtype}", found)
 
 
 if __name__ == "__main__":

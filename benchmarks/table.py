@@ -25,10 +25,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
     """Work, measured, target; every figure is median (lowest to highest)."""
     found = []
     for name, tokens, approx, target in (
-        ("peer_64_binary", 64, "binary", "4 times faster, half the memory"),
-        ("peer_64_topk", 64, "top-K", ""),
+        ("peer_64_binary_float32", 64, "binary", "4 times faster, half the memory"),
+        ("peer_64_topk_float32", 64, "top-K", ""),
         ("peer_64_binary_bfloat16", 64, "binary, both in bfloat16", ""),
-        ("peer_256_binary", 256, "binary", "7 times faster, a third of the memory"),
+        ("peer_256_binary_float32", 256, "binary", "7 times faster, a third of the memory"),
     ):
         text = "not measured"
         if name in results:

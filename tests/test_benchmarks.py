@@ -62,6 +62,41 @@ def test_the_work_of_a_step_composes(script: Any, monkeypatch: pytest.MonkeyPatc
     assert (config.adapter.r, config.adapter.alpha, config.optim.lr) == (16, 32, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "work", "peer_precision"),
+    [
+        ((64,), "step at 64 new tokens, binary, against TRL 1.8.0", []),
+        ((64, "topk"), "step at 64 new tokens, top-K, against TRL 1.8.0", []),
+        ((64, "binary", "bfloat16"), "step at 64 new tokens, binary, both in bfloat16, against TRL 1.8.0", ["--bf16"]),
+        ((256,), "step at 256 new tokens, binary, against TRL 1.8.0", []),
+    ],
+)
+def test_the_table_shows_each_step_against_the_peer(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: Any, work: str, peer_precision: list[str]
+) -> None:
+    step, measure, table = script("step"), script("measure"), script("table")
+    asked: list[str] = []
+    ours = {"time": {"total": 10.0, "rollout": 6.0, "update": 4.0}, "response_tokens": 37.0, "skipped": 0.5}
+
+    def peer(*args: Any, python: Path) -> Any:
+        asked.extend(args)
+        return {"seconds": [99.0, 40.0, 50.0, 60.0], "response_tokens": [37.0] * 4}, measure.Finished(1.0, 4.0, "")
+
+    monkeypatch.setattr(measure, "BUILD", tmp_path)
+    monkeypatch.setattr(step, "smollm2", lambda: tmp_path)
+    monkeypatch.setattr(step, "peer_python", lambda: tmp_path)
+    monkeypatch.setattr(step, "ours", lambda *_: ([ours] * 6, measure.Finished(1.0, 2.0, "")))
+    monkeypatch.setattr(step, "run_json", peer)
+    step.against_peer(*arguments)
+    assert [a for a in asked if a == "--bf16"] == peer_precision
+    shown = {name: text for name, text, _ in table.rows(table.read(tmp_path / "results"))}
+    assert shown.pop(work) == (
+        "5 (4 to 6) times faster: 10 s (10 to 10) against 50 s (40 to 60); "
+        "memory 0.50 of the peer's: 2.00 against 4.00 GiB"
+    )
+    assert set(shown.values()) == {"not measured"}
+
+
 def test_approximations_are_compared_turn_by_turn(script: Any) -> None:
     approx = script("approx")
     rows, binary = [{"step": 3.0}, {"step": 8.0}, {"step": 5.0}], [{"step": 2.0}, {"step": 4.0}, {"step": 5.0}]
