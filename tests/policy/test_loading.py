@@ -208,6 +208,7 @@ def test_saving_an_adapter_asks_no_hub(load, tiny_models, train_config, tmp_path
     policy.peft.peft_config["default"].base_model_name_or_path = "somebody/model-7b"
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked the hub"))
     policy.save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_end_of_sequence_tokens_of_model_and_tokenizer(load, folder):
