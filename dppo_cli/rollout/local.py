@@ -167,8 +167,8 @@ class LocalEngine:
 class Record:
     """What was sampled, of `size` sequences of up to `capacity` tokens; each one's tokens stand side by side.
 
-    Its memory is there from the first step on: [size, capacity] tokens (int64) and log-probs (float32), and where asked
-    K ids and log-probs a token, or the hidden state. A little more at each step, amid what it lets go, would leave holes
+    Its memory is there from the first step on: [size, capacity] tokens (int64) and log-probs (float32), where asked K
+    ids and log-probs a token, or the hidden state. A little more at each step, amid what it lets go, would leave holes
     that slightly longer tensors do not fit into: 1.2 GiB of them after 512 steps of a small model.
     """
 
