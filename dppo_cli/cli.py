@@ -13,7 +13,7 @@ from typing import Any
 from dppo_cli import __version__
 from dppo_cli.conf_tree import config_dir, groups, recipes_dir
 from dppo_cli.errors import ConfigError, DppoError
-from dppo_cli.mistakes import check_keys, explain, guess
+from dppo_cli.mistakes import check_words, explain, guess
 
 COMMANDS = {
     "train": "train a LoRA or QLoRA adapter with DPPO, evaluated before and after",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"there is no command {command!r}{guess(command, COMMANDS)}")
         options, overrides = split_options(args[1:])
         if "--config-dir" not in options:
-            check_keys(command, overrides)
+            check_words(command, overrides)
         _run_hydra(command, options, [recipe_override(word) for word in overrides])
         return 0
     except DppoError as error:

@@ -24,25 +24,27 @@ def groups() -> dict[str, list[str]]:
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in found}
 
 
+def groups_of(command: str) -> list[str]:
+    """The groups that a command composes its config from."""
+    entries = _load((config_dir() / f"{command}.yaml").read_text())["defaults"]
+    return [name for entry in entries if isinstance(entry, dict) for name in entry if name in groups()]
+
+
 def known_keys(command: str) -> list[str]:
     """Every dotted key that a command's config can have, whichever choices are made."""
-    import yaml
-
     keys: dict[str, None] = {}
 
     def read(file: Path, group: str) -> None:
         text = file.read_text()
-        node = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        defaults = node.pop("defaults", [])
+        node = _load(text)
+        node.pop("defaults", None)
         keys.update(dict.fromkeys(dotted_keys({group: node} if group and "@package _global_" not in text else node)))
-        for entry in defaults:
-            inner = next(iter(entry)) if isinstance(entry, dict) else ""
-            if inner in groups() and not group:
-                keys[inner] = None
-                for choice in groups()[inner]:
-                    read(config_dir() / inner / f"{choice}.yaml", inner)
 
     read(config_dir() / f"{command}.yaml", "")
+    for group in groups_of(command):
+        keys[group] = None
+        for choice in groups()[group]:
+            read(config_dir() / group / f"{choice}.yaml", group)
     return list(keys)
 
 
@@ -59,6 +61,12 @@ def dotted_keys(config: dict[str, Any]) -> list[str]:
 
     walk("", config)
     return [k for k in keys if not k.endswith("._target_") and k.split(".")[0] not in ("hydra", "recipes")]
+
+
+def _load(text: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
 
 
 def _data_dir(name: str, marker: str) -> Path:

@@ -5,18 +5,24 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dppo_cli.conf_tree import config_dir, dotted_keys, groups, known_keys
+from dppo_cli.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
 from dppo_cli.errors import ConfigError
 
 
-def check_keys(command: str, overrides: Sequence[str]) -> None:
-    """Raise ConfigError for a key that no choice of any group has; Hydra would compose twice before it complains."""
-    plain = [m.group(1) for word in overrides if (m := re.match(r"([A-Za-z_][\w.]*)=", word))]
-    keys = [key for key in plain if key != "recipe" and not key.startswith("hydra.") and not key.endswith("._target_")]
-    known = known_keys(command) if keys else []
-    for key in keys:
+def check_words(command: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that no choice of any group has, or a choice that its group has not.
+
+    Before Hydra, which would be imported and compose first; whatever is not plain `key=word` is left to it.
+    """
+    plain = [m.groups() for word in overrides if (m := re.match(r"([A-Za-z_][\w.]*)=(.*)", word))]
+    words = [w for w in plain if w[0] != "recipe" and not w[0].startswith("hydra.") and not w[0].endswith("._target_")]
+    known, choosable = (known_keys(command), groups_of(command)) if words else ([], [])
+    for key, value in words:
         if key not in known:
             raise ConfigError(_no_such_key(key, known))
+        for choice in value.split(",") if key in choosable else []:
+            if re.fullmatch(r"[A-Za-z_]\w*", choice) and choice != "null" and choice not in groups()[key]:
+                raise ConfigError(_no_such_choice(key, choice))
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from dppo_cli.algorithm.aggregation import TokenMean
 from dppo_cli.algorithm.approx import Binary, TopK
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.objective import DPPO
-from dppo_cli.conf_tree import config_dir, dotted_keys, groups, known_keys
+from dppo_cli.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
 from dppo_cli.config import EvalConfig, ExportConfig, TrainConfig, build
 from dppo_cli.sections import AdamW, BatchPlan, LoRA, Sampling
 
@@ -59,6 +59,8 @@ def test_every_key_of_every_choice_is_known(group: str, choice: str) -> None:
 def test_a_command_knows_its_own_keys_only() -> None:
     assert set(dotted_keys(OmegaConf.to_container(composed("eval", *REQUIRED["eval"])))) <= set(known_keys("eval"))
     assert "data.path" in known_keys("eval") and "divergence.delta_high" not in known_keys("eval")
+    assert groups_of("eval") == ["hardware", "rollout", "data", "reward"] and groups_of("export") == []
+    assert set(groups_of("train")) == set(groups())
     assert set(known_keys("export")) == set(dotted_keys(OmegaConf.to_container(composed("export"))))
 
 
@@ -258,7 +260,7 @@ TOGETHER = {
 }
 """Keys whose other value needs another key, too. The effect of `key` alone is still what is looked at."""
 ONLY_ONE_VALUE = {"sampling.top_p", "sampling.top_k", "sampling.min_p"}
-"""Keys that training accepts only where they do nothing: tests/test_cli.py checks that it refuses the others."""
+"""Keys that training accepts only where they do nothing: tests/test_mistakes.py checks that it refuses the others."""
 
 
 def another_value(key: str, value: Any) -> str:
