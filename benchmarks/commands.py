@@ -34,6 +34,7 @@ def main(rounds: int = 7) -> None:
         "gib": Spread.of([process.peak_gib for process, _ in runs]),
         "eval_before": Spread.of([summary["eval_before"] for _, summary in runs]),
         "eval_after": Spread.of([summary["eval_after"] for _, summary in runs]),
+        "by_seed": [(process.seconds, process.peak_gib, summary) for process, summary in runs],
     }
     print(found)
     save("commands", found)
