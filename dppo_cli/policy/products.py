@@ -1,7 +1,5 @@
 """Products with frozen weights. Shapes: N rows, I inputs, O outputs."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -14,13 +12,12 @@ def multiply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tens
     where it is a third slower. The same sums in another order.
     """
     x = x.to(weight_OI.dtype)
-    if weight_OI.dtype == torch.float32 and has_onednn(weight_OI.device, weight_OI.dtype):
-        if weight_OI.is_contiguous() or has_avx512():
-            return onednn_linear(x, weight_OI, bias_O)
+    wanted = weight_OI.dtype == torch.float32 and (weight_OI.is_contiguous() or has_avx512())
+    if wanted and has_onednn(weight_OI.device, weight_OI.dtype):
+        return onednn_linear(x, weight_OI, bias_O)
     return torch.nn.functional.linear(x, weight_OI, bias_O)
 
 
-@cache
 def has_avx512() -> bool:
     """Whether torch found 512-bit vectors in this processor."""
     return str(torch.backends.cpu.get_cpu_capability()).startswith("AVX512")

@@ -124,9 +124,11 @@ class LocalEngine:
         # sending them to the device waits for it.
         uniform_TB = torch.rand(sampling.max_new_tokens, record.size, generator=generator).to(device)
         hidden_AH = decoder.prefill()
+        # Once: the system would have to find, and clear, so much memory anew at every token.
+        buffer_BV = hidden_AH.new_empty(record.size, head.weight_VH.shape[0], dtype=torch.float32)
         for uniform_B in uniform_TB:
             # log mu = logits - log_total; over the whole vocabulary only where something asks for it.
-            logits_AV, mass_AV, total_A1 = head.masses(hidden_AH)
+            logits_AV, mass_AV, total_A1 = head.masses(hidden_AH, buffer_BV[: len(hidden_AH)])
             log_total_A1 = total_A1.log()
             if sampling.temperature == 0:
                 token_A = logits_AV.argmax(-1)
@@ -138,8 +140,7 @@ class LocalEngine:
             writing_A = _still_writing(token_A, eos_E)
             if not writing_A.any() or record.steps == sampling.max_new_tokens:
                 break
-            # Not kept beside the next step's.
-            del logits_AV, mass_AV
+            del logits_AV  # not kept beside the next step's
             if not writing_A.all():
                 rows = compact(writing_A, device)
                 decoder.keep(rows)

@@ -6,7 +6,7 @@ that training has their memory.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,9 +46,8 @@ class MergedCopy:
             layers = [adapted[name] for name in names]
             own = [self._own_layer(name) for name in names]
             if has_onednn(policy_model.device, dtype) and all(isinstance(layer, nn.Linear) for layer in own):
-                siblings = Siblings([m.out_features for m in own], [m.bias for m in own])
-                self.merges.append((layers, siblings.linear))
-                own = siblings.members
+                packed, own = _packed(own)
+                self.merges.append((layers, packed))
             else:
                 self.merges += [([layer], plain) for layer, plain in zip(layers, own, strict=True)]
             for name, module in zip(names, own, strict=True):
@@ -104,6 +103,15 @@ def _by_input(names: Iterable[str]) -> list[list[str]]:
         parent, _, kind = name.rpartition(".")
         groups.setdefault((parent, next((s for s in SIBLINGS if kind in s), kind)), []).append(name)
     return list(groups.values())
+
+
+def _packed(layers: Sequence[nn.Linear]) -> tuple[PackedLinear, list[nn.Module]]:
+    """The one product that replaces layers which read the same input, and what stands where they stood."""
+    if len(layers) == 1:
+        packed = PackedLinear(layers[0].bias)
+        return packed, [packed]
+    siblings = Siblings([m.out_features for m in layers], [m.bias for m in layers])
+    return siblings.linear, list(siblings.members)
 
 
 def _merged_weight(layer: LoraLinear) -> Tensor:

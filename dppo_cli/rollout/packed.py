@@ -60,7 +60,7 @@ class Siblings:
         """Each output is handed out once, so that an input whose values have changed since is seen as a new one."""
         if x is not self.input or member not in self.outputs:
             self.input = x
-            self.outputs = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+            self.outputs = dict(enumerate(self.linear(x).split_with_sizes(self.sizes, dim=-1)))
         out = self.outputs.pop(member)
         if not self.outputs:
             self.input = None

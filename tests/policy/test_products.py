@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dppo_cli.policy import products
 from dppo_cli.policy.products import has_onednn, multiply
 
 
@@ -32,3 +33,15 @@ def test_where_onednn_is_asked():
     assert has_onednn(torch.device("cpu"), torch.bfloat16) is torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert not has_onednn(torch.device("cpu"), torch.float64)
     assert not has_onednn(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_whose_product_it_is(monkeypatch, capability, layout):
+    """oneDNN's, but for transposed weights without AVX-512."""
+    asked = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "onednn_linear", lambda *_: asked.append(True))
+    weight = torch.randn(40, 24)
+    multiply(torch.randn(5, 24), weight if layout == "plain" else weight.t().contiguous().t())
+    assert bool(asked) is ((capability, layout) != ("AVX2", "transposed"))

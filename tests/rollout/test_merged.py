@@ -26,6 +26,8 @@ def merged_weights(copy: MergedCopy) -> dict[str, torch.Tensor]:
             if isinstance(module, Sibling):
                 whole = module.siblings.linear.packed.to_dense()
                 found[f"{name}.weight"] = whole.split(module.siblings.sizes)[module.member]
+            elif isinstance(module, PackedLinear):
+                found[f"{name}.weight"] = module.packed.to_dense()
         return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -109,7 +111,7 @@ def test_only_the_chosen_layers_are_copied(train_config):
     copy = MergedCopy(policy.model, torch.float32)
     places = {parameter.data_ptr() for parameter in policy.model.parameters()}
     assert all(parameter.data_ptr() in places for parameter in copy.model.parameters())
-    own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, Sibling)}
+    own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
     assert own == {"q_proj", "down_proj"}
     with copy.merged() as (model, _):
         torch.testing.assert_close(model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
