@@ -77,7 +77,6 @@ class LocalEngine:
     def sync(self, version: int) -> None:
         self.version = version
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
     ) -> list[Completion]:
@@ -88,7 +87,9 @@ class LocalEngine:
         with self.copy.merged() if self.copy else self._policy_itself() as sampler:
             for start in range(0, len(prompts), per_wave):
                 wave = prompts[start : start + per_wave]
-                completions += self._wave(sampler, wave, samples_per_prompt, sampling, num_logprobs, generator)
+                record = self._wave(sampler, wave, samples_per_prompt, sampling, num_logprobs, generator)
+                for b, (token_T, mu) in enumerate(record.reports()):
+                    completions.append(self._completion(wave[b // samples_per_prompt], token_T, mu))
         give_back()
         return completions
 
@@ -104,6 +105,8 @@ class LocalEngine:
         finally:
             model.train(training)
 
+    # A tenth faster than no_grad on a CPU: thousands of small operations a token keep no account of what they change.
+    @torch.inference_mode()
     def _wave(
         self,
         sampler: tuple[PreTrainedModel, Head],
@@ -112,7 +115,7 @@ class LocalEngine:
         sampling: Sampling,
         num_logprobs: int,
         generator: torch.Generator,
-    ) -> list[Completion]:
+    ) -> "Record":
         model, head = sampler
         device = self.policy.device
         head = head.at(sampling.temperature or 1.0)
@@ -146,13 +149,10 @@ class LocalEngine:
                 decoder.keep(rows)
                 active_A, token_A = active_A[rows.kept_A], token_A[rows.kept_A]
             hidden_AH = decoder.step(token_A)
-        reports = record.reports()
-        return [
-            self._completion(prompts[b // group], token_T.cpu(), report.to(torch.device("cpu")))
-            for b, (token_T, report) in enumerate(reports)
-        ]
+        return record
 
     def _completion(self, prompt: Prompt, token_T: Tensor, mu: PolicyReport) -> Completion:
+        token_T, mu = token_T.cpu(), mu.to(torch.device("cpu"))
         ids = token_T.tolist()
         return Completion(
             prompt=prompt,
@@ -192,7 +192,8 @@ class Record:
         elif self.num_logprobs == WHOLE_VOCABULARY:
             step.append(hidden_AH)
         if not self.columns:
-            self.columns = [new.new_empty(self.size, self.capacity, *new.shape[1:]) for new in step]
+            with torch.inference_mode(False):  # for training to read them
+                self.columns = [new.new_empty(self.size, self.capacity, *new.shape[1:]) for new in step]
         for column, new in zip(self.columns, step, strict=True):
             column[active_A, self.steps] = new
         self.steps += 1
