@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.rollout.llama import is_built_like_llama, llama_step
 from dppo_cli.types import Prompt, Prompts
 
 
@@ -35,6 +36,9 @@ class Decoder:
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
                 self.cache.layers[i] = PreallocatedLayer(self.width + max_new_tokens, self.mask_BX is not None)
+        # With a window, a layer keeps fewer places than the mask has.
+        no_window = all(isinstance(layer, PreallocatedLayer) for layer in self.cache.layers)
+        self.short_cut = no_window and is_built_like_llama(model)
         self.written = 0
 
     def prefill(self) -> Tensor:
@@ -60,18 +64,22 @@ class Decoder:
         """Append a token to each sequence; [A, H]."""
         position_A1 = self.length_B1 + self.written
         self.written += 1
+        if self.short_cut:
+            return llama_step(self.model, self.cache.layers, token_A, position_A1, self._mask())[:, -1]
         return self._forward(token_A[:, None], position_A1)
 
     def _forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        mask = None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
         output = self.model.base_model(
             input_ids=token_ids,
-            attention_mask=mask,
+            attention_mask=self._mask(),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         )
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+    def _mask(self) -> Tensor | None:
+        return None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
 
 
 @dataclass(frozen=True)
