@@ -15,6 +15,10 @@ from dppo_cli.types import Completion, PolicyReport, Prompt, Sample
 MIXED = ("1+2=", "hello world foo bar", "a", "12+34= abcdefgh ijk lmn")
 """Prompts of different lengths, so that a batch is padded; the longest ones outgrow the windows of tests/tiny.py."""
 
+BEGINNING = "Please answer with a number: "
+ALIKE = tuple(BEGINNING + rest for rest in ("1+2=", "12+34+56=", "7", "8"))
+"""Prompts with a common beginning that is worth running once."""
+
 
 LOADED: dict[str, tuple[Policy, list[Tensor]]] = {}
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dppo_cli.policy.policy import Policy
+from dppo_cli.policy.prefill import run_prompts, shared_beginning
 from dppo_cli.types import Batch, Prompts
 
 CONTEXT_PER_PLACE = 16
@@ -40,8 +41,9 @@ class SharedPrompts:
         for part in split_by_tokens(lengths, [0] * len(lengths), budget):
             prompts = Prompts.pad([distinct[i] for i in part], policy.pad_id, policy.device)
             self.row.update({ids: len(self.row) + i for i, ids in enumerate(prompts.token_ids)})
-            self.places += prompts.ids_PL.numel()
-            self.tokens += sum(lengths[i] for i in part)
+            saved = shared_beginning(policy.model, prompts) * (len(part) - 1) if self.shares else 0
+            self.places += prompts.ids_PL.numel() - saved
+            self.tokens += sum(lengths[i] for i in part) - saved
             if self.shares:
                 again = torch.is_grad_enabled()
                 self.runs.append(checkpoint(self._run, prompts, use_reentrant=False) if again else self._run(prompts))
@@ -98,17 +100,11 @@ class SharedPrompts:
         # shorter prompts could not be told apart from the padding. The attention mask keeps to the window.
         cache = DynamicCache()
         with self.policy.autocast():
-            output = self.policy.model.base_model(
-                input_ids=prompts.ids_PL,
-                attention_mask=prompts.mask(0),
-                position_ids=prompts.positions(),
-                past_key_values=cache,
-                use_cache=True,
-            )
+            last_PH = run_prompts(self.policy.model, prompts, cache)
         left = self.width - prompts.ids_PL.shape[1]
         # A layer of this cache is iterated over as keys, values, and a window that it does not have.
         states = [state for keys, values, *_ in cache for state in (keys, values)]
-        return output.last_hidden_state[:, -1], *(torch.nn.functional.pad(s, (0, 0, left, 0)) for s in states)
+        return last_PH, *(torch.nn.functional.pad(s, (0, 0, left, 0)) for s in states)
 
 
 def can_share(policy: Policy) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.policy.prefill import run_prompts
 from dppo_cli.rollout.llama import is_built_like_llama, llama_step
 from dppo_cli.types import Prompt, Prompts
 
@@ -30,21 +31,24 @@ class Decoder:
         self.model, self.group = model, group
         self.prompts = Prompts.pad([p.token_ids for p in prompts], pad_id, model.device)
         self.width = self.prompts.ids_PL.shape[1]
+        self.capacity = self.width + max_new_tokens
         self.length_B1 = self.prompts.length_P1
         self.mask_BX = self.prompts.mask(max_new_tokens)
         self.cache = DynamicCache(config=model.config)
-        for i, layer in enumerate(self.cache.layers):
-            if type(layer) is DynamicLayer:
-                self.cache.layers[i] = PreallocatedLayer(self.width + max_new_tokens, self.mask_BX is not None)
         # With a window, a layer keeps fewer places than the mask has.
-        no_window = all(isinstance(layer, PreallocatedLayer) for layer in self.cache.layers)
+        no_window = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         self.short_cut = no_window and is_built_like_llama(model)
         self.written = 0
 
     def prefill(self) -> Tensor:
         """Run each distinct prompt once; [B, H], prompt-major."""
-        hidden_PH = self._forward(self.prompts.ids_PL, self.prompts.positions())
-        self.cache.batch_repeat_interleave(self.group)
+        hidden_PH = run_prompts(self.model, self.prompts, self.cache)
+        for i, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                padded = self.mask_BX is not None
+                self.cache.layers[i] = PreallocatedLayer(layer, self.group, self.capacity, padded)
+            else:
+                layer.batch_repeat_interleave(self.group)  # type: ignore[union-attr]
         self.length_B1 = self.length_B1.repeat_interleave(self.group, dim=0)
         if self.mask_BX is not None:
             self.mask_BX = self.mask_BX.repeat_interleave(self.group, dim=0)
@@ -66,13 +70,10 @@ class Decoder:
         self.written += 1
         if self.short_cut:
             return llama_step(self.model, self.cache.layers, token_A, position_A1, self._mask())[:, -1]
-        return self._forward(token_A[:, None], position_A1)
-
-    def _forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model.base_model(
-            input_ids=token_ids,
+            input_ids=token_A[:, None],
             attention_mask=self._mask(),
-            position_ids=positions,
+            position_ids=position_A1,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -107,61 +108,48 @@ def compact(writing_A: Tensor, device: torch.device) -> Rows:
 class PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
 
-    A subclass because transformers' `Cache` asks its layers for this interface. The prompt's own states are kept until
-    the first copy: repeating, leaving or appending. Rows leave by `keep` alone.
+    A subclass because transformers' `Cache` asks its layers for this interface. Begins with each row of `prompts`,
+    `repeats` times; rows leave by `keep` alone.
     """
 
-    def __init__(self, capacity: int, padded: bool) -> None:
+    def __init__(self, prompts: DynamicLayer, repeats: int, capacity: int, padded: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity = capacity
+        self.keys: Tensor
+        self.values: Tensor
+        assert prompts.keys is not None and prompts.values is not None
+        self.lazy_initialization(prompts.keys, prompts.values)
         # transformers takes it as: do not look, at every token, whether the mask is all ones. On a GPU it would wait.
         self.is_compileable = padded
-        self.buffers: tuple[Tensor, Tensor] | None = None
-        self.rows: tuple[Tensor, Tensor] | None = None  # of the buffers, those in use
+        self.buffers = tuple(_with_room(states, repeats, capacity) for states in (prompts.keys, prompts.values))
+        self._use(len(prompts.keys) * repeats)
+        self._show(prompts.keys.shape[-2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return self.keys, self.values
-        if self.rows is None:
-            self.batch_repeat_interleave(1)
-        assert self.keys is not None and self.rows is not None
         start, more = self.keys.shape[-2], key_states.shape[-2]
         # narrow: at every layer of every token, slices in brackets take twice as long as what they do.
         for rows, new in zip(self.rows, (key_states, value_states), strict=True):
             rows.narrow(-2, start, more).copy_(new)
         self._show(start + more)
-        return self.keys, self.values  # type: ignore[return-value]
+        return self.keys, self.values
 
     def keep(self, rows: Rows) -> None:
         """Rows that stay where they are cost nothing."""
-        if self.buffers is None:
-            self.batch_repeat_interleave(1)
-        assert self.keys is not None and self.buffers is not None
         length = self.keys.shape[-2]
         for buffer in self.buffers:
             buffer[rows.to_M, :, :length] = buffer[rows.from_M, :, :length]
         self._use(len(rows.kept_A))
         self._show(length)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        assert self.keys is not None and self.values is not None
-        length = self.keys.shape[-2]
-        self.buffers = self._with_room(self.keys, repeats), self._with_room(self.values, repeats)
-        self._use(self.buffers[0].shape[0])
-        self._show(length)
-
-    def _with_room(self, states: Tensor, repeats: int) -> Tensor:
-        batch, heads, length, size = states.shape
-        buffer = states.new_empty(batch, repeats, heads, self.capacity, size)
-        buffer[..., :length, :] = states[:, None]
-        return buffer.flatten(0, 1)
-
     def _use(self, count: int) -> None:
-        assert self.buffers is not None
-        self.rows = self.buffers[0][:count], self.buffers[1][:count]
+        self.rows = [buffer[:count] for buffer in self.buffers]
 
     def _show(self, length: int) -> None:
-        assert self.rows is not None
-        self.keys, self.values = self.rows[0].narrow(-2, 0, length), self.rows[1].narrow(-2, 0, length)
+        self.keys, self.values = (rows.narrow(-2, 0, length) for rows in self.rows)
+
+
+def _with_room(states: Tensor, repeats: int, capacity: int) -> Tensor:
+    """[P, heads, L, size] -> [P x repeats, heads, capacity, size]."""
+    batch, heads, length, size = states.shape
+    buffer = states.new_empty(batch, repeats, heads, capacity, size)
+    buffer[..., :length, :] = states[:, None]
+    return buffer.flatten(0, 1)

@@ -40,7 +40,9 @@ def gradient(policy: Policy) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
-@pytest.mark.parametrize("texts", [make.MIXED, ("3+4=", "a - ")], ids=["padded", "equal lengths"])
+@pytest.mark.parametrize(
+    "texts", [make.MIXED, ("3+4=", "a - "), make.ALIKE], ids=["padded", "equal lengths", "begin alike"]
+)
 @pytest.mark.parametrize("lengths", [(7, 1, 20, 4, 9, 2, 1, 12, 3, 5, 16, 2), (1,) * 8], ids=["mixed", "one token"])
 @pytest.mark.parametrize("budget", [1, 30, 1000])
 @pytest.mark.parametrize("cut", [1, 5, 12])
@@ -84,6 +86,15 @@ def test_a_prompt_runs_twice_however_many_responses_it_has(train_config):
     hook.remove()
     assert [tuple(shape) for shape in calls] == [(2, 5), (2, 2), (2, 5)]
     assert (prompts.places, prompts.tokens) == (10, 9)
+
+
+def test_what_all_prompts_begin_with_counts_once(train_config):
+    policy = make.policy(train_config())
+    samples = responses(policy, make.ALIKE, (3, 1, 3, 1))
+    prompts = SharedPrompts(policy, (s.completion.prompt.token_ids for s in samples), 1000)
+    beginning, longest, tokens = len(make.BEGINNING), len(make.ALIKE[1]), sum(map(len, make.ALIKE))
+    assert prompts.places == beginning + 4 * (longest - beginning)
+    assert prompts.tokens == tokens - 3 * beginning
 
 
 def test_without_gradient_nothing_is_kept_for_one(train_config):

@@ -15,9 +15,17 @@ def states(batch: int, length: int, generator: torch.Generator) -> tuple[torch.T
     return torch.randn(batch, 2, length, 4, generator=generator), torch.randn(batch, 2, length, 4, generator=generator)
 
 
+def prompts_layer(batch: int, length: int, generator: torch.Generator) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.update(*states(batch, length, generator))
+    return layer
+
+
 def test_the_preallocated_layer_is_a_dynamic_layer():
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = PreallocatedLayer(capacity=20, padded=False), DynamicLayer()
+    theirs = prompts_layer(3, 5, generator)
+    ours = PreallocatedLayer(theirs, repeats=2, capacity=20, padded=False)
+    theirs.batch_repeat_interleave(2)
 
     def update(batch: int, length: int) -> None:
         new = states(batch, length, generator)
@@ -36,10 +44,6 @@ def test_the_preallocated_layer_is_a_dynamic_layer():
         ours.keep(rows)
         theirs.batch_select_indices(rows.kept_A)
 
-    assert ours.get_seq_length() == theirs.get_seq_length() == 0
-    update(3, 5)
-    for layer in (ours, theirs):
-        layer.batch_repeat_interleave(2)
     agree()
     for _ in range(3):
         update(6, 1)
@@ -55,15 +59,14 @@ def test_the_preallocated_layer_is_a_dynamic_layer():
 
 def test_a_step_writes_into_the_same_memory():
     generator = torch.Generator().manual_seed(0)
-    layer = PreallocatedLayer(capacity=8, padded=False)
-    first = states(2, 3, generator)
-    kept = first[0].clone()
-    layer.update(*first)
-    layer.update(*states(2, 1, generator))
+    prompts = prompts_layer(2, 3, generator)
+    kept = prompts.keys.clone()
+    layer = PreallocatedLayer(prompts, repeats=1, capacity=8, padded=False)
     place = layer.keys.data_ptr()
-    layer.update(*states(2, 1, generator))
-    assert layer.keys.data_ptr() == place
-    assert torch.equal(first[0], kept), "the model's own tensor was written to"
+    for _ in range(2):
+        layer.update(*states(2, 1, generator))
+        assert layer.keys.data_ptr() == place
+    assert torch.equal(prompts.keys, kept), "the model's own tensor was written to"
 
 
 ENDING = [
@@ -80,7 +83,9 @@ ENDING = [
 
 @pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 @pytest.mark.parametrize(
-    "texts", [make.MIXED, ("12+34=56", "abcdefgh", "A.B,C:D<", "????????")], ids=["padded", "even"]
+    "texts",
+    [make.MIXED, ("12+34=56", "abcdefgh", "A.B,C:D<", "????????"), make.ALIKE],
+    ids=["padded", "even", "begin alike"],
 )
 @torch.no_grad()
 def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, texts):
@@ -132,9 +137,7 @@ def test_rows_that_are_kept_stay_in_place_where_they_can(writing, rows):
 
 def test_leaving_copies_only_the_rows_that_move():
     generator = torch.Generator().manual_seed(0)
-    layer = PreallocatedLayer(capacity=8, padded=False)
-    layer.update(*states(4, 3, generator))
-    layer.batch_repeat_interleave(1)
+    layer = PreallocatedLayer(prompts_layer(4, 3, generator), repeats=1, capacity=8, padded=False)
     place, expected = layer.keys.data_ptr(), layer.keys[torch.tensor([0, 3, 2])].clone()
     layer.keep(compact(torch.tensor([1, 0, 1, 1]).bool(), CPU))
     assert layer.keys.data_ptr() == place

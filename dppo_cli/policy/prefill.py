@@ -1,0 +1,73 @@
+"""Running prompts, and what all of them begin with only once: a system message, instructions, examples.
+
+Shapes: P prompts, L their longest length, C tokens that all begin with, H hidden size.
+"""
+
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from dppo_cli.types import Prompts
+
+WORTH_IT = 32
+"""Tokens saved. A pass of its own for the beginning costs about as much as running so many more beside others."""
+
+
+def shared_beginning(model: PreTrainedModel, prompts: Prompts) -> int:
+    """C, 0 where it is not worth it: how many tokens run once for all prompts. At least one is left of each.
+
+    Not with a sliding window: transformers measures it in places, and padding stands between the beginning and the
+    rest. Nor where a layer's state is more than keys and values.
+    """
+    shortest = min(len(ids) for ids in prompts.token_ids)
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts.token_ids, strict=False))
+    common = min(len(list(columns)), shortest - 1)
+    if common * (len(prompts.token_ids) - 1) < WORTH_IT:
+        return 0
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return common if plain else 0
+
+
+def run_prompts(model: PreTrainedModel, prompts: Prompts, cache: Cache) -> Tensor:
+    """Final hidden state [P, H] of each prompt's last token; in the empty `cache` then its keys and values,
+    [P, heads, L, size], padded on the left with anything."""
+    common = shared_beginning(model, prompts)
+    ids_PL, positions_PL, mask_PL = prompts.ids_PL, prompts.positions(), prompts.mask(0)
+    if not common:
+        return _forward(model, ids_PL, positions_PL, mask_PL, cache)
+    count, width = ids_PL.shape
+    longest = next(p for p, ids in enumerate(prompts.token_ids) if len(ids) == width)
+    _forward(model, ids_PL[longest, None, :common], positions_PL[longest, None, :common], None, cache)
+    cache.batch_repeat_interleave(count)
+    # The rest stands where it stood, on the right. Before it comes what fills up shorter rests: masked out.
+    rest = width - common
+    mask = None if mask_PL is None else torch.cat([torch.ones_like(mask_PL[:, :common]), mask_PL[:, :rest]], dim=-1)
+    hidden_PH = _forward(model, ids_PL[:, common:], positions_PL[:, :rest] + common, mask, cache)
+    if mask_PL is not None:
+        _close_gaps(cache, width - prompts.length_P1, common)
+    return hidden_PH
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    output = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+
+def _close_gaps(cache: Cache, gap_P1: Tensor, common: int) -> None:
+    """Move the beginning of each prompt to the right, next to its rest; keys know their position, not their place."""
+    place_1L = torch.arange(cache.get_seq_length(), device=gap_P1.device)[None]
+    from_PL = torch.where(place_1L < gap_P1 + common, (place_1L - gap_P1).clamp(min=0), place_1L)
+
+    def moved(states: Tensor | None) -> Tensor | None:
+        if states is None:  # a layer that reads another's
+            return None
+        return states.gather(-2, from_PL[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        layer.keys, layer.values = moved(layer.keys), moved(layer.values)
