@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dppo_cli.policy.prefill import run_prompts
-from dppo_cli.rollout.llama import is_built_like_llama, llama_step
+from dppo_cli.rollout.llama import LlamaStep, is_built_like_llama
 from dppo_cli.types import Prompt, Prompts
 
 
@@ -37,7 +37,7 @@ class Decoder:
         self.cache = DynamicCache(config=model.config)
         # With a window, a layer keeps fewer places than the mask has.
         no_window = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        self.short_cut = no_window and is_built_like_llama(model)
+        self.short_cut = LlamaStep(model) if no_window and is_built_like_llama(model) else None
         self.written = 0
 
     def prefill(self) -> Tensor:
@@ -68,8 +68,8 @@ class Decoder:
         """Append a token to each sequence; [A, H]."""
         position_A1 = self.length_B1 + self.written
         self.written += 1
-        if self.short_cut:
-            return llama_step(self.model, self.cache.layers, token_A, position_A1, self._mask())[:, -1]
+        if self.short_cut is not None:
+            return self.short_cut(self.cache.layers, token_A, position_A1, self._mask())[:, -1]
         output = self.model.base_model(
             input_ids=token_A[:, None],
             attention_mask=self._mask(),
