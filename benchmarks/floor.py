@@ -10,14 +10,15 @@ tokens that the run reports; elementwise work, attention and Python count as zer
 import json
 import statistics
 import time
+from itertools import takewhile
 from typing import Any
 
 import torch
-from measure import BUILD, Spread, save, smollm2
+from measure import BUILD, Spread, save, smollm2, sums
 from step import ours
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-GROUP = 8
+PROMPTS = GROUP = 8
 
 
 def peaks() -> tuple[float, float]:
@@ -29,8 +30,10 @@ def peaks() -> tuple[float, float]:
     return flops, moved
 
 
-def floors(config: Any, steps: list[dict[str, Any]], peak_flops: float, peak_bytes: float) -> dict[str, Any]:
-    """Median seconds and floor of sampling and of the update."""
+def floors(
+    config: Any, steps: list[dict[str, Any]], beginning: int, peak_flops: float, peak_bytes: float
+) -> dict[str, Any]:
+    """Median seconds and floor of sampling and of the update; what all prompts begin with runs once."""
     hidden, inner, layers, vocabulary = (
         config.hidden_size,
         config.intermediate_size,
@@ -40,19 +43,20 @@ def floors(config: Any, steps: list[dict[str, Any]], peak_flops: float, peak_byt
     kv = config.num_key_value_heads * config.head_dim
     body = layers * (2 * hidden * config.num_attention_heads * config.head_dim + 2 * hidden * kv + 3 * hidden * inner)
     head = hidden * vocabulary
-    sequences = 8 * GROUP
+    sequences = PROMPTS * GROUP
     found: dict[str, Any] = {}
     rows: dict[str, list[tuple[float, float, float]]] = {"rollout": [], "update": []}
     for step in steps:
         tokens = sequences * step["response_tokens"]
         prompt = step["prompt_tokens"]
-        rollout_flops = 2 * body * (tokens + prompt * sequences / GROUP) + 2 * head * tokens
+        rollout_flops = 2 * body * (tokens + beginning + PROMPTS * (prompt - beginning)) + 2 * head * tokens
         # Each token step reads the weights once, and every key and value written so far.
         cache = tokens * (prompt + step["response_tokens"] / 2) * 2 * kv * layers
         rollout_bytes = 4 * (step["response_tokens_max"] * (body + head) + cache)
         trained = 1 - step["skipped"]
         # Forward and the gradient by activations; the frozen weights have none of their own.
-        update_flops = trained * (4 * body * (tokens + prompt * sequences / GROUP) + 4 * head * tokens)
+        trained_prompts = trained * PROMPTS * (prompt - beginning) + (beginning if trained else 0)
+        update_flops = 4 * body * (trained * tokens + trained_prompts) + 4 * head * trained * tokens
         rows["rollout"].append((step["time"]["rollout"], rollout_flops, rollout_bytes))
         rows["update"].append((step["time"]["update"], update_flops, 4.0 * (body + head)))
     for phase, values in rows.items():
@@ -74,12 +78,22 @@ def steps(max_new_tokens: int) -> list[dict[str, Any]]:
     return ours(max_new_tokens, 3)[0]
 
 
+def beginning() -> int:
+    """Tokens that all of the benchmark's prompts begin with."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    problems = [json.loads(line)["prompt"] for line in sums().read_text().splitlines()]
+    turns = [[{"role": "user", "content": problem}] for problem in problems]
+    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))))
+
+
 def main() -> None:
     peak_flops, peak_bytes = peaks()
     config = AutoConfig.from_pretrained(smollm2())
     found: dict[str, Any] = {"gflops": peak_flops / 1e9, "gb_per_second": peak_bytes / 1e9}
     for max_new_tokens in (64, 256):
-        found[str(max_new_tokens)] = floors(config, steps(max_new_tokens), peak_flops, peak_bytes)
+        found[str(max_new_tokens)] = floors(config, steps(max_new_tokens), beginning(), peak_flops, peak_bytes)
     print(found)
     save("floor", found)
 

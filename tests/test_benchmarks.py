@@ -123,13 +123,13 @@ def test_the_floor_counts_operations_and_bytes(script: Any) -> None:
         "skipped": 0.5,
         "time": {"rollout": 1.0, "update": 2.0},
     }
-    found = script("floor").floors(config, [step], peak_flops=1000.0, peak_bytes=1000.0)
+    found = script("floor").floors(config, [step], beginning=1, peak_flops=1000.0, peak_bytes=1000.0)
     body, head, tokens = 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 8, 40, 64 * 3
-    operations = 2 * body * (tokens + 2 * 8) + 2 * head * tokens
+    operations = 2 * body * (tokens + 1 + 1 * 8) + 2 * head * tokens
     moved = 4 * (5 * (body + head) + tokens * (2 + 1.5) * 2 * 2)
     assert found["rollout"]["operations_seconds"] == pytest.approx(operations / 1000)
     assert found["rollout"]["bytes_seconds"] == pytest.approx(moved / 1000)
-    update = 0.5 * (4 * body * (tokens + 2 * 8) + 4 * head * tokens)
+    update = 4 * body * (tokens / 2 + 1 + 1 * 4) + 4 * head * tokens / 2
     assert found["update"]["operations_seconds"] == pytest.approx(update / 1000)
     assert found["update"]["times_floor"].median == pytest.approx(2.0 / (update / 1000))
 

@@ -3,6 +3,7 @@
 Shapes: P prompts, L their longest length, C tokens that all begin with, H hidden size.
 """
 
+import inspect
 from itertools import takewhile
 
 import torch
@@ -19,21 +20,24 @@ WORTH_IT = 32
 def shared_beginning(model: PreTrainedModel, prompts: Prompts) -> int:
     """C, 0 where it is not worth it: how many tokens run once for all prompts. At least one is left of each.
 
-    Not with a sliding window: transformers measures it in places, and padding stands between the beginning and the
-    rest. Nor where a layer's state is more than keys and values.
+    Padding then stands between the beginning and the rest. So not where distance is measured in places: by a sliding
+    window, or by a model that takes no positions (MPT). Nor where a layer's state is more than keys and values.
     """
     shortest = min(len(ids) for ids in prompts.token_ids)
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts.token_ids, strict=False))
     common = min(len(list(columns)), shortest - 1)
     if common * (len(prompts.token_ids) - 1) < WORTH_IT:
         return 0
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return common if plain else 0
+    no_window = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return common if no_window and takes_positions else 0
 
 
 def run_prompts(model: PreTrainedModel, prompts: Prompts, cache: Cache) -> Tensor:
-    """Final hidden state [P, H] of each prompt's last token; in the empty `cache` then its keys and values,
-    [P, heads, L, size], padded on the left with anything."""
+    """Final hidden state [P, H] of each prompt's last token.
+
+    `cache`, empty before, holds their keys and values then, [P, heads, L, size], padded on the left with anything.
+    """
     common = shared_beginning(model, prompts)
     ids_PL, positions_PL, mask_PL = prompts.ids_PL, prompts.positions(), prompts.mask(0)
     if not common:

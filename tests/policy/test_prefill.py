@@ -4,7 +4,7 @@ import make
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MptConfig
 
 from dppo_cli.policy.prefill import WORTH_IT, run_prompts, shared_beginning
 from dppo_cli.types import Prompts
@@ -51,6 +51,21 @@ def test_the_beginning_runs_once(train_config, architecture):
         assert shapes == [(1, beginning), (4, whole - beginning)]
     else:
         assert shapes == [(4, whole)], "a window is measured in places, which padding inside would change"
+
+
+@torch.no_grad()
+def test_a_model_that_measures_distance_in_places_runs_whole_prompts():
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=96)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    beginning = list(range(3, 50))
+    token_ids = [[*beginning, 51], [*beginning, *range(52, 70)]]
+    prompts = Prompts.pad(token_ids, 0, torch.device("cpu"))
+    assert shared_beginning(model, prompts) == 0
+    hidden_PH = run_prompts(model, prompts, DynamicCache())
+    for hidden_H, ids in zip(hidden_PH, token_ids, strict=True):
+        expected_H = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(hidden_H, expected_H, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
