@@ -10,13 +10,14 @@ tokens that the run reports; elementwise work, attention and Python count as zer
 import json
 import statistics
 import time
-from itertools import takewhile
 from typing import Any
 
 import torch
 from measure import BUILD, Spread, save, smollm2, sums
 from step import ours
 from transformers import AutoConfig, AutoTokenizer
+
+from dppo_cli.policy.prefill import common_tokens
 
 PROMPTS = GROUP = 8
 
@@ -85,7 +86,7 @@ def beginning() -> int:
     turns = [[{"role": "user", "content": problem}] for problem in problems]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))))
+    return common_tokens(prompts)
 
 
 def main() -> None:

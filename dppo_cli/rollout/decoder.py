@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dppo_cli.policy.prefill import run_prompts
+from dppo_cli.policy.prefill import keeps_every_place, last_states, run_prompts
 from dppo_cli.rollout.llama import LlamaStep, is_built_like_llama
 from dppo_cli.types import Prompt, Prompts
 
@@ -35,9 +35,9 @@ class Decoder:
         self.length_B1 = self.prompts.length_P1
         self.mask_BX = self.prompts.mask(max_new_tokens)
         self.cache = DynamicCache(config=model.config)
-        # With a window, a layer keeps fewer places than the mask has.
-        no_window = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        self.short_cut = LlamaStep(model) if no_window and is_built_like_llama(model) else None
+        # The mask has all places.
+        has_short_cut = keeps_every_place(model) and is_built_like_llama(model)
+        self.short_cut = LlamaStep(model) if has_short_cut else None
         self.written = 0
 
     def prefill(self) -> Tensor:
@@ -68,19 +68,10 @@ class Decoder:
         """Append a token to each sequence; [A, H]."""
         position_A1 = self.length_B1 + self.written
         self.written += 1
+        mask_AX = None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
         if self.short_cut is not None:
-            return self.short_cut(self.cache.layers, token_A, position_A1, self._mask())[:, -1]
-        output = self.model.base_model(
-            input_ids=token_A[:, None],
-            attention_mask=self._mask(),
-            position_ids=position_A1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
-
-    def _mask(self) -> Tensor | None:
-        return None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
+            return self.short_cut(self.cache.layers, token_A, position_A1, mask_AX)[:, -1]
+        return last_states(self.model, token_A[:, None], position_A1, mask_AX, self.cache)
 
 
 @dataclass(frozen=True)
