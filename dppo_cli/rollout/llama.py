@@ -32,7 +32,7 @@ def is_built_like_llama(model: PreTrainedModel) -> bool:
 
 
 class LlamaStep:
-    """Made once a wave, called for every token. Reads the weights, the norms' when it is made."""
+    """Made once a wave, called for every token. Reads the norms' weights when it is made, all others at each call."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         base: Any = model.base_model
@@ -60,6 +60,8 @@ class LlamaStep:
             unseen_A11X = unseen_AX[:, None, None]
         rows, size = len(token_A), cos_A1D.shape[-1]
 
+        # Rotary embedding (arXiv 2104.09864), (a, b) -> (a cos - b sin, b cos + a sin): rolling by half swaps a and b,
+        # and the minus stands in sin already.
         def rotated(heads: Any) -> Any:
             return heads * cos_A1D + heads.roll(size // 2, dims=-1) * sin_A1D
 
@@ -82,9 +84,10 @@ class LlamaStep:
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """RMSNorm, w x / sqrt(mean(x^2) + eps), in float32 as w sqrt(H) x / hypot(|x|, sqrt(eps H)), of half as many steps.
+    """RMSNorm (arXiv 1910.07467), y = w x / sqrt(mean(x^2) + eps) over n = H or D numbers.
 
-    The module itself where transformers rounds between its steps; nothing changes where there is no module.
+    In float32 as y = sqrt(n) w x / hypot(|x|, sqrt(eps n)): four operations instead of six, equal to rounding. The
+    module itself where transformers rounds in between; nothing changes where there is no module.
     """
     if module is None:
         return lambda x: x
