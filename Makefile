@@ -26,7 +26,8 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py 256
 	$(BIN)/python benchmarks/approx.py
 	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/rollout.py 64
+	$(BIN)/python benchmarks/rollout.py 256
 	$(BIN)/python benchmarks/commands.py
 	$(BIN)/python benchmarks/floor.py
 	$(BIN)/python benchmarks/growth.py

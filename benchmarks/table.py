@@ -31,8 +31,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
         ("peer_256_binary_float32", 256, "binary", "7 times faster, a third of the memory"),
     ):
         text = "not measured"
-        if name in results:
-            r = results[name]
+        r = results.get(name)
+        if r and "not_run" in r:
+            text = f"not run: {r['not_run']}"
+        elif r:
             text = (
                 f"{spread(r['speedup'])} times faster: {spread(r['ours_seconds'], ' s')} against "
                 f"{spread(r['peer_seconds'], ' s')}; memory {r['memory_ratio']:.2f} of the peer's: "

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import composed
 
 from dppo_cli.config import TrainConfig, build
@@ -87,6 +88,7 @@ def test_the_table_shows_each_step_against_the_peer(
     monkeypatch.setattr(step, "peer_python", lambda: tmp_path)
     monkeypatch.setattr(step, "ours", lambda *_: ([ours] * 6, measure.Finished(1.0, 2.0, "")))
     monkeypatch.setattr(step, "run_json", peer)
+    monkeypatch.setattr(step, "has_onednn", lambda *_: True)
     step.against_peer(*arguments)
     assert [a for a in asked if a == "--bf16"] == peer_precision
     shown = {name: text for name, text, _ in table.rows(table.read(tmp_path / "results"))}
@@ -95,6 +97,20 @@ def test_the_table_shows_each_step_against_the_peer(
         "memory 0.50 of the peer's: 2.00 against 4.00 GiB"
     )
     assert set(shown.values()) == {"not measured"}
+
+
+def test_bfloat16_is_not_run_without_the_processor_s_help(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, measure, table = script("step"), script("measure"), script("table")
+    monkeypatch.setattr(measure, "BUILD", tmp_path)
+    monkeypatch.setattr(step, "has_onednn", lambda _, dtype: dtype == torch.float32)
+    monkeypatch.setattr(step, "ours", lambda *_: pytest.fail("the run was started"))
+    step.against_peer(64, "binary", "bfloat16")
+    assert capsys.readouterr().out == "peer_64_binary_bfloat16: not run, this processor has no bfloat16\n"
+    shown = {name: text for name, text, _ in table.rows(table.read(tmp_path / "results"))}
+    work = "step at 64 new tokens, binary, both in bfloat16, against TRL 1.8.0"
+    assert shown[work] == "not run: this processor has no bfloat16"
 
 
 def test_approximations_are_compared_turn_by_turn(script: Any) -> None:
