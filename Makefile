@@ -18,7 +18,7 @@ stability: $(VENV)/installed
 	$(BIN)/dppo train recipe=stability run_dir=runs/stability
 	$(BIN)/python recipes/stability/plot.py runs/stability
 
-# Time and memory against public peers: benchmarks/README.md. About two hours on two cores; the peer gets its own venv.
+# Time and memory against public peers: benchmarks/README.md. Two to three hours on two cores; the peer gets its own venv.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py 64
 	$(BIN)/python benchmarks/step.py 64 topk

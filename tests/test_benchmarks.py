@@ -99,7 +99,7 @@ def test_the_table_shows_each_step_against_the_peer(
     assert set(shown.values()) == {"not measured"}
 
 
-def test_bfloat16_is_not_run_without_the_processor_s_help(
+def test_the_pair_in_bfloat16_is_not_run_where_the_processor_has_none(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step, measure, table = script("step"), script("measure"), script("table")
@@ -107,10 +107,10 @@ def test_bfloat16_is_not_run_without_the_processor_s_help(
     monkeypatch.setattr(step, "has_onednn", lambda _, dtype: dtype == torch.float32)
     monkeypatch.setattr(step, "ours", lambda *_: pytest.fail("the run was started"))
     step.against_peer(64, "binary", "bfloat16")
-    assert capsys.readouterr().out == "peer_64_binary_bfloat16: not run, this processor has no bfloat16\n"
+    assert capsys.readouterr().out == "peer_64_binary_bfloat16: not run, oneDNN has no bfloat16 on this processor\n"
     shown = {name: text for name, text, _ in table.rows(table.read(tmp_path / "results"))}
     work = "step at 64 new tokens, binary, both in bfloat16, against TRL 1.8.0"
-    assert shown[work] == "not run: this processor has no bfloat16"
+    assert shown[work] == "not run: oneDNN has no bfloat16 on this processor"
 
 
 def test_approximations_are_compared_turn_by_turn(script: Any) -> None:
