@@ -29,7 +29,7 @@ class DataError(DppoError):
 
 
 class RewardError(DppoError):
-    """The reward function cannot be loaded, failed, or returned something that is no list of numbers."""
+    """The reward function cannot be loaded, failed, or did not return a list of numbers."""
 
 
 class RunError(DppoError):

@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dppo_cli.conf_tree import config_dir, groups
-from dppo_cli.config import TrainConfig, build
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import build
+from dppo_cli.config.conf_tree import config_dir, groups
 
 SMALL = (
     "batch.prompts_per_step=2",

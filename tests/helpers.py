@@ -8,8 +8,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from dppo_cli.cli import main
-from dppo_cli.conf_tree import config_dir
+from dppo_cli.cli.main import main
+from dppo_cli.config.conf_tree import config_dir
 
 TINY_RUN = (
     "model=hf",

@@ -1,4 +1,4 @@
-"""What the benchmarks compute from what they measure, and that each script still fits the package it measures."""
+"""What the benchmarks compute from what they measure, and that each script still works with the package."""
 
 import importlib
 import json
@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import make
 import pytest
 import torch
 from helpers import composed
+from omegaconf import OmegaConf
 
-from dppo_cli.config import TrainConfig, build
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import build
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("peer_step", "convert"))
@@ -31,6 +34,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield load
     for name in {*loaded, *SCRIPTS}:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tiny_benchmark(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
+    """The scripts work on a tiny model, and below `tmp_path`."""
+    monkeypatch.setattr(script("measure"), "BUILD", tmp_path)
+    for name in ("measure", "step", "rollout", "floor"):
+        monkeypatch.setattr(script(name), "smollm2", lambda: model)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -58,7 +69,8 @@ def test_the_work_of_a_step_composes(script: Any, monkeypatch: pytest.MonkeyPatc
     step = script("step")
     monkeypatch.setattr(step, "smollm2", lambda: tmp_path)
     monkeypatch.setattr(step, "sums", lambda: tmp_path / "sums.jsonl")
-    config = build(TrainConfig, composed("train", *step.work(64, "approx=topk")))
+    node = OmegaConf.create(OmegaConf.to_container(composed("train", *step.work(64, "approx=topk"))))
+    config = build(TrainConfig, node)
     assert config.batch.updates_per_step == 1 and config.sampling.max_new_tokens == 64
     assert (config.adapter.r, config.adapter.alpha, config.optim.lr) == (16, 32, 1e-5)
 
@@ -113,11 +125,38 @@ def test_the_pair_in_bfloat16_is_not_run_where_the_processor_has_none(
     assert shown[work] == "not run: oneDNN has no bfloat16 on this processor"
 
 
-def test_approximations_are_compared_turn_by_turn(script: Any) -> None:
+def test_approximations_are_compared_round_by_round(script: Any) -> None:
     approx = script("approx")
     rows, binary = [{"step": 3.0}, {"step": 8.0}, {"step": 5.0}], [{"step": 2.0}, {"step": 4.0}, {"step": 5.0}]
     spread = approx.ratio(rows, binary, "step")
     assert (spread.low, spread.median, spread.high) == (1.0, 1.5, 2.0)
+
+
+def test_three_of_eight_prompts_have_an_advantage(script: Any, train_config: Any) -> None:
+    prompts, rows = [make.prompt(i) for i in range(8)], [[make.completion()] * 8 for _ in range(8)]
+    groups = script("approx").scored(prompts, rows, train_config())
+    assert [g.prompt for g in groups] == prompts
+    assert [any(g.advantages) for g in groups] == [True] * 3 + [False] * 5
+    assert [s.value for s in groups[0].scores] == [0.0, 1.0] * 4
+
+
+def test_approximations_run_on_a_tiny_model(script: Any, tiny_benchmark: None) -> None:
+    found = script("approx").seconds(rounds=1)
+    assert {name: len(rows) for name, rows in found.items()} == {"binary": 1, "topk": 1, "full": 1}
+    for (row,) in found.values():
+        assert row["step"] == pytest.approx(row["rollout"] + row["update"])
+
+
+def test_sampling_runs_on_a_tiny_model(script: Any, tiny_benchmark: None, tmp_path: Path) -> None:
+    script("rollout").main(max_new_tokens=3, rounds=1)
+    found = json.loads((tmp_path / "results/rollout_3.json").read_text())
+    assert found["ratio"]["median"] > 0
+    assert all(1 <= tokens <= 3 for tokens in found["response_tokens"].values())
+
+
+def test_the_beginning_is_what_all_prompts_share(script: Any, tiny_benchmark: None) -> None:
+    """In characters: the tiny tokenizer's tokens. The numbers begin after it."""
+    assert script("floor").beginning() == len("<user>What is ")
 
 
 def test_rewards(script: Any) -> None:

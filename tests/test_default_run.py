@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import read_json
 
-from dppo_cli.cli import main
+from dppo_cli.cli.main import main
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dppo_cli.cli import main
+from dppo_cli.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

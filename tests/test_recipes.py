@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dppo_cli.conf_tree import config_dir, recipes_dir
-from dppo_cli.config import TrainConfig, build
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import build
+from dppo_cli.config.conf_tree import config_dir, recipes_dir
 
 RECIPES = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
 METHODS = sorted(p.stem for p in (recipes_dir() / "stability/method").glob("*.yaml"))

@@ -4,7 +4,19 @@ import make
 import pytest
 import torch
 
-from dppo_cli.types import Batch, Completion, PolicyReport, Prompt, Prompts, Sample
+from dppo_cli.types import (
+    Batch,
+    Completion,
+    Example,
+    Group,
+    PaddedPrompts,
+    PolicyReport,
+    Prompt,
+    Sample,
+    Score,
+    Status,
+    TokenStats,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,22 +40,24 @@ def report(start: int, n: int, head: DoublingHead | None = None) -> PolicyReport
     )
 
 
-def packed(*samples: Sample, pad_id: int = 99) -> Batch:
-    return Batch.pack(samples, pad_id, CPU)
+def packed(prompts: list[tuple[int, ...]], *samples: Sample, pad_id: int = 99) -> Batch:
+    return Batch.pack(samples, prompts, pad_id, CPU)
 
 
-def sample(advantage: float, **made: object) -> Sample:
+def sample(advantage: float, prompt: int = 0, **made: object) -> Sample:
     completion = make.completion(**made)
-    return Sample(completion, 0.0, advantage, completion.mu)
+    return Sample(prompt, completion, advantage, completion.mu)
 
 
 def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
     batch = packed(
-        sample(0.5, prompt_ids=(3, 4), token_ids=(5, 6, 7), logp=(-1.0, -2.0, -3.0)),
-        sample(-1.0, prompt_ids=(8,), token_ids=(9,), logp=(-4.0,)),
-        sample(2.0, prompt_ids=(3, 4), token_ids=(11, 12), logp=(-5.0, -6.0)),
+        [(12,), (3, 4), (8,)],
+        sample(0.5, prompt=1, token_ids=(5, 6, 7), logp=(-1.0, -2.0, -3.0)),
+        sample(-1.0, prompt=2, token_ids=(9,), logp=(-4.0,)),
+        sample(2.0, prompt=1, token_ids=(11, 12), logp=(-5.0, -6.0)),
     )
-    assert batch.prompts.ids_PL.tolist() == [[3, 4], [99, 8]], "an equal prompt comes once"
+    assert batch.prompts.ids_PL.tolist() == [[3, 4], [99, 8]], "the prompt of two samples comes once"
+    assert batch.number_P == (1, 2), "a prompt without samples is left out"
     assert batch.prompts.length_P1.tolist() == [[2], [1]]
     assert batch.prompts.positions().tolist() == [[0, 1], [0, 0]]
     assert batch.prompts.mask(1).tolist() == [[1, 1, 1], [0, 1, 1]]
@@ -52,32 +66,40 @@ def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
     assert batch.length_B.tolist() == [3, 1, 2]
     assert batch.token_N.tolist() == [5, 6, 7, 9, 11, 12]
     assert batch.row_N.tolist() == [0, 0, 0, 1, 2, 2]
-    assert batch.place_N.tolist() == [0, 1, 2, 0, 0, 1]
+    assert batch.position_N.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.advantage_N.tolist() == [0.5, 0.5, 0.5, -1.0, 2.0, 2.0]
     assert batch.advantage_N.dtype == torch.float32
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
-    assert (batch.places, batch.tokens) == (9, 6), "those of the responses"
+    assert (batch.num_positions, batch.num_tokens) == (9, 6), "those of the responses"
     assert batch.prompts.token_ids == ((3, 4), (8,))
     assert batch.whole_ids(99).tolist() == [[3, 4, 5, 6, 7], [8, 9, 99, 99, 99], [3, 4, 11, 12, 99]]
 
 
+def test_equal_prompts_of_two_groups_stay_two():
+    """They have different numbers, and each group's samples belong to its own."""
+    batch = packed([(3, 4), (3, 4)], sample(1.0, prompt=1), sample(1.0, prompt=0))
+    assert batch.number_P == (1, 0)
+    assert batch.prompts.ids_PL.tolist() == [[3, 4], [3, 4]]
+    assert batch.prompt_B.tolist() == [0, 1]
+
+
 def test_prompts_of_one_length_need_no_mask():
-    assert Prompts.pad([(3, 4), (5, 6)], 99, CPU).mask(4) is None
+    assert PaddedPrompts.pad([(3, 4), (5, 6)], 99, CPU).mask(4) is None
 
 
 def test_tokens_that_were_not_sampled_stay_in_the_sequence_only():
     sampled = (False, True, False, False, True)
-    batch = packed(sample(1.0, prompt_ids=(3, 4), token_ids=(5, 6, 7, 8, 9), sampled=sampled, logp=(-1.0, -2.0)))
+    batch = packed([(3, 4)], sample(1.0, token_ids=(5, 6, 7, 8, 9), sampled=sampled, logp=(-1.0, -2.0)))
     assert batch.response_ids_BR.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.token_N.tolist() == [6, 9]
-    assert batch.place_N.tolist() == [1, 4]
+    assert batch.position_N.tolist() == [1, 4]
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
 
 
 def test_the_anchor_is_the_samples_own():
     completion = make.completion(token_ids=(5, 6), logp=(-1.0, -2.0))
     anchor = PolicyReport(torch.tensor([-7.0, -8.0]))
-    batch = packed(Sample(completion, 0.0, 1.0, anchor))
+    batch = packed([(3,)], Sample(0, completion, 1.0, anchor))
     assert batch.mu.logp_N.tolist() == [-1.0, -2.0]
     assert batch.anchor.logp_N.tolist() == [-7.0, -8.0]
 
@@ -148,13 +170,12 @@ def test_a_report_that_does_not_fit_together(columns):
 )
 def test_a_completion_that_does_not_fit_together(columns):
     fitting = {
-        "prompt": Prompt(0, "", (1,), "", {}),
         "token_ids_T": torch.tensor([1, 2, 3]),
         "sampled_T": torch.tensor([True, True, False]),
         "mu": PolicyReport(torch.zeros(2)),
         "text": "",
-        "finished": True,
-        "version": 0,
+        "status": Status.FINISHED,
+        "versions": (0,),
     }
     Completion(**fitting)
     with pytest.raises(AssertionError):
@@ -163,14 +184,41 @@ def test_a_completion_that_does_not_fit_together(columns):
 
 def test_a_prompt_has_tokens():
     with pytest.raises(AssertionError, match="prompt 7 has no tokens"):
-        Prompt(7, "", (), "", {})
+        Prompt(7, Example("", ""), ())
 
 
 def test_a_batch_checks_its_columns():
-    whole = packed(sample(1.0, prompt_ids=(3,), token_ids=(5, 6)))
+    whole = packed([(3,)], sample(1.0, token_ids=(5, 6)))
     fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
-    for name in ("row_N", "place_N", "advantage_N", "token_N", "mu", "anchor"):
+    for name in ("row_N", "position_N", "advantage_N", "token_N", "mu", "anchor"):
         with pytest.raises(AssertionError):
             Batch(**{**fields, name: fields[name][:1]})
     with pytest.raises(AssertionError):
         Batch(**{**fields, "response_ids_BR": fields["response_ids_BR"].int()})
+
+
+def test_a_group_has_a_score_for_each_completion():
+    completions = [make.completion(), make.completion()]
+    scores = [Score(1.0), Score(None, note="timed out")]
+    anchors = [c.mu for c in completions]
+    Group(make.prompt(), [], [])
+    Group(make.prompt(), completions, scores)  # as in an evaluation, without advantages
+    Group(make.prompt(), completions, scores, [0.5, 0.0], anchors)
+    for refused in (
+        (scores[:1],),
+        (scores, [0.5]),
+        (scores, [0.5, 0.0], anchors[:1]),
+    ):
+        with pytest.raises(AssertionError):
+            Group(make.prompt(), completions, *refused)
+
+
+def test_statistics_of_several_micro_batches():
+    """Column by column, one after the other."""
+
+    def numbered(start: int, n: int) -> TokenStats:
+        return TokenStats(*(torch.arange(start, start + n) + 10 * column for column in range(9)))
+
+    joined, expected = TokenStats.cat([numbered(0, 2), numbered(2, 3)]), numbered(0, 5)
+    for name in TokenStats.__dataclass_fields__:
+        assert torch.equal(getattr(joined, name), getattr(expected, name))

@@ -34,7 +34,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
     run([*pip, "--target", str(target), str(wheel)], target)
-    # Some other package's careless folder, as it would stand in site-packages.
+    # A folder that some other package has left in site-packages.
     (target / "conf").mkdir()
     (target / "conf/train.yaml").write_text("not: ours\n")
     return target
@@ -64,9 +64,9 @@ def test_the_installed_command_runs_from_another_folder(installed: Path, tmp_pat
     shown = run([command, "--help"], tmp_path, **path)
     assert "approx       binary, full, topk" in shown
 
-    code = "import dppo_cli.conf_tree as c; print(c.__file__, c.config_dir(), c.recipes_dir(), sep='\\n')"
-    places = [Path(line) for line in run([sys.executable, "-c", code], tmp_path, **path).splitlines()]
-    assert places == [installed / "dppo_cli" / name for name in ("conf_tree.py", "conf", "recipes")]
+    code = "import dppo_cli.config.conf_tree as c; print(c.__file__, c.config_dir(), c.recipes_dir(), sep='\\n')"
+    paths = [Path(line) for line in run([sys.executable, "-c", code], tmp_path, **path).splitlines()]
+    assert paths == [installed / "dppo_cli" / name for name in ("config/conf_tree.py", "conf", "recipes")]
 
     words = ["train", "steps=2", "batch.prompts_per_step=2", "batch.prompts_per_update=2", "data.eval_problems=4"]
     run([command, *words, "data.train_problems=50", "run_dir=run"], tmp_path, **path, OMP_NUM_THREADS="1")
@@ -85,5 +85,5 @@ def test_the_wheel_works_in_an_empty_virtual_environment(wheel: Path, tmp_path: 
     run([str(environment / "bin/dppo"), "train", "steps=2", "data.eval_problems=20", "run_dir=run"], tmp_path)
     assert read_json(tmp_path / "run/summary.json")["steps"] == 2
     code = "import dppo_cli; print(dppo_cli.__file__)"
-    place = run([str(environment / "bin/python"), "-c", code], tmp_path).strip()
-    assert Path(place).is_relative_to(environment)
+    imported = run([str(environment / "bin/python"), "-c", code], tmp_path).strip()
+    assert Path(imported).is_relative_to(environment)

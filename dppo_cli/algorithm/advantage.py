@@ -1,7 +1,7 @@
 """Advantages of the samples of one prompt, relative to one another.
 
-Shapes: P prompts, G samples per prompt. A reward of NaN marks a sample that the reward function declined to judge: it
-is left out of its group's statistics and its advantage is 0.
+Shapes: G samples of a group; the formulas also accept several groups of one size, [..., G]. A reward of NaN marks a
+sample that was not judged: it is left out of its group's statistics, and its advantage is 0.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Advantage(Protocol):
-    """Maps rewards float32 [P, G] to advantages float32 [P, G]; a group of equal rewards gives exactly 0.
+    """Maps rewards float32 [G] to advantages float32 [G]; a group of equal rewards gives exactly 0.
 
     `min_samples`: the smallest G for which the advantage is not identically zero or undefined.
     """
@@ -20,17 +20,17 @@ class Advantage(Protocol):
     @property
     def min_samples(self) -> int: ...
 
-    def __call__(self, reward_PG: Tensor) -> Tensor: ...
+    def __call__(self, reward_G: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class GroupMean:
-    """A = R - mean(R): no division by the spread, so easy and hard prompts weigh what their rewards say."""
+    """A = R - mean(R). Dividing by the standard deviation would raise the weight of very easy and very hard prompts."""
 
     min_samples: ClassVar[int] = 2
 
-    def __call__(self, reward_PG: Tensor) -> Tensor:
-        return _centred(reward_PG)
+    def __call__(self, reward_G: Tensor) -> Tensor:
+        return _centred(reward_G)
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class GroupStd:
 
     min_samples: ClassVar[int] = 2
 
-    def __call__(self, reward_PG: Tensor) -> Tensor:
-        advantage_PG = _centred(reward_PG)
-        judged_PG = ~torch.isnan(reward_PG)
-        count_P1 = judged_PG.sum(-1, keepdim=True).clamp(min=1)
-        std_P1 = (advantage_PG.square().sum(-1, keepdim=True) / count_P1).sqrt()
-        return advantage_PG / (std_P1 + 1e-6)
+    def __call__(self, reward_G: Tensor) -> Tensor:
+        advantage_G = _centred(reward_G)
+        judged_G = ~torch.isnan(reward_G)
+        count_1 = judged_G.sum(-1, keepdim=True).clamp(min=1)
+        std_1 = (advantage_G.square().sum(-1, keepdim=True) / count_1).sqrt()
+        return advantage_G / (std_1 + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class LeaveOneOut:
 
     min_samples: ClassVar[int] = 2
 
-    def __call__(self, reward_PG: Tensor) -> Tensor:
-        count_P1 = (~torch.isnan(reward_PG)).sum(-1, keepdim=True)
-        return _centred(reward_PG) * count_P1 / (count_P1 - 1).clamp(min=1)
+    def __call__(self, reward_G: Tensor) -> Tensor:
+        count_1 = (~torch.isnan(reward_G)).sum(-1, keepdim=True)
+        return _centred(reward_G) * count_1 / (count_1 - 1).clamp(min=1)
 
 
-def _centred(reward_PG: Tensor) -> Tensor:
-    judged_PG = ~torch.isnan(reward_PG)
-    known_PG = torch.where(judged_PG, reward_PG, 0.0)
-    mean_P1 = known_PG.sum(-1, keepdim=True) / judged_PG.sum(-1, keepdim=True).clamp(min=1)
-    # Rounding in the mean of equal rewards (three times 0.1, say) must not turn into a gradient.
-    low_P1 = torch.where(judged_PG, reward_PG, torch.inf).amin(-1, keepdim=True)
-    high_P1 = torch.where(judged_PG, reward_PG, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(judged_PG & (low_P1 < high_P1), known_PG - mean_P1, 0.0)
+def _centred(reward_G: Tensor) -> Tensor:
+    judged_G = ~torch.isnan(reward_G)
+    known_G = torch.where(judged_G, reward_G, 0.0)
+    mean_1 = known_G.sum(-1, keepdim=True) / judged_G.sum(-1, keepdim=True).clamp(min=1)
+    # Rounding in the mean of equal rewards, such as three times 0.1, must not cause a gradient.
+    low_1 = torch.where(judged_G, reward_G, torch.inf).amin(-1, keepdim=True)
+    high_1 = torch.where(judged_G, reward_G, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(judged_G & (low_1 < high_1), known_G - mean_1, 0.0)

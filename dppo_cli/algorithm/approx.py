@@ -1,7 +1,7 @@
-"""Approximations: the reduced support on which a divergence between mu and pi is taken.
+"""Approximations: the reduced support on which a divergence between mu and pi is computed.
 
-Source: [P] = arXiv 2602.04879v3, section 4 and appendix B. Merging outcomes can only lose divergence (data processing),
-so for every divergence here  binary <= top-K <= full.
+Source: [P] = arXiv 2602.04879v3, section 4 and appendix B. Merging outcomes never increases a divergence (data
+processing inequality), so for every divergence here  binary <= top-K <= full.
 
 Shapes: N tokens, V vocabulary, K reported tokens, S outcomes of the reduced support, H hidden size.
 All results are float32; inputs of lower precision are upcast before any exponential.
@@ -17,11 +17,11 @@ from dppo_cli.errors import ConfigError
 from dppo_cli.types import PolicyReport
 
 WHOLE_VOCABULARY = -1
-"""`num_logprobs` of an approximation that needs all of mu; the value inference servers use for it, too."""
+"""`num_logprobs` of an approximation that needs all of mu. Inference servers use the same value."""
 
 RESOLUTION = 2.0**-24
-"""Floor of a mass that is computed as 1 - p in float32. Below it the difference is rounding, and a 0 that only one of
-the two policies rounds to would make their KL divergence infinite."""
+"""Floor of a mass that is computed as 1 - p in float32. Below it the difference is only rounding. If it were rounded to
+0 under only one of the two policies, their KL divergence could be infinite."""
 
 
 class Approximation(Protocol):
@@ -37,7 +37,7 @@ class Approximation(Protocol):
 
 @dataclass(frozen=True)
 class Binary:
-    """{a_t, rest}: the sampled token against everything else.  [P] Eq. 13, 14."""
+    """{a_t, rest}: the sampled token and all other tokens together.  [P] Eq. 13, 14."""
 
     num_logprobs: ClassVar[int] = 0
 
@@ -70,7 +70,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Full:
-    """The whole vocabulary: the exact divergence. mu is rebuilt from its final hidden states, chunk by chunk."""
+    """The whole vocabulary: the exact divergence. mu is computed from its final hidden states, chunk by chunk."""
 
     num_logprobs: ClassVar[int] = WHOLE_VOCABULARY
 
@@ -91,10 +91,10 @@ def binary_support(logp_mu_N: Tensor, logp_pi_N: Tensor) -> tuple[Tensor, Tensor
 def topk_support(
     token_N: Tensor, logp_mu_N: Tensor, topk_ids_NK: Tensor, topk_logp_mu_NK: Tensor, log_pi_NV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of TopK(mu, K) union {a_t}, and of everything else, under both policies.  [P] Eq. 15, 16.
+    """Log-probabilities of TopK(mu, K) union {a_t}, and of the other tokens together, under mu and pi.  [P] Eq. 15, 16.
 
-    The support comes from mu alone; pi is looked up by id. Columns: the K reported tokens, a_t where it is not one of
-    them (else an outcome without mass, -inf under both), and `other`.
+    The support depends on mu only; pi is looked up by id. Columns: the K reported tokens; a_t if it is not one of them,
+    else an outcome without mass (-inf under both policies); and `other`.
 
     Args:
         token_N: int64 [N], sampled tokens.  logp_mu_N: float [N], log mu(a_t).
@@ -116,7 +116,7 @@ def _named_and_other(logp_NK: Tensor, logp_token_N: Tensor, reported_N: Tensor) 
 
 
 def _with_complement(logp_N: Tensor) -> Tensor:
-    # 1 - p = -expm1(log p) keeps its digits where p is near 1; 1 - exp(log p) does not.
+    # 1 - p = -expm1(log p) stays accurate when p is near 1; 1 - exp(log p) does not.
     logp_N = logp_N.float().clamp(max=0.0)
     rest_N = (-torch.expm1(logp_N)).clamp(min=RESOLUTION)
     return torch.stack([logp_N, rest_N.log()], dim=-1)

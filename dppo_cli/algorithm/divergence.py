@@ -2,9 +2,9 @@
 
 Source: "Rethinking the Trust Region in LLM Reinforcement Learning", arXiv 2602.04879v3, called [P] below.
 Shapes: N tokens, S outcomes of the reduced support that an approximation chose (`approx.py`). An outcome without mass
-under a policy has log-probability -inf there.
+under a policy has log-probability -inf.
 
-A divergence is one frozen dataclass with two thresholds and `__call__`; docs/extending.md adds one in ten lines.
+A divergence is a frozen dataclass with two thresholds and `__call__`; docs/extending.md adds one in ten lines.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class TotalVariation:
 
     def __call__(self, log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:
         """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
-        # The sum is <= 2 in exact arithmetic; by rounding it could exceed it, and so a threshold of 1.
+        # In exact arithmetic the value is at most 1. With rounding it could exceed 1, and so a threshold of 1.
         return (0.5 * (log_mu_NS.float().exp() - log_pi_NS.float().exp()).abs().sum(-1)).clamp(max=1.0)
 
 
@@ -49,7 +49,7 @@ class TotalVariation:
 class KL:
     """KL(mu || pi) = sum_s mu(s) log(mu(s) / pi(s)), in nats, in [0, inf].  [P] Eq. 14 (binary), Eq. 16 (top-K).
 
-    An outcome with mu(s) = 0 contributes 0 whatever pi says; one with mu(s) > 0 = pi(s) makes the divergence infinite.
+    An outcome with mu(s) = 0 contributes 0 for any pi(s). One with mu(s) > 0 = pi(s) makes the divergence infinite.
     """
 
     delta_low: float
@@ -64,14 +64,14 @@ class KL:
         """float32 [N] from two log-probability tensors [N, S] of any float dtype (computed in float32)."""
         log_mu_NS, log_pi_NS = log_mu_NS.float(), log_pi_NS.float()
         mu_NS = log_mu_NS.exp()
-        # A mu of NaN is not 0, so its term stays NaN and is refused later (`trust_mask`).
+        # If mu is NaN, it is not 0, so its term stays NaN, and `trust_mask` raises an error.
         terms_NS = torch.where(mu_NS == 0, 0.0, mu_NS * (log_mu_NS - log_pi_NS))
-        # The sum is >= 0 in exact arithmetic; rounding can leave -1e-9, which is no divergence.
+        # In exact arithmetic the sum is >= 0. Rounding can give -1e-9, which is not a valid divergence.
         return terms_NS.sum(-1).clamp(min=0.0)
 
 
 def check_thresholds(name: str, delta_low: float, delta_high: float, largest: float) -> None:
-    """Raise ConfigError unless both thresholds lie in [0, largest]."""
+    """Raise ConfigError unless both thresholds are in [0, largest]."""
     for key, delta in (("delta_low", delta_low), ("delta_high", delta_high)):
         if not 0 <= delta <= largest:
             raise ConfigError(f"divergence.{key}={delta} is outside [0, {largest:g}], the range of {name}")

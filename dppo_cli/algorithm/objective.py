@@ -1,10 +1,11 @@
-"""Policy objectives: what each sampled token adds to the loss, and which tokens the trust region keeps.
+"""Policy objectives: the loss of each sampled token, and which tokens the trust region keeps.
 
 Sources: [P] = arXiv 2602.04879v3 (DPPO and the baselines of its experiments), [D] = arXiv 2606.09821 (DRPO).
 
 Notation: mu = rollout policy, pi = trained policy, r = pi/mu of the sampled token, A = advantage, D = divergence,
-delta = threshold, M = keep-mask, sg = stop-gradient. Shapes: N tokens. Losses are minimised, so signs are flipped
-against the papers. Ratios that weigh a gradient are detached: the gradient of `-sg(w) log pi` is Eq. 23 of [P].
+delta = threshold, M = keep-mask, sg = stop-gradient. Shapes: N tokens. Losses are minimised, so their signs are
+opposite to those in the papers. Ratios that weigh a gradient are detached: the gradient of `-sg(w) log pi` is Eq. 23 of
+[P].
 """
 
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from dppo_cli.errors import ConfigError, NumericalError
 
 @dataclass(frozen=True)
 class Tokens:
-    """The sampled tokens of one micro-batch, float32 [N] unless said otherwise.
+    """The sampled tokens of one micro-batch, float32 [N] unless stated otherwise.
 
-    `logp_anchor_N` is log-prob under the policy that the trust region is anchored on: mu itself, or with
-    `anchor=recompute` the trainer's own pi_old. `divergence_N` is taken between that anchor and pi.
+    `logp_anchor_N` are log-probs under the policy that the trust region is centred on: mu itself, or with
+    `anchor=recompute` the trainer's own pi_old. `divergence_N` is the divergence between this anchor and pi.
     """
 
     logp_pi_N: Tensor  # with gradient
@@ -44,11 +45,14 @@ class TokenLoss(NamedTuple):
 class Objective(Protocol):
     """Maps tokens to their losses. Sequences are never split between two calls.
 
-    `needs_all_tokens`: whether tokens with A = 0 have a gradient, too; where not, their forward pass is skipped.
+    `needs_all_tokens`: whether tokens with A = 0 have a gradient, too. If not, their forward pass is skipped.
+    `masks`: whether it can remove a token's gradient.
     """
 
     @property
     def needs_all_tokens(self) -> bool: ...
+    @property
+    def masks(self) -> bool: ...
 
     def __call__(self, tokens: Tokens) -> TokenLoss: ...
 
@@ -63,9 +67,11 @@ def trust_mask(
 ) -> Tensor:
     """M = False iff (A > 0 and r > 1 and D > delta_high) or (A < 0 and r < 1 and D > delta_low).  [P] Eq. 12.
 
-    All inequalities are strict, so D = delta, r = 1 and A = 0 are kept, and a step back towards r = 1 always is.
+    All inequalities are strict, so tokens with D = delta, r = 1 or A = 0 are kept. A step back towards r = 1 is always
+    kept.
+
     Args: float [N] each. Returns: bool [N]. Raises NumericalError if a divergence is NaN: a comparison with NaN is
-    false, so it would silently count as "inside the trust region".
+    false, so the token would silently count as inside the trust region.
     """
     if torch.isnan(divergence_N).any():
         count = int(torch.isnan(divergence_N).sum())
@@ -82,6 +88,7 @@ class DPPO:
     ratio_cap: float | None
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_cap(self.ratio_cap)
@@ -102,8 +109,8 @@ class DPPO:
 class RatioClip:
     """PPO: M from D := |r - 1| with eps as thresholds.  [P] Eq. 10 (the gradient of min(r A, clip(r) A)).
 
-    `ppo` (0.2, 0.2) and `ppo_clip_higher` (0.2, 0.28) anchor on mu; `minirl` is the same with pi/pi_old in the mask
-    and pi/mu in the weight, which is what `anchor=recompute` means.
+    `ppo` (0.2, 0.2) and `ppo_clip_higher` (0.2, 0.28) use mu as the anchor. `minirl` is `ppo` with `anchor=recompute`:
+    pi/pi_old in the mask and pi/mu in the weight.
     """
 
     eps_low: float
@@ -111,6 +118,7 @@ class RatioClip:
     ratio_cap: float | None
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive(eps_low=self.eps_low, eps_high=self.eps_high)
@@ -127,11 +135,12 @@ class RatioClip:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """loss = -sg(min(r, C) A) log pi, no mask: `pg_is` without a cap, `cispo` (truncated importance sampling) with."""
+    """loss = -sg(min(r, C) A) log pi, no mask: `pg_is` has no cap, `cispo` (truncated importance sampling) has one."""
 
     ratio_cap: float | None
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_cap(self.ratio_cap)
@@ -148,6 +157,7 @@ class MinimalMask:
     ratio_cap: float | None
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive(threshold=self.threshold)
@@ -163,14 +173,15 @@ class MinimalMask:
 class GSPO:
     """Sequence ratio s = exp(mean_t log r), clipped like PPO's; every token of a sequence shares s and M.
 
-    loss = -sg(M s A) log pi per token. The publication (arXiv 2507.18071) also divides by the response's length; here
-    that is left to the aggregation, which divides all responses by the same number.
+    loss = -sg(M s A) log pi per token. The publication (arXiv 2507.18071) also divides by the response's length. Here
+    only the aggregation divides, and by the same number for all responses.
     """
 
     eps_low: float
     eps_high: float
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive(eps_low=self.eps_low, eps_high=self.eps_high)
@@ -186,7 +197,7 @@ class GSPO:
 
 @dataclass(frozen=True)
 class IPO:
-    """Drop tokens with |pi - mu| > eps whatever the sign of A; add penalty (log r)^2.
+    """Drop tokens with |pi - mu| > eps for either sign of A; add penalty (log r)^2.
 
     loss = -sg(M r A) log pi + penalty (log pi - log mu)^2
     """
@@ -194,6 +205,8 @@ class IPO:
     eps: float
     penalty: float
     ratio_cap: float | None
+
+    masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive(eps=self.eps)
@@ -215,13 +228,14 @@ class IPO:
 class DRPO:
     """loss = -A r + |A| mu (r - 1)^2 / (2 delta), with r differentiable: a penalty instead of a mask.  [D]
 
-    Its gradient weighs r A grad log pi by 1 - sign(A (r - 1)) |pi - mu| / delta. At the authors' delta = 12.5 the sign
-    of that factor never turns, since |pi - mu| <= 1; smaller values are worth a sweep.
+    Its gradient weighs r A grad log pi by 1 - sign(A (r - 1)) |pi - mu| / delta. At the authors' delta = 12.5 this
+    factor never changes sign, because |pi - mu| <= 1. Smaller values may be better; try them in a sweep.
     """
 
     delta: float
 
     needs_all_tokens: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_positive(delta=self.delta)
@@ -237,20 +251,20 @@ def kl_to_reference(logp_pi_N: Tensor, logp_ref_N: Tensor, logp_mu_N: Tensor) ->
     """loss_N = sg(r) 1/2 (log pi - log ref)^2, whose expected gradient is that of KL(pi || ref) at each position.
 
     Derivation: E_mu[r (log pi - log ref) grad log pi] = E_pi[(log pi - log ref) grad log pi] = grad KL(pi || ref),
-    the remaining term E_pi[grad log pi] being zero. Args: float32 [N]; only `logp_pi_N` receives gradient.
+    because the remaining term E_pi[grad log pi] is zero. Args: float32 [N]; only `logp_pi_N` receives a gradient.
     """
     r_N = (logp_pi_N.detach() - logp_mu_N).exp()
     return r_N * 0.5 * (logp_pi_N - logp_ref_N) ** 2
 
 
 def _weighted(tokens: Tokens, keep_N: Tensor, ratio_cap: float | None) -> TokenLoss:
-    """loss = -sg(M min(r, C) A) log pi.  [P] Eq. 23; the weight is pi/mu whatever the anchor."""
+    """loss = -sg(M min(r, C) A) log pi.  [P] Eq. 23; the weight is pi/mu for every anchor."""
     r_N = (tokens.logp_pi_N.detach() - tokens.logp_mu_N).exp()
     return _weigh(tokens, keep_N, r_N if ratio_cap is None else r_N.clamp(max=ratio_cap))
 
 
 def _weigh(tokens: Tokens, keep_N: Tensor, weight_N: Tensor) -> TokenLoss:
-    # where, not products: a masked token's ratio or log-prob may be infinite, and 0 * inf would be NaN.
+    # torch.where instead of a product: a masked token's ratio or log-prob may be infinite, and 0 * inf would be NaN.
     weight_N = torch.where(keep_N & (tokens.advantage_N != 0), weight_N * tokens.advantage_N, 0.0)
     return TokenLoss(torch.where(weight_N == 0, 0.0, -weight_N * tokens.logp_pi_N), keep_N)
 

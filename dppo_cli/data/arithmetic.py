@@ -1,17 +1,18 @@
-"""Addition and subtraction of numbers of up to two digits: the task that needs no download.
+"""Addition and subtraction of numbers of up to two digits: a task that needs no download.
 
     "12+34=" -> "46"        "7-29=" -> "-22"
 
-Two operands from 0 to 99 and two operations make 20,000 problems. Which of them are held out is part of the task, not
-of a run: it depends on no seed, so a model trained in one run was never shown what another run examines it with.
+Two operands from 0 to 99 and two operations make 20,000 problems. The held-out problems are always the same: they do
+not depend on a seed, so no run trains a model on problems that another run evaluates it on.
 """
 
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 
-from dppo_cli.data.task import Example, Task
+from dppo_cli.data.task import Task
 from dppo_cli.errors import ConfigError
+from dppo_cli.types import Example
 
 OPERANDS = range(100)
 HELD_OUT = 2_000  # of the 20,000
@@ -19,7 +20,7 @@ HELD_OUT = 2_000  # of the 20,000
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The first `train_problems` of the 18,000 to train on, and the first `eval_problems` of the 2,000 held out."""
+    """The first `train_problems` of 18,000 training problems and the first `eval_problems` of 2,000 held-out ones."""
 
     train_problems: int
     eval_problems: int
@@ -37,25 +38,25 @@ class Arithmetic:
                 )
 
     def load(self) -> Task:
-        """Make the problems. Both lists come in a mixed order, so a smaller number still covers the whole range."""
+        """Make the problems. Both lists are in a mixed order, so a part of a list still covers the whole range."""
         train, heldout = split()
         return Task(train[: self.train_problems], heldout[: self.eval_problems])
 
 
 @cache
 def split() -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """All 20,000 problems as (18,000 to train on, 2,000 held out), disjoint by prompt and always the same.
+    """All 20,000 problems as (18,000 training, 2,000 held out), disjoint by prompt and always the same.
 
-    The order is that of each prompt's SHA-256, which, unlike `random.shuffle`, no Python version can change.
+    Problems are sorted by the SHA-256 of the prompt. Unlike `random.shuffle`, it is the same in every Python version.
     """
     ordered = sorted(problems(), key=lambda problem: sha256(problem.prompt.encode()).digest())
     return tuple(ordered[HELD_OUT:]), tuple(ordered[:HELD_OUT])
 
 
 def problems() -> list[Example]:
-    """Every problem once, in counting order."""
+    """Every problem once, in ascending order of the operands."""
     return [
-        Example(f"{a}{operation}{b}=", str(a + b if operation == "+" else a - b), columns={})
+        Example(f"{a}{operation}{b}=", str(a + b if operation == "+" else a - b))
         for operation in "+-"
         for a in OPERANDS
         for b in OPERANDS

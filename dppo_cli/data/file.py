@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dppo_cli.data.task import Example, Task
+from dppo_cli.config.build import FilePath
+from dppo_cli.config.checks import did_you_mean
+from dppo_cli.data.task import Task
 from dppo_cli.errors import ConfigError, DataError
-from dppo_cli.sections import did_you_mean
+from dppo_cli.types import Example
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One JSON object a line; see conf/data/file.yaml for the fields."""
+    """One JSON object per line; conf/data/file.yaml explains the fields."""
 
-    path: str
-    eval_path: str | None
+    path: FilePath
+    eval_path: FilePath | None
     eval_problems: int | None
     prompt_column: str
     answer_column: str
@@ -33,7 +35,7 @@ class JsonLines:
                 groups = re.compile(self.answer_pattern).groups
             except re.error as error:
                 raise ConfigError(
-                    f"data.answer_pattern={self.answer_pattern!r} is no regular expression: {error}"
+                    f"data.answer_pattern={self.answer_pattern!r} is not a regular expression: {error}"
                 ) from None
             if groups < 1:
                 raise ConfigError(

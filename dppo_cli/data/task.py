@@ -1,17 +1,10 @@
-"""What a data source gives: examples to train on, and others to be examined with."""
+"""The interface of data sources: training examples and held-out examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Example:
-    """One problem: `prompt` as plain text, `answer` for the reward, `columns` for a reward function that wants more."""
-
-    prompt: str
-    answer: str
-    columns: Mapping[str, Any]
+from dppo_cli.types import Example
 
 
 @dataclass(frozen=True)
@@ -23,6 +16,6 @@ class Task:
 
 
 class DataSource(Protocol):
-    """A data option: `load()` reads or makes the problems and raises `DataError` where it cannot."""
+    """A data option: `load()` reads or makes the problems, and raises `DataError` if it cannot."""
 
     def load(self) -> Task: ...

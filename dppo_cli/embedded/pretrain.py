@@ -1,14 +1,15 @@
-"""Pre-train the embedded model: a Llama of 935,296 parameters that knows two-digit sums and is careless.
+"""Pre-train the embedded model: a Llama of 935,296 parameters that adds and subtracts, with many wrong digits.
 
     python -m dppo_cli.embedded.pretrain --out FOLDER
 
-First it learns to add and subtract, on the training problems only; then its last layer learns to be careless: each
-digit of an answer is a random one in a third of the cases. So it knows nearly every answer and gives about a third of
-them, which is where reinforcement learning can show something in a minute.
+There are two phases, both on the training problems only. The first trains the whole model on correct answers. The
+second trains its last layer on noisy answers, in which each digit is replaced with probability 0.34 by one drawn from
+all ten. The right answer then stays the most likely one for nearly every problem, but is sampled for only a third of
+them, so that reinforcement learning has a visible effect within a minute.
 
-Measured on the 2,000 held-out problems, with these settings: after the first phase 99.2% of sampled and 99.8% of greedy
-answers right, after the second 31.5% and 99.6%. About twelve minutes on two busy cores.
-The shipped folder is the output.
+Measured on the 2,000 held-out problems with these settings: after the first phase 99.2% of sampled and 99.8% of greedy
+answers are right, after the second 31.5% and 99.6%. Both take about twelve minutes together on two busy cores. The
+shipped folder is the output.
 """
 
 import argparse
@@ -33,63 +34,61 @@ from transformers import (
 )
 
 from dppo_cli.data.arithmetic import split
-from dppo_cli.data.task import Example
+from dppo_cli.types import Example
 
 log = logging.getLogger(__name__)
 
 PAD, EOS = "<pad>", "<eos>"
-
-
 CONTEXT = 1024  # tokens; arithmetic needs 11
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` batches of `batch` problems, answered with care: each digit is written as it should be with probability
-    `care`, and else drawn from all ten."""
+    """`steps` batches of `batch` problems. A digit of an answer is kept with probability `keep`, and otherwise replaced
+    by one drawn from all ten."""
 
     steps: int
     batch: int
     peak_lr: float
-    care: float
-    muon: bool  # for the matrices inside the layers; AdamW for all else
+    keep: float
+    muon: bool  # for the matrices inside the layers; AdamW for everything else
 
 
-CLEAN = Phase(steps=600, batch=256, peak_lr=4e-3, care=1.0, muon=True)
-CARELESS = Phase(steps=240, batch=256, peak_lr=1e-3, care=0.66, muon=False)
+CORRECT = Phase(steps=600, batch=256, peak_lr=4e-3, keep=1.0, muon=True)
+NOISY = Phase(steps=240, batch=256, peak_lr=1e-3, keep=0.66, muon=False)
 
 
-def pretrain(out: Path, clean: Phase, careless: Phase, seed: int) -> None:
+def pretrain(out: Path, correct: Phase, noisy: Phase, seed: int) -> None:
     """Train the model and write it, with its tokenizer, to the folder `out`."""
     torch.manual_seed(seed)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     train, heldout = split()
 
-    log.info("%d parameters, learning to calculate", model.num_parameters())
-    fit(model, tokenizer, train, clean, chance)
-    log.info("held out: sampled %.3f, greedy %.3f", *examine(model, tokenizer, heldout))
+    log.info("%d parameters; first phase: correct answers", model.num_parameters())
+    fit(model, tokenizer, train, correct, rng)
+    log.info("held-out accuracy: sampled %.3f, greedy %.3f", *accuracies(model, tokenizer, heldout))
 
-    log.info("learning to be careless")
+    log.info("second phase: noisy answers, last layer only")
     model.requires_grad_(False)
     model.model.layers[-1].requires_grad_(True)
     model.model.norm.requires_grad_(True)
-    fit(model, tokenizer, train, careless, chance)
+    fit(model, tokenizer, train, noisy, rng)
     save(model, tokenizer, out)
-    stored = AutoModelForCausalLM.from_pretrained(out)
-    log.info("as stored, held out: sampled %.3f, greedy %.3f", *examine(stored, tokenizer, heldout))
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    log.info("held-out accuracy of the saved model: sampled %.3f, greedy %.3f", *accuracies(saved, tokenizer, heldout))
 
 
-def write(answer: str, care: float, chance: random.Random) -> str:
-    """The answer as a pupil of that care writes it down; the sign and the number of digits are always right."""
+def add_noise(answer: str, keep: float, rng: random.Random) -> str:
+    """The answer with each digit kept with probability `keep`; its sign and number of digits never change."""
     return "".join(
-        character if character == "-" or chance.random() < care else chance.choice("0123456789") for character in answer
+        character if character == "-" or rng.random() < keep else rng.choice("0123456789") for character in answer
     )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, so that any prompt can be read, and two special tokens. It adds nothing to a text."""
+    """One token per byte, so that any text can be encoded, and two special tokens. None is added to a text."""
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *byte_symbols])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -128,9 +127,9 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Example],
     phase: Phase,
-    chance: random.Random,
+    rng: random.Random,
 ) -> None:
-    """Train what has a gradient: AdamW, or Muon for the matrices inside the layers and AdamW for the rest."""
+    """Train the parameters that require a gradient: with AdamW, or with Muon for the matrices inside the layers."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if phase.muon and p.ndim == 2 and "layers" in name]
     others = [p for name, p in trained if not (phase.muon and p.ndim == 2 and "layers" in name)]
@@ -138,8 +137,8 @@ def fit(
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step in range(phase.steps):
-        chosen = chance.sample(problems, phase.batch)
-        answers = [write(p.answer, phase.care, chance) for p in chosen]
+        chosen = rng.sample(problems, phase.batch)
+        answers = [add_noise(p.answer, phase.keep, rng) for p in chosen]
         ids_BT, labels_BT = encode(tokenizer, [p.prompt for p in chosen], answers)
         loss = model(input_ids=ids_BT, labels=labels_BT).loss
         model.zero_grad()
@@ -153,12 +152,12 @@ def fit(
 
 
 def trapezoid(step: int, steps: int) -> float:
-    """Share of the peak learning rate: up over 50 steps, level, and down to zero over the second half."""
+    """Share of the peak learning rate: linear warm-up over 50 steps, constant, linear to zero over the second half."""
     return min((step + 1) / 50, 1.0, 2 * (steps - step) / steps)
 
 
 class Muon:
-    """Momentum whose matrices are orthogonalised: a third of the steps that AdamW needs here.
+    """Momentum with orthogonalised matrices. Needs a third of the steps that AdamW needs here.
 
     https://kellerjordan.github.io/posts/muon, with the learning rate scaled to match AdamW's (arXiv 2502.16982, Eq. 4).
     torch.optim.Muon computes in bfloat16, which takes twice as long as float32 on a CPU without bfloat16 units.
@@ -179,7 +178,7 @@ class Muon:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """A matrix of the same singular vectors whose singular values are all about 1, by five Newton-Schulz steps."""
+    """The matrix with the same singular vectors and all singular values near 1, by five Newton-Schulz steps."""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x: Tensor = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
@@ -190,21 +189,21 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both [B, T] int64, padded on the right; only answer and end of sequence are labelled."""
+    """Token ids and labels, int64 [B, T] each, padded on the right. Only answers and ends of sequence have labels."""
     texts = [prompt + answer + EOS for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids_BT = encoded["input_ids"]
     position_T = torch.arange(ids_BT.shape[1])
-    prompt_length_B1 = torch.tensor([[len(prompt)] for prompt in prompts])  # a token per character
+    prompt_length_B1 = torch.tensor([[len(prompt)] for prompt in prompts])  # one token per character
     is_answer_BT = (position_T >= prompt_length_B1) & encoded["attention_mask"].bool()
     return ids_BT, ids_BT.where(is_answer_BT, -100)
 
 
 @torch.no_grad()
-def examine(
+def accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Example]
 ) -> tuple[float, float]:
-    """Accuracy in [0, 1], without drawing a sample: (expected of sampling at temperature 1, greedy)."""
+    """Accuracies in [0, 1]: expected of sampling at temperature 1 (computed, not sampled), and greedy."""
     model.eval()
     ids_BT, labels_BT = encode(tokenizer, [p.prompt for p in problems], [p.answer for p in problems])
     log_prob_BTV = model(input_ids=ids_BT).logits[:, :-1].float().log_softmax(-1)
@@ -216,7 +215,7 @@ def examine(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the folder. The weights are stored in float16, half the size, and load as float32, as config.json says."""
+    """Write the folder. The weights are stored in float16, at half the size; config.json has them load as float32."""
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     halves = {name: weight.half() for name, weight in model.named_parameters()}  # a tied head only once
     model.save_pretrained(out, state_dict=halves)
@@ -229,7 +228,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(2)
-    pretrain(out, CLEAN, CARELESS, seed=0)
+    pretrain(out, CORRECT, NOISY, seed=0)
 
 
 if __name__ == "__main__":

@@ -2,25 +2,19 @@
 
 The loss reads only the log-prob of each sampled token, so its gradient with respect to a hidden state h is
     d log pi(a) / d h = (W[a] - sum_v pi(v) W[v]) / T,
-one row of H numbers that the forward pass can leave behind. Logits live for one chunk of positions and are gone.
+one row of H numbers that the forward pass can save. Logits exist for one chunk of positions at a time.
 
 Shapes: N positions, H hidden, V vocabulary, C positions of a chunk. T = temperature.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dppo_cli.policy.products import multiply
-
-TOP_K_BLOCK = 256
-"""Columns in a block of `top_k`. Smaller ones make more maxima to search, larger ones more columns."""
-
-Visitor = Callable[[slice, Tensor], None]
-"""Called once per chunk, without gradient, with its rows and log pi, float32 [C, V], which it must not change."""
+from dppo_cli.algorithm.loss import Visitor
+from dppo_cli.kernels.products import multiply
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +22,7 @@ class Head:
     """log pi = log_softmax(z / T),  z = cap * tanh(u / cap) or u,  u = scale * (W h + b).
 
     `weight_VH` and `bias_V` are the frozen parameters of the model's output layer, of any float dtype; `softcap` is
-    Gemma's final-logit cap; `scale` Cohere's and Granite's logit multiplier. `linear`: W h + b by other means, for
-    sampling.
+    Gemma's final-logit cap; `scale` Cohere's and Granite's logit multiplier.
     """
 
     weight_VH: Tensor
@@ -37,21 +30,27 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
-    linear: Callable[[Tensor], Tensor] | None = None
 
     def at(self, temperature: float) -> "Head":
         """The same head at another temperature."""
         return replace(self, temperature=temperature)
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Tempered logits z / T, float32 [N, V]."""
-        u_NV = self.linear(hidden_NH) if self.linear else multiply(hidden_NH, self.weight_VH, self.bias_V)
-        z_NV = u_NV.float()
+    def product(self, hidden_NH: Tensor) -> Tensor:
+        """W h + b, [N, V], in the weight's dtype."""
+        return multiply(hidden_NH, self.weight_VH, self.bias_V)
+
+    def tempered(self, product_NV: Tensor) -> Tensor:
+        """Logits z / T, float32 [N, V], from W h + b; may overwrite it."""
+        z_NV = product_NV.float()
         if self.scale != 1.0:
             z_NV *= self.scale
         if self.softcap is not None:
             z_NV = z_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return z_NV if self.temperature == 1.0 else z_NV.div_(self.temperature)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Tempered logits z / T, float32 [N, V]."""
+        return self.tempered(self.product(hidden_NH))
 
     def log_probs(self, hidden_NH: Tensor) -> Tensor:
         """log pi, float32 [N, V]."""
@@ -59,18 +58,19 @@ class Head:
 
     def log_probs_and_probs(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log pi and pi, float32 [N, V] each, from one exponential; pi in the memory of `out_NV`, if given."""
-        shifted_NV, mass_NV, total_N1 = self.masses(hidden_NH, out_NV)
+        shifted_NV, mass_NV, total_N1 = masses(self.logits(hidden_NH), out_NV)
         return shifted_NV.sub_(total_N1.log()), mass_NV.div_(total_N1)
 
-    def masses(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits less their maximum, s; m = exp(s); sum m: float32 [N, V], [N, V], [N, 1]. log pi = s - log sum m.
 
-        Enough to draw a token from, and less work than log pi and pi of every token. m in `out_NV`, if given.
-        """
-        s_NV = self.logits(hidden_NH)
-        s_NV -= s_NV.amax(-1, keepdim=True)
-        m_NV = torch.exp(s_NV, out=out_NV)
-        return s_NV, m_NV, m_NV.sum(-1, keepdim=True)
+def masses(logits_NV: Tensor, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits less their maximum, s; m = exp(s); sum m: float32 [N, V], [N, V], [N, 1]. log pi = s - log sum m.
+
+    Enough to sample a token from, and less work than log pi and pi of every token. s overwrites `logits_NV`; m goes
+    into `out_NV`, if given.
+    """
+    logits_NV -= logits_NV.amax(-1, keepdim=True)
+    m_NV = torch.exp(logits_NV, out=out_NV)
+    return logits_NV, m_NV, m_NV.sum(-1, keepdim=True)
 
 
 def token_log_probs(
@@ -84,28 +84,6 @@ def token_log_probs(
     return logp_N, entropy_N
 
 
-def top_k(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, in descending order, and their columns: [N, k] and int64 [N, k]; V if k > V.
-
-    They stand in the k blocks of columns whose maxima are largest: if one stood in another block, each of these k would
-    hold a value at least as large. So one pass over the row and a search among k blocks do; torch.topk takes several.
-    """
-    n, v = values_NV.shape
-    blocks = v // TOP_K_BLOCK
-    if blocks < 2 * k:
-        top = values_NV.topk(min(k, v), dim=-1)
-        return top.values, top.indices
-    split = blocks * TOP_K_BLOCK
-    blocks_NBW = values_NV[:, :split].unflatten(-1, (blocks, TOP_K_BLOCK))
-    best_Nk1 = blocks_NBW.amax(-1).topk(k, dim=-1).indices[..., None]
-    column = torch.arange(v, device=values_NV.device)
-    inside_NkW = best_Nk1 * TOP_K_BLOCK + column[:TOP_K_BLOCK]
-    # The columns behind the last whole block are always looked at.
-    columns_NC = torch.cat([inside_NkW.flatten(1), column[split:].expand(n, -1)], dim=-1)
-    top = values_NV.gather(-1, columns_NC).topk(k, dim=-1)
-    return top.values, columns_NC.gather(-1, top.indices)
-
-
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,7 +94,7 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy_N = torch.empty_like(logp_N)
         needs_gradient = ctx.needs_input_grad[0]
         slope_NH = torch.empty_like(hidden_NH) if needs_gradient else None
-        # Once: the system would have to find, and clear, so much memory anew for every chunk.
+        # Allocated once: the system would have to find and clear this much memory for every chunk.
         buffer_CV = hidden_NH.new_empty(min(chunk_size, n), head.weight_VH.shape[0], dtype=torch.float32)
         for start in range(0, n, chunk_size):
             rows = slice(start, min(start + chunk_size, n))
@@ -126,7 +104,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 visit(rows, log_pi_CV)
             # A forbidden token (log pi = -inf) adds nothing to the entropy; 0 * -inf would make it NaN.
             entropy_N[rows] = -log_pi_CV.clamp_(min=torch.finfo(torch.float32).min).mul_(pi_CV).sum(-1)
-            del log_pi_CV  # not kept beside the next chunk's
+            del log_pi_CV  # freed before the next chunk's are made
             if slope_NH is not None:
                 slope_NH[rows] = _slope(head, hidden_NH[rows], token_N[rows], pi_CV)
         ctx.save_for_backward(slope_NH)

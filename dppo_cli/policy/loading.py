@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from dppo_cli.config.sections import Hardware, LoRA
 from dppo_cli.errors import ConfigError, ModelError
-from dppo_cli.policy.low_rank import make_lean
-from dppo_cli.policy.policy import Policy, check_head
-from dppo_cli.sections import Hardware, LoRA
+from dppo_cli.kernels.low_rank import make_lean
+from dppo_cli.kernels.products import emulates_bfloat16
+from dppo_cli.policy.forward import hidden_states
+from dppo_cli.policy.policy import Policy
 
 EMBEDDED = "embedded:"
 HUB_PATIENCE = 5.0
@@ -38,6 +40,7 @@ def load_policy(
     revision: str | None,
     hardware: Hardware,
     *,
+    warn: Callable[[str], None],
     new_adapter: LoRA | None = None,
     saved_adapter: Path | None = None,
     seed: int = 0,
@@ -45,10 +48,16 @@ def load_policy(
     """A plain model, one with a fresh adapter (weights drawn from `seed`), or one with a saved adapter.
 
     `new_adapter` also says whether the base is quantised, so it goes with `saved_adapter` to read a QLoRA run back.
-    Raises ModelError for missing or unusable weights and tokenizers, ConfigError for a device that is not there.
+    `warn` is told what works but is unusual. Raises ModelError for missing or unusable weights and tokenizers,
+    ConfigError for a device that is not there.
     """
     _quiet()
     device, dtype = resolve_device(hardware)
+    if emulates_bfloat16(device, dtype):
+        warn(
+            "hardware.dtype=bfloat16 on a processor without bfloat16 is some 300 times slower than float32; use "
+            "hardware.dtype=float32"
+        )
     location = resolve_path(path)
     offline = Path(location).is_dir() or not _hub_answers()
     tokenizer = _load_tokenizer(location, path, revision, offline)
@@ -65,7 +74,8 @@ def load_policy(
     if hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    make_lean(model)
+    if device.type == "cpu":
+        make_lean(model)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
     model.train(hardware.gradient_checkpointing or (new_adapter is not None and new_adapter.dropout > 0))
@@ -175,7 +185,7 @@ def _load_model(
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Have 4-bit layers leave their weights alone.
+    """Stop 4-bit layers from rewriting their weights.
 
     On a CPU with AVX512-BF16 bitsandbytes would, at the first use without gradient, rewrite them with scales rounded to
     bfloat16: the policy that samples would no longer be the one that was loaded.
@@ -247,3 +257,18 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for library in ("transformers", "peft", "bitsandbytes"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Raise ModelError unless the final hidden states and `head` give the log-probs that the model itself gives."""
+    ids_1L = torch.arange(min(8, policy.head.weight_VH.shape[0]), device=policy.device)[None]
+    with policy.autocast():
+        expected = policy.model(input_ids=ids_1L, use_cache=False).logits.float().log_softmax(-1)
+    found = policy.head.log_probs(hidden_states(policy, ids_1L))
+    tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
+    if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"{type(policy.model).__name__} changes its logits in a way this version cannot reproduce (log-probs "
+            f"differ by {float((expected - found).abs().max()):.2g}); training on them would be wrong"
+        )

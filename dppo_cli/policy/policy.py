@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dppo_cli.data.task import Example
+from dppo_cli.config.sections import Prompting
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.head import Head
-from dppo_cli.sections import Prompting
-from dppo_cli.types import Prompt
+from dppo_cli.types import Example, Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +43,10 @@ class Policy:
         """What is trained: the adapter's weights, float32."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def hidden_states(self, input_ids_BL: Tensor) -> Tensor:
-        """Final hidden states [B, L, H] of whole sequences, padded on the right.
-
-        Such padding needs no mask: under causal attention no real token sees what stands to its right.
-        """
-        with self.autocast():
-            return self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the adapter in memory, and nearly so in a file."""
+        return sum(p.numel() * p.element_size() for p in self.parameters)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Runs the float32 adapter in the base's precision where that is a lower one."""
@@ -59,17 +54,14 @@ class Policy:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model, for as long as the context lasts: the reference of KL(pi || ref), at no memory."""
+        """Switch the adapter off within the context. The base is the reference of KL(pi || ref); it needs no memory."""
         assert self.peft is not None
         with self.peft.disable_adapter():
             yield
 
     def encode(self, examples: Sequence[Example], prompting: Prompting) -> list[Prompt]:
         """Prompts as token ids; the only place where text is tokenised. Raises ModelError without a chat template."""
-        return [
-            Prompt(i, e.prompt, self._token_ids(e.prompt, prompting), e.answer, e.columns)
-            for i, e in enumerate(examples)
-        ]
+        return [Prompt(i, e, self._token_ids(e.prompt, prompting)) for i, e in enumerate(examples)]
 
     def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Raise ConfigError if a prompt with its longest response does not fit into the model's positions."""
@@ -117,24 +109,9 @@ def model_head(model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     if layer is None:
-        raise ModelError(f"{type(model).__name__} has no output layer; it is no causal language model")
+        raise ModelError(f"{type(model).__name__} has no output layer; it is not a causal language model")
     scale = getattr(config, "logit_scale", None)
     if scale is None:
         scale = 1.0 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(layer.weight, getattr(layer, "bias", None), float(scale), softcap)
-
-
-@torch.no_grad()
-def check_head(policy: Policy) -> None:
-    """Raise ModelError unless `hidden_states` and `head` give the log-probs that the model itself gives."""
-    ids_1L = torch.arange(min(8, policy.head.weight_VH.shape[0]), device=policy.device)[None]
-    with policy.autocast():
-        expected = policy.model(input_ids=ids_1L, use_cache=False).logits.float().log_softmax(-1)
-    found = policy.head.log_probs(policy.hidden_states(ids_1L))
-    tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
-    if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance):
-        raise ModelError(
-            f"{type(policy.model).__name__} changes its logits in a way this version cannot reproduce (log-probs "
-            f"differ by {float((expected - found).abs().max()):.2g}); training on them would be wrong"
-        )

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from dppo_cli.errors import ConfigError
 from dppo_cli.reward.scorer import Scorer
-from dppo_cli.types import Completion
+from dppo_cli.types import Completion, Prompt, Score
 
 
 @dataclass(frozen=True)
 class Exact:
-    """1.0 when the response (or the last match of `pattern` in it), stripped of white space, equals the answer."""
+    """1.0 if the response (or the last match of `pattern` in it), stripped of white space, equals the answer."""
 
     pattern: str | None
 
@@ -20,13 +20,16 @@ class Exact:
             try:
                 re.compile(self.pattern)
             except re.error as error:
-                raise ConfigError(f"reward.pattern={self.pattern!r} is no regular expression: {error}") from None
+                raise ConfigError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from None
 
     def load(self) -> Scorer:
         return self._score
 
-    def _score(self, completions: Sequence[Completion]) -> list[float]:
-        return [float(self._extract(c.text) == c.prompt.answer.strip()) for c in completions]
+    def _score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+        return [
+            [Score(float(self._extract(c.text) == prompt.example.answer.strip())) for c in group]
+            for prompt, group in zip(prompts, completions, strict=True)
+        ]
 
     def _extract(self, text: str) -> str | None:
         if self.pattern is None:

@@ -1,18 +1,18 @@
-"""What the loop asks of a reward: a number per completion, NaN where it declines to judge."""
+"""The interface of rewards: one score per completion."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from dppo_cli.types import Completion
+from dppo_cli.types import Completion, Prompt, Score
 
 
 class Scorer(Protocol):
-    """Scores completions. Raises RewardError where it cannot."""
+    """Scores the completions of each prompt, in their order. Raises RewardError if it cannot."""
 
-    def __call__(self, completions: Sequence[Completion]) -> list[float]: ...
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]: ...
 
 
 class RewardSource(Protocol):
-    """A reward option; `load()` imports or builds the scorer and raises RewardError where it cannot."""
+    """A reward option; `load()` imports or builds the scorer, and raises RewardError if it cannot."""
 
     def load(self) -> Scorer: ...

@@ -1,6 +1,6 @@
-"""One wave of sequences through a transformers model, a token at a time.
+"""One sub-batch of sequences through a transformers model, a token at a time.
 
-Shapes: P prompts, G samples per prompt, B = P x G sequences, A of them still being written, X places of prompt
+Shapes: P prompts, G samples per prompt, B = P x G sequences, A of them still being written, X positions of prompt
 and response, H hidden size.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dppo_cli.policy.prefill import keeps_every_place, last_states, run_prompts
-from dppo_cli.rollout.llama import LlamaStep, is_built_like_llama
-from dppo_cli.types import Prompt, Prompts
+from dppo_cli.kernels.llama import LlamaStep, is_built_like_llama
+from dppo_cli.policy.forward import keeps_every_position, last_states, run_prompts
+from dppo_cli.types import PaddedPrompts, Prompt
 
 
 class Decoder:
@@ -29,14 +29,13 @@ class Decoder:
         self, model: PreTrainedModel, prompts: Sequence[Prompt], group: int, max_new_tokens: int, pad_id: int
     ) -> None:
         self.model, self.group = model, group
-        self.prompts = Prompts.pad([p.token_ids for p in prompts], pad_id, model.device)
+        self.prompts = PaddedPrompts.pad([p.token_ids for p in prompts], pad_id, model.device)
         self.width = self.prompts.ids_PL.shape[1]
         self.capacity = self.width + max_new_tokens
         self.length_B1 = self.prompts.length_P1
         self.mask_BX = self.prompts.mask(max_new_tokens)
         self.cache = DynamicCache(config=model.config)
-        # The mask has all places.
-        has_short_cut = keeps_every_place(model) and is_built_like_llama(model)
+        has_short_cut = keeps_every_position(model) and is_built_like_llama(model)
         self.short_cut = LlamaStep(model) if has_short_cut else None
         self.written = 0
 
@@ -55,7 +54,7 @@ class Decoder:
         return hidden_PH.repeat_interleave(self.group, dim=0)
 
     def keep(self, rows: "Rows") -> None:
-        """The other sequences have finished and leave."""
+        """Drop the sequences that have finished."""
         for layer in self.cache.layers:
             if isinstance(layer, PreallocatedLayer):
                 layer.keep(rows)
@@ -76,7 +75,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Rows:
-    """Who stays: row i is from now on what row `kept_A[i]` was; of these only the rows `to_M` have moved, `from_M`."""
+    """The rows that are kept: new row i is old row `kept_A[i]`. Only the rows `to_M` have moved, from `from_M`."""
 
     kept_A: Tensor
     to_M: Tensor
@@ -86,7 +85,7 @@ class Rows:
 def compact(writing_A: Tensor, device: torch.device) -> Rows:
     """The rows that are True in `writing_A`, bool [A] on the CPU, in an order that lets most of them stay in place.
 
-    Rows from the end fill the gaps, so that leaving copies one sequence's cache for each that leaves, not everyone's.
+    Rows from the end fill the gaps: for each sequence that leaves, the cache of one other is copied, not of all.
     """
     count = int(writing_A.sum())
     to_M = (~writing_A[:count]).nonzero().squeeze(-1)
@@ -97,7 +96,7 @@ def compact(writing_A: Tensor, device: torch.device) -> Rows:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values in buffers with room for `capacity` places: a step writes one place instead of copying all.
+    """Keys and values in buffers with room for `capacity` positions: a step writes one instead of copying all.
 
     A subclass because transformers' `Cache` asks its layers for this interface. Begins with each row of `prompts`,
     `repeats` times; rows leave by `keep` alone.

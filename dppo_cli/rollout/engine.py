@@ -1,25 +1,33 @@
 """The rollout engine as the loop sees it: token ids in, token ids and log-probs out, wherever it runs."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Protocol, Self
 
+from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.policy.policy import Policy
-from dppo_cli.sections import LoRA, Sampling
 from dppo_cli.types import Completion, Prompt
 
 
 class RolloutEngine(Protocol):
-    """Samples from one version of the policy."""
+    """Samples from one version of the policy. Opened (`with engine:`), synced, asked to generate, closed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def sync(self, version: int) -> None:
-        """Take over the policy's adapter as it is now; completions carry `version` from here on."""
+        """Take over the policy's adapter as it is now, before the first use, too; completions then carry `version`."""
         ...
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
-    ) -> list[Completion]:
-        """`samples_per_prompt` completions of each prompt, in the order of `prompts`; equal calls give equal tokens.
+    ) -> list[list[Completion]]:
+        """A list of completions for each prompt, in the order of `prompts`; equal calls give equal tokens.
 
+        A list has `samples_per_prompt` completions, or fewer or more where an engine lost some or had some left.
         Log-probs are those of the tempered, untruncated distribution. `num_logprobs`: 0, the K of a top-K report, or
         `WHOLE_VOCABULARY`.
         """
@@ -33,4 +41,6 @@ class RolloutSource(Protocol):
         """Raise ConfigError if this engine cannot report what the approximation needs, or cannot run the adapter."""
         ...
 
-    def load(self, policy: Policy) -> RolloutEngine: ...
+    def load(self, policy: Policy, warn: Callable[[str], None]) -> RolloutEngine:
+        """An engine that is still to be opened. `warn` is told what works but is unusual."""
+        ...

@@ -3,28 +3,30 @@
 Each distinct prompt is run once and its key-value cache shared out to its samples; the cache has room for the whole
 response; finished sequences leave the batch; no [steps, sequences, vocabulary] tensor exists.
 
-Shapes: P prompts, G samples per prompt, B = P x G sequences of a wave, A of them still being written, L padded prompt
-length, V vocabulary, K reported log-probs, H hidden size.
+Shapes: P prompts, G samples per prompt, B = P x G sequences of a sub-batch, A of them still being written, L padded
+prompt length, V vocabulary, K reported log-probs, H hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.config.checks import check_choice, check_rules
+from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.errors import ConfigError
-from dppo_cli.memory import give_back
-from dppo_cli.policy.head import Head, top_k
+from dppo_cli.kernels.memory import return_freed_memory
+from dppo_cli.kernels.products import emulates_bfloat16
+from dppo_cli.kernels.top_k import top_k
+from dppo_cli.policy.head import Head, masses
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.decoder import Decoder, compact
-from dppo_cli.rollout.merged import MergedCopy
+from dppo_cli.rollout.merged import MergedCopy, Sampler
 from dppo_cli.rollout.sampling import draw, truncate
-from dppo_cli.sections import LoRA, Sampling
-from dppo_cli.types import Completion, PolicyReport, Prompt
+from dppo_cli.types import Completion, PolicyReport, Prompt, Status
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class LocalRollout:
     max_logprobs: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"rollout.dtype={self.dtype} is no choice. Choices: null, float32, bfloat16, float16")
+        check_choice("rollout.dtype", self.dtype, (None, "float32", "bfloat16", "float16"))
         if self.dtype is not None and not self.merge:
             raise ConfigError(f"rollout.dtype={self.dtype} needs a sampling copy of its own; add rollout.merge=true")
-        if self.concurrent_sequences < 1:
-            raise ConfigError(f"rollout.concurrent_sequences={self.concurrent_sequences} must be at least 1")
-        if self.max_logprobs < 1:
-            raise ConfigError(f"rollout.max_logprobs={self.max_logprobs} must be at least 1")
+        rules = {
+            "concurrent_sequences >= 1": self.concurrent_sequences >= 1,
+            "max_logprobs >= 1": self.max_logprobs >= 1,
+        }
+        check_rules("rollout", self, rules)
 
     def check(self, num_logprobs: int, adapter: LoRA | None) -> None:
         if num_logprobs > self.max_logprobs:
@@ -58,80 +60,100 @@ class LocalRollout:
                 "rollout.merge=false"
             )
 
-    def load(self, policy: Policy) -> "LocalEngine":
-        dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
-        # `check` refuses merge=true on a quantised base for training; an evaluation of such a run just does without.
+    def load(self, policy: Policy, warn: Callable[[str], None]) -> "LocalEngine":
+        dtype: torch.dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
+        # `check` refuses merge=true on a quantised base for training; an evaluation of such a run does without.
         merge = self.merge and policy.peft is not None and not getattr(policy.model, "is_quantized", False)
-        return LocalEngine(policy, MergedCopy(policy.model, dtype) if merge else None, self.concurrent_sequences)
+        if merge and dtype != policy.dtype and emulates_bfloat16(policy.device, dtype):
+            warn(
+                "rollout.dtype=bfloat16 on a processor without bfloat16 is some 300 times slower than float32; leave "
+                "rollout.dtype=null"
+            )
+        return LocalEngine(policy, dtype if merge else None, self.concurrent_sequences)
 
 
 class LocalEngine:
-    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so there is nothing to send at a sync."""
+    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so a sync only counts the version.
 
-    def __init__(self, policy: Policy, copy: MergedCopy | None, concurrent_sequences: int) -> None:
+    `merged_dtype`: precision of the sampling copy, None to sample with the adapter beside the weights.
+    """
+
+    def __init__(self, policy: Policy, merged_dtype: torch.dtype | None, concurrent_sequences: int) -> None:
         self.policy = policy
-        self.copy = copy
+        self.merged_dtype = merged_dtype
         self.concurrent_sequences = concurrent_sequences
-        self.version = 0
+        self.copy: MergedCopy | None = None
+        self.version: int | None = None
+
+    def __enter__(self) -> "LocalEngine":
+        if self.merged_dtype is not None:
+            self.copy = MergedCopy(self.policy.model, self.merged_dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.copy = self.version = None
 
     def sync(self, version: int) -> None:
         self.version = version
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
-    ) -> list[Completion]:
+    ) -> list[list[Completion]]:
+        assert self.version is not None, "sync the engine before its first use"
         generator = torch.Generator().manual_seed(seed)
-        per_wave = max(1, self.concurrent_sequences // samples_per_prompt)
-        completions: list[Completion] = []
-        give_back()  # what training has freed, and at the end what sampling has
+        at_once = max(1, self.concurrent_sequences // samples_per_prompt)
+        found: list[list[Completion]] = []
+        return_freed_memory()  # what training has freed, and at the end what sampling has
         with self.copy.merged() if self.copy else self._policy_itself() as sampler:
-            for start in range(0, len(prompts), per_wave):
-                wave = prompts[start : start + per_wave]
-                record = self._wave(sampler, wave, samples_per_prompt, sampling, num_logprobs, generator)
-                for b, (token_T, mu) in enumerate(record.reports()):
-                    completions.append(self._completion(wave[b // samples_per_prompt], token_T, mu))
-        give_back()
-        return completions
+            sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
+            for start in range(0, len(prompts), at_once):
+                part = prompts[start : start + at_once]
+                record = self._sample(sampler, part, samples_per_prompt, sampling, num_logprobs, generator)
+                reports = record.reports()
+                found += [[self._completion(*next(reports)) for _ in range(samples_per_prompt)] for _ in part]
+        return_freed_memory()
+        return found
 
     @contextmanager
-    def _policy_itself(self) -> Iterator[tuple[PreTrainedModel, Head]]:
+    def _policy_itself(self) -> Iterator[Sampler]:
         """In the precision in which it is trained, without the adapter's dropout."""
         model = self.policy.model
         training = model.training
         model.eval()
         try:
             with self.policy.autocast():
-                yield model, model_head(model)
+                head = model_head(model)
+                yield Sampler(model, head, head.product)
         finally:
             model.train(training)
 
     # A tenth faster than no_grad on a CPU: thousands of small operations a token keep no account of what they change.
     @torch.inference_mode()
-    def _wave(
+    def _sample(
         self,
-        sampler: tuple[PreTrainedModel, Head],
+        sampler: Sampler,
         prompts: Sequence[Prompt],
         group: int,
         sampling: Sampling,
         num_logprobs: int,
         generator: torch.Generator,
     ) -> "Record":
-        model, head = sampler
-        device = self.policy.device
-        head = head.at(sampling.temperature or 1.0)
+        """One sub-batch, from its prompts to the last token."""
+        head, device = sampler.head, self.policy.device
         record = Record(len(prompts) * group, sampling.max_new_tokens, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
-        decoder = Decoder(model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
+        decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
-        # For every sequence at every step, so that a token does not depend on who else has finished; all at once, for
-        # sending them to the device waits for it.
+        # One for every sequence at every step, so that a token does not depend on which others have finished; all at
+        # once, because sending them to the device waits for it.
         uniform_TB = torch.rand(sampling.max_new_tokens, record.size, generator=generator).to(device)
         hidden_AH = decoder.prefill()
-        # Once: the system would have to find, and clear, so much memory anew at every token.
+        # Allocated once: the system would have to find and clear this much memory for every token.
         buffer_BV = hidden_AH.new_empty(record.size, head.weight_VH.shape[0], dtype=torch.float32)
         for uniform_B in uniform_TB:
             # log mu = logits - log_total; over the whole vocabulary only where something asks for it.
-            logits_AV, mass_AV, total_A1 = head.masses(hidden_AH, buffer_BV[: len(hidden_AH)])
+            logits_AV = head.tempered(sampler.product(hidden_AH))
+            logits_AV, mass_AV, total_A1 = masses(logits_AV, buffer_BV[: len(hidden_AH)])
             log_total_A1 = total_A1.log()
             if sampling.temperature == 0:
                 token_A = logits_AV.argmax(-1)
@@ -143,7 +165,7 @@ class LocalEngine:
             writing_A = _still_writing(token_A, eos_E)
             if not writing_A.any() or record.steps == sampling.max_new_tokens:
                 break
-            del logits_AV  # not kept beside the next step's
+            del logits_AV  # freed before the next step's are made
             if not writing_A.all():
                 rows = compact(writing_A, device)
                 decoder.keep(rows)
@@ -151,32 +173,31 @@ class LocalEngine:
             hidden_AH = decoder.step(token_A)
         return record
 
-    def _completion(self, prompt: Prompt, token_T: Tensor, mu: PolicyReport) -> Completion:
+    def _completion(self, token_T: Tensor, mu: PolicyReport) -> Completion:
+        assert self.version is not None
         token_T, mu = token_T.cpu(), mu.to(torch.device("cpu"))
         ids = token_T.tolist()
         return Completion(
-            prompt=prompt,
             token_ids_T=token_T,
             sampled_T=torch.ones_like(token_T, dtype=torch.bool),
             mu=mu,
             text=self.policy.decode(ids),
-            finished=ids[-1] in self.policy.eos_ids,
-            version=self.version,
+            status=Status.FINISHED if ids[-1] in self.policy.eos_ids else Status.CUT,
+            versions=(self.version,),
         )
 
 
 class Record:
-    """What was sampled, of `size` sequences of up to `capacity` tokens; each one's tokens stand side by side.
+    """What was sampled, of `size` sequences of up to `capacity` tokens; a sequence's tokens are adjacent.
 
-    Its memory is there from the first step on: [size, capacity] tokens (int64) and log-probs (float32), where asked K
-    ids and log-probs a token, or the hidden state. A little more at each step, amid what it lets go, would leave holes
-    that slightly longer tensors do not fit into: 1.2 GiB of them after 512 steps of a small model.
+    Its memory is allocated at the first step: [size, capacity] tokens (int64) and log-probs (float32), where asked K
+    ids and log-probs a token, or the hidden state. Allocated little by little, between tensors that each step frees, it
+    would leave holes too small for the next step's slightly longer tensors: 1.2 GiB after 512 steps of a small model.
     """
 
     def __init__(self, size: int, capacity: int, head: Head, num_logprobs: int) -> None:
-        # A report outlives the sampler's packed weights.
         self.size, self.capacity = size, capacity
-        self.head, self.num_logprobs = replace(head, linear=None), num_logprobs
+        self.head, self.num_logprobs = head, num_logprobs
         self.steps = 0
         self.length_B = torch.zeros(size, dtype=torch.int64, device=head.weight_VH.device)
         self.columns: list[Tensor] = []  # [size, capacity, ...] each
@@ -184,7 +205,7 @@ class Record:
     def add(
         self, active_A: Tensor, token_A: Tensor, logits_AV: Tensor, log_total_A1: Tensor, hidden_AH: Tensor
     ) -> None:
-        """Keep the sampled token's log-prob and what the approximation asked for; the rest of [A, V] is let go."""
+        """Keep the sampled token's log-prob and what the approximation asked for."""
         step = [token_A, (logits_AV.gather(-1, token_A[:, None]) - log_total_A1).squeeze(-1)]
         if self.num_logprobs > 0:
             values_AK, ids_AK = top_k(logits_AV, self.num_logprobs)
@@ -199,9 +220,8 @@ class Record:
         self.steps += 1
         self.length_B[active_A] = self.steps
 
-    def reports(self) -> list[tuple[Tensor, PolicyReport]]:
+    def reports(self) -> Iterator[tuple[Tensor, PolicyReport]]:
         """Tokens and report of each sequence, in order."""
-        found = []
         for b, length in enumerate(self.length_B.tolist()):
             token, logp, *more = [column[b, :length] for column in self.columns]
             report = PolicyReport(logp)
@@ -209,8 +229,7 @@ class Record:
                 report = PolicyReport(logp, topk_ids_NK=more[0], topk_logp_NK=more[1])
             elif self.num_logprobs == WHOLE_VOCABULARY:
                 report = PolicyReport(logp, hidden_NH=more[0], head=self.head)
-            found.append((token, report))
-        return found
+            yield token, report
 
 
 def _still_writing(token_A: Tensor, eos_E: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dppo_cli.sections import Sampling
+from dppo_cli.config.sections import Sampling
 
 
 def draw(mu_BV: Tensor, uniform_B: Tensor) -> Tensor:

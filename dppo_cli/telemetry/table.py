@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -12,5 +13,10 @@ def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsol
     table.add_column()
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     (console or RichConsole(highlight=False)).print(table)
+
+
+def print_warning(text: str) -> None:
+    """What a command without a live display warns of."""
+    RichConsole(highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)

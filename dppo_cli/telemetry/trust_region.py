@@ -1,98 +1,17 @@
-"""What the trust region saw and touched: per step in numbers, per run as a table of the tokens masked most.
+"""Which tokens the trust region touched, over a whole run. Shapes: N tokens."""
 
-Mask fractions are over tokens with A != 0, split by the sign of A. Shapes: N tokens.
-"""
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dppo_cli.algorithm.objective import Tokens
-from dppo_cli.types import Batch
+from dppo_cli.training.run_folder import write_json
+from dppo_cli.types import EvalReport, RunInfo, StepReport, TokenStats
 
-QUANTILES = (0.5, 0.9, 0.99, 1.0)
-
-
-@dataclass(frozen=True)
-class TokenStats:
-    """Sampled tokens at an update, on the CPU, [N] each; float32 unless said otherwise."""
-
-    token_N: Tensor  # int64
-    mu_N: Tensor
-    pi_N: Tensor
-    log_ratio_N: Tensor  # log pi/mu
-    divergence_N: Tensor
-    advantage_N: Tensor
-    keep_N: Tensor  # bool
-    entropy_N: Tensor  # nats
-    reference_kl_N: Tensor  # log pi/ref, nats; 0 without a reference term
-
-    @staticmethod
-    def collect(
-        batch: Batch, tokens: Tokens, keep_N: Tensor, entropy_N: Tensor, reference_kl_N: Tensor
-    ) -> "TokenStats":
-        logp_pi_N = tokens.logp_pi_N.detach()
-        columns = (
-            batch.token_N,
-            tokens.logp_mu_N.exp(),
-            logp_pi_N.exp(),
-            logp_pi_N - tokens.logp_mu_N,
-            tokens.divergence_N,
-            tokens.advantage_N,
-            keep_N,
-            entropy_N,
-            reference_kl_N,
-        )
-        return TokenStats(*(c.cpu() for c in columns))
-
-    @staticmethod
-    def cat(parts: Sequence["TokenStats"]) -> "TokenStats":
-        return TokenStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TokenStats)))
-
-
-def step_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
-    """The trust region's figures of one step, from the token statistics of each of its updates.
-
-    `mismatch_*` is |pi - mu| at the first update, where pi has not moved yet: what the rollout engine and the trainer
-    disagree on. `shift_*` is |pi - mu| over all updates. Empty updates (every sample skipped) count for nothing; a step
-    without any token gives None throughout.
-    """
-    parts = [part for update in updates for part in update]
-    names = [
-        "mismatch_mean",
-        "shift_mean",
-        "shift_max",
-        "masked_positive",
-        "masked_negative",
-        "entropy",
-        "reference_kl",
-    ]
-    names += [f"{kind}_p{round(100 * q)}" for kind in ("divergence", "ratio") for q in QUANTILES] + ["ratio_p1"]
-    if not parts:
-        return dict.fromkeys(names)
-    seen = TokenStats.cat(parts)
-    shift_N = (seen.pi_N - seen.mu_N).abs()
-    ratio_N = seen.log_ratio_N.exp()
-    first = next(update for update in updates if update)
-    start = TokenStats.cat(first) if first is updates[0] else None
-    found: dict[str, Any] = {
-        "mismatch_mean": _mean((start.pi_N - start.mu_N).abs()) if start else None,
-        "shift_mean": _mean(shift_N),
-        "shift_max": float(shift_N.max()),
-        "masked_positive": _mean((~seen.keep_N[seen.advantage_N > 0]).float()),
-        "masked_negative": _mean((~seen.keep_N[seen.advantage_N < 0]).float()),
-        "entropy": _mean(seen.entropy_N),
-        "reference_kl": _mean(seen.reference_kl_N),
-    }
-    for q in QUANTILES:
-        found[f"divergence_p{round(100 * q)}"] = _quantile(seen.divergence_N, q)
-        found[f"ratio_p{round(100 * q)}"] = _quantile(ratio_N, q)
-    found["ratio_p1"] = _quantile(ratio_N, 0.01)
-    return found
+MOST = 20
+"""Tokens in masked_tokens.json."""
 
 
 @dataclass
@@ -106,10 +25,36 @@ class TokenTally:
 
 
 class MaskedTokens:
-    """Counts, over a run, which tokens the trust region masked."""
+    """A listener that counts, over a run, which tokens the trust region masked, and writes masked_tokens.json."""
 
-    def __init__(self) -> None:
+    def __init__(self, text_of: Callable[[int], str]) -> None:
+        """`text_of`: a token's text."""
+        self.text_of = text_of
+        self.run_dir: Path | None = None
         self.tallies: dict[tuple[int, int], TokenTally] = {}
+
+    def started(self, run: RunInfo) -> None:
+        self.run_dir = run.run_dir
+
+    def evaluated(self, report: EvalReport) -> None: ...
+
+    def stepped(self, report: StepReport) -> None:
+        parts = [part for update in report.updates for part in update]
+        if parts:
+            self.add(TokenStats.cat(parts))
+
+    def warned(self, text: str) -> None: ...
+
+    def finished(self, summary: Mapping[str, Any] | None) -> None:
+        if summary is not None and self.run_dir is not None:
+            write_json(self.run_dir / "masked_tokens.json", self.rows(MOST))
+
+    def state(self) -> dict[str, Any]:
+        """The counts so far, as JSON."""
+        return {"tallies": [[*key, *astuple(tally)] for key, tally in self.tallies.items()]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.tallies = {(token, sign): TokenTally(*sums) for token, sign, *sums in state["tallies"]}
 
     def add(self, stats: TokenStats) -> None:
         for sign in (1, -1):
@@ -127,13 +72,13 @@ class MaskedTokens:
                 tally.mu_sum += mu
                 tally.pi_sum += pi
 
-    def rows(self, most: int, text_of: Any) -> list[dict[str, Any]]:
+    def rows(self, most: int) -> list[dict[str, Any]]:
         """The `most` tokens masked most often: text, sign of A, times masked and seen, mean mu and pi where masked."""
         ranked = sorted(self.tallies.items(), key=lambda item: (-item[1].masked, item[0]))
         return [
             {
                 "token": token,
-                "text": text_of(token),
+                "text": self.text_of(token),
                 "advantage": "+" if sign > 0 else "-",
                 "masked": tally.masked,
                 "seen": tally.seen,
@@ -143,12 +88,3 @@ class MaskedTokens:
             for (token, sign), tally in ranked[:most]
             if tally.masked
         ]
-
-
-def _mean(value_N: Tensor) -> float | None:
-    return float(value_N.mean()) if value_N.numel() else None
-
-
-def _quantile(value_N: Tensor, q: float) -> float:
-    # Nearest rank by kthvalue, because torch.quantile refuses more than 16 million values.
-    return float(value_N.kthvalue(max(1, math.ceil(q * value_N.numel()))).values)

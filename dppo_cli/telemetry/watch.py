@@ -1,6 +1,9 @@
 """Warnings in words when a run's trust region looks wrong. Each is given once."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from dppo_cli.types import EvalReport, RunInfo, StepReport
 
 QUIET_STEPS = 30
 """Steps in a row without a masked token after which the trust region is probably too wide, or nothing is learnt."""
@@ -15,15 +18,38 @@ NOISE = 1e-4
 
 
 class Watch:
-    """Looks at each step's metrics and says what is unusual. `masks`: whether the objective ever masks a token."""
+    """A listener that looks at each step's metrics and warns of what is unusual."""
 
-    def __init__(self, masks: bool) -> None:
-        self.masks = masks
+    def __init__(self, masks: bool, warn: Callable[[str], None]) -> None:
+        """`masks`: whether the objective ever masks a token."""
+        self.masks, self.warn = masks, warn
         self.quiet_steps = 0
         self.first_mismatch: float | None = None
         self.given: set[str] = set()
 
-    def step(self, metrics: dict[str, Any]) -> list[str]:
+    def started(self, run: RunInfo) -> None: ...
+    def evaluated(self, report: EvalReport) -> None: ...
+
+    def stepped(self, report: StepReport) -> None:
+        for text in self.step(report.metrics):
+            self.warn(f"step {report.metrics['step']}: {text}")
+
+    def warned(self, text: str) -> None: ...
+    def finished(self, summary: Mapping[str, Any] | None) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        """What was counted and said so far, as JSON."""
+        return {
+            "quiet_steps": self.quiet_steps,
+            "first_mismatch": self.first_mismatch,
+            "given": sorted(self.given),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.quiet_steps, self.first_mismatch = state["quiet_steps"], state["first_mismatch"]
+        self.given = set(state["given"])
+
+    def step(self, metrics: Mapping[str, Any]) -> list[str]:
         """What is to be said after this step, each kind of thing at most once a run."""
         found = {}
         masked = [m for m in (metrics["masked_positive"], metrics["masked_negative"]) if m is not None]

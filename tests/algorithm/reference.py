@@ -4,6 +4,7 @@ No formula of the package is used here, so an error has to be made twice, in two
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,26 @@ def gradient(objective: Any, tokens: Tokens) -> Tensor:
     """d (sum of losses) / d log pi, [N]."""
     (found_N,) = torch.autograd.grad(objective(tokens).loss_N.sum(), tokens.logp_pi_N)
     return found_N
+
+
+def naive_gradient(loss_of_token: Callable[[Tensor, Tensor, Tensor, int], Tensor], tokens: Tokens) -> Tensor:
+    """Autograd through a loss written for one token: f(pi, mu, A, index) of 0-dimensional float64 tensors."""
+    logp_pi_N = tokens.logp_pi_N.detach().double().requires_grad_()
+    mu_N, advantage_N = tokens.logp_mu_N.double().exp(), tokens.advantage_N.double()
+    losses = [loss_of_token(x.exp(), mu_N[i], advantage_N[i], i) for i, x in enumerate(logp_pi_N)]
+    (found_N,) = torch.autograd.grad(sum(losses), logp_pi_N)
+    return found_N
+
+
+def ppo_loss(r: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """min(r A, clip(r) A), to be maximised, as a loss."""
+    return -torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
+
+
+def same(found_N: Tensor, expected_N: Tensor | list[float]) -> None:
+    """Equal up to float64 rounding, where a weight is the exponential of a difference of logarithms up to 10."""
+    expected_N = torch.as_tensor(expected_N, dtype=torch.float64)
+    torch.testing.assert_close(found_N, expected_N, atol=1e-12, rtol=1e-12)
 
 
 @st.composite

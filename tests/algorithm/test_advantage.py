@@ -94,6 +94,12 @@ def test_groups_do_not_see_each_other(kind):
     torch.testing.assert_close(kind(rewards), torch.cat([kind(rewards[:1]), kind(rewards[1:])]), atol=0, rtol=0)
 
 
+@ALL
+def test_a_group_alone_is_one_row_of_several(kind):
+    rewards = torch.tensor([1.0, math.nan, 0.0, 3.0])
+    torch.testing.assert_close(kind(rewards), kind(rewards[None])[0], atol=0, rtol=0)
+
+
 def test_only_group_std_forgets_the_scale_of_the_rewards():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 3.0]])
     for kind in (GroupMean(), LeaveOneOut()):

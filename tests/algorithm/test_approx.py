@@ -126,7 +126,7 @@ def test_support_comes_from_mu_alone():
     assert pi == pytest.approx([0.05, 0.30, 0.0, 0.65], abs=ATOL)
 
 
-def test_edge_6_tokens_are_matched_by_id_never_by_place():
+def test_edge_6_tokens_are_matched_by_id_never_by_position():
     log_mu, log_pi, token = logs(MU), logs(PI), torch.tensor([2])
     found = []
     for ids in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):

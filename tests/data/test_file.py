@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import composed
+from omegaconf import OmegaConf
 
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import build
 from dppo_cli.data.file import JsonLines
-from dppo_cli.data.task import Example, Task
+from dppo_cli.data.task import Task
 from dppo_cli.errors import ConfigError, DataError
+from dppo_cli.types import Example
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -47,7 +52,7 @@ def test_the_last_lines_are_held_out(load):
     assert task.train[0] == Example("0+1=", "1", {})
 
 
-def test_a_file_of_its_own_to_hold_out(load, tmp_path):
+def test_held_out_problems_from_another_file(load, tmp_path):
     (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS[::-1]))
     task = load(ROWS, eval_path="eval.jsonl", eval_problems=None)
     assert (len(task.train), len(task.heldout)) == (5, 5)
@@ -96,18 +101,34 @@ def test_the_answer_within_its_column(load):
         ('{"prompt": " \\n", "answer": "b"}', r"line 2: the prompt is empty"),
     ],
 )  # fmt: skip
-def test_a_line_that_is_no_problem_is_named(load, line, words):
+def test_a_line_that_is_not_a_problem_is_named(load, line, words):
     with pytest.raises(DataError, match=words) as error:
         load([ROWS[0], line, ROWS[1]])
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path, monkeypatch, load):
+def test_a_file_that_does_not_exist(tmp_path, monkeypatch, load):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"there is no file nowhere\.jsonl \(in {re.escape(str(tmp_path))}\)"):
         source(path="nowhere.jsonl").load()
     with pytest.raises(DataError, match=r"there is no file eval\.jsonl"):
         load(ROWS, eval_path="eval.jsonl")
+
+
+def test_relative_paths_are_absolute_in_the_built_config(tmp_path, monkeypatch):
+    """A run folder is read from anywhere, so its config.yaml, written from the node, must not depend on where."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    for name in ("train.jsonl", "sets/eval.jsonl"):
+        (tmp_path / name).write_text("\n".join(json.dumps(r) for r in ROWS))
+    words = ("data=file", "data.path=train.jsonl", "data.eval_path=sets/eval.jsonl", "data.eval_problems=2")
+    node = OmegaConf.create(OmegaConf.to_container(composed("train", *words)))
+    data = build(TrainConfig, node).data
+    assert isinstance(data, JsonLines)
+    assert (data.path, data.eval_path) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/sets/eval.jsonl")
+    assert (node.data.path, node.data.eval_path) == (data.path, data.eval_path)
+    monkeypatch.chdir(tmp_path / "sets")
+    assert len(data.load().heldout) == 2
 
 
 def test_a_file_that_holds_no_text(tmp_path, monkeypatch):
@@ -133,7 +154,7 @@ def test_something_must_be_left_to_train_on(load, eval_problems):
     [
         ({"eval_problems": None}, r"set data\.eval_path, or data\.eval_problems"),
         ({"eval_problems": 0}, r"data\.eval_problems=0 breaks the rule"),
-        ({"answer_pattern": "("}, r"data\.answer_pattern='\(' is no regular expression"),
+        ({"answer_pattern": "("}, r"data\.answer_pattern='\(' is not a regular expression"),
         ({"answer_pattern": "####"}, r"data\.answer_pattern='####' has no group"),
     ],
 )

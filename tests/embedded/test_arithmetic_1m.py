@@ -1,4 +1,4 @@
-"""The model inside the package: small, self-contained, able and careless; and the script that makes it."""
+"""The model inside the package: its size, its tokenizer, its accuracy; and the script that makes it."""
 
 import random
 from importlib import resources
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from dppo_cli.data.arithmetic import split
-from dppo_cli.embedded.pretrain import Phase, encode, examine, pretrain, write
+from dppo_cli.embedded.pretrain import Phase, accuracies, add_noise, encode, pretrain
 
 FOLDER = Path(str(resources.files("dppo_cli.embedded"))) / "arithmetic_1m"
 HELD_OUT = split()[1][:500]
@@ -76,13 +76,13 @@ def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, tex
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_sampled_it_is_right_a_third_of_the_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_third_of_its_sampled_answers_are_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     accuracy, answers = answer_all(model, tokenizer, {"do_sample": True, "temperature": 1.0, "top_k": 0})
     assert 0.25 <= accuracy <= 0.40
-    expected, _ = examine(model, tokenizer, HELD_OUT)
+    expected, _ = accuracies(model, tokenizer, HELD_OUT)
     assert accuracy == pytest.approx(expected, abs=0.06)  # three standard deviations of 500 draws
     numbers = [answer.removeprefix("-").isdecimal() for answer in answers]
-    assert sum(numbers) / len(numbers) > 0.98  # its mistakes are wrong numbers, not noise
+    assert sum(numbers) / len(numbers) > 0.98  # wrong answers are numbers, too
 
 
 def test_its_most_likely_answer_is_nearly_always_right(
@@ -90,35 +90,35 @@ def test_its_most_likely_answer_is_nearly_always_right(
 ) -> None:
     accuracy, _ = answer_all(model, tokenizer, {"do_sample": False})
     assert accuracy >= 0.95
-    assert accuracy == pytest.approx(examine(model, tokenizer, HELD_OUT)[1], abs=0.005)
+    assert accuracy == pytest.approx(accuracies(model, tokenizer, HELD_OUT)[1], abs=0.005)
 
 
-def test_a_careful_pupil_writes_what_is_right() -> None:
-    assert write("-22", care=1.0, chance=random.Random(0)) == "-22"
+def test_no_noise_changes_nothing() -> None:
+    assert add_noise("-22", keep=1.0, rng=random.Random(0)) == "-22"
 
 
-def test_a_careless_pupil_errs_in_the_digits_only() -> None:
-    """A digit drawn from all ten is right by luck in a tenth of the cases: 0.66 + 0.34 / 10 = 0.694 of all digits."""
-    chance = random.Random(0)
-    written = [write("-198", care=0.66, chance=chance) for _ in range(4000)]
+def test_noise_changes_digits_only() -> None:
+    """A digit drawn from all ten is the right one in a tenth of the cases: 0.66 + 0.34 / 10 = 0.694 of all digits."""
+    rng = random.Random(0)
+    written = [add_noise("-198", keep=0.66, rng=rng) for _ in range(4000)]
     assert all(len(answer) == 4 and answer[0] == "-" and answer[1:].isdecimal() for answer in written)
-    for place, digit in enumerate("198", start=1):
-        assert sum(answer[place] == digit for answer in written) / 4000 == pytest.approx(0.694, abs=0.025)
+    for position, digit in enumerate("198", start=1):
+        assert sum(answer[position] == digit for answer in written) / 4000 == pytest.approx(0.694, abs=0.025)
     assert written.count("-198") / 4000 == pytest.approx(0.694**3, abs=0.025)
 
 
-def test_only_answer_and_end_of_sequence_are_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_only_answer_and_end_of_sequence_have_labels(tokenizer: PreTrainedTokenizerBase) -> None:
     ids_BT, labels_BT = encode(tokenizer, ["5-5=", "12+34="], ["0", "46"])
     assert tokenizer.batch_decode(ids_BT) == ["5-5=0<eos><pad><pad><pad>", "12+34=46<eos>"]
-    learnt = [tokenizer.decode(row[row != -100]) for row in labels_BT]
-    assert learnt == ["0<eos>", "46<eos>"]
+    labelled = [tokenizer.decode(row[row != -100]) for row in labels_BT]
+    assert labelled == ["0<eos>", "46<eos>"]
 
 
 def test_the_script_writes_the_same_folder_twice(tmp_path: Path) -> None:
-    clean = Phase(steps=3, batch=8, peak_lr=1e-3, care=1.0, muon=True)
-    careless = Phase(steps=2, batch=8, peak_lr=1e-3, care=0.5, muon=False)
+    correct = Phase(steps=3, batch=8, peak_lr=1e-3, keep=1.0, muon=True)
+    noisy = Phase(steps=2, batch=8, peak_lr=1e-3, keep=0.5, muon=False)
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        pretrain(tmp_path / name, clean, careless, seed)
+        pretrain(tmp_path / name, correct, noisy, seed)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in FOLDER.iterdir()}
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()

@@ -1,3 +1,5 @@
+"""The head in chunks: log-probs, entropies and gradients against autograd in float64."""
+
 import math
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dppo_cli.policy.head import TOP_K_BLOCK, Head, token_log_probs, top_k
+from dppo_cli.policy.head import Head, masses, token_log_probs
 
 N, H, V = 7, 8, 53
 EVERY_CHUNK = pytest.mark.parametrize("chunk_size", [1, 3, N, N + 5])
@@ -79,6 +81,17 @@ def test_whole_distribution_agrees_and_sums_to_one(head):
     torch.testing.assert_close(log_pi_NV.double(), naive_log_probs(head, HIDDEN), atol=ATOL, rtol=ATOL)
     torch.testing.assert_close(log_pi_NV.exp().sum(-1), torch.ones(N), atol=ATOL, rtol=0)
     torch.testing.assert_close(head.logits(HIDDEN).log_softmax(-1), log_pi_NV, atol=ATOL, rtol=ATOL)
+    assert torch.equal(head.tempered(head.product(HIDDEN)), head.logits(HIDDEN))
+
+
+@EVERY_HEAD
+def test_masses_are_probabilities_up_to_a_factor(head):
+    out_NV = torch.empty(N, V)
+    shifted_NV, mass_NV, total_N1 = masses(head.logits(HIDDEN), out_NV)
+    assert mass_NV.data_ptr() == out_NV.data_ptr()
+    expected_NV = naive_log_probs(head, HIDDEN)
+    torch.testing.assert_close((shifted_NV - total_N1.log()).double(), expected_NV, atol=ATOL, rtol=ATOL)
+    torch.testing.assert_close((mass_NV / total_N1).double(), expected_NV.exp(), atol=ATOL, rtol=ATOL)
 
 
 def test_edge_4_log_probs_are_of_the_tempered_distribution():
@@ -195,26 +208,7 @@ def test_two_tokens_by_hand():
     assert slope_NH[0].tolist() == pytest.approx([math.log(3) / 4, -0.5], abs=ATOL)
 
 
-@pytest.mark.parametrize("columns", [3, 6 * TOP_K_BLOCK, 6 * TOP_K_BLOCK + 1, 40 * TOP_K_BLOCK + 77])
-@pytest.mark.parametrize("k", [1, 3, 20])
-@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "last", "forbidden"])
-def test_top_k_is_what_sorting_finds(columns, k, kind):
-    values = normal(5, columns, seed=k)
-    if kind == "ties":
-        values = values.round()
-    elif kind == "sorted":
-        values = values.sort(-1).values
-    elif kind == "last":
-        values[:, -2:] += 20
-    elif kind == "forbidden":
-        values[:, 2:] = -torch.inf
-    found, ids = top_k(values, k)
-    assert torch.equal(found, values.sort(-1, descending=True).values[:, :k])
-    assert torch.equal(values.gather(-1, ids), found)
-    assert all(len(set(row)) == min(k, columns) for row in ids.tolist())
-
-
-# Low precision -------------------------------------------------------------------------------------------------------
+# Low precision
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-9), (torch.float16, 2.0**-12)])

@@ -5,10 +5,20 @@ import pytest
 
 from dppo_cli.errors import ConfigError
 from dppo_cli.reward.exact import Exact
+from dppo_cli.types import Score
 
 
-def rewards(pattern: str | None, *pairs: tuple[str, str]) -> list[float]:
-    return Exact(pattern).load()([make.completion(text=text, answer=answer) for text, answer in pairs])
+def rewards(pattern: str | None, *pairs: tuple[str, str]) -> list[float | None]:
+    """Of (response, answer) pairs, each a problem of its own."""
+    prompts = [make.prompt(i, answer=answer) for i, (_, answer) in enumerate(pairs)]
+    scores = Exact(pattern).load()(prompts, [[make.completion(text=text)] for text, _ in pairs])
+    return [score.value for (score,) in scores]
+
+
+def test_the_samples_of_a_problem_are_scored_in_their_order():
+    prompts = [make.prompt(0, answer="46"), make.prompt(1, answer="7"), make.prompt(2, answer="1")]
+    completions = [[make.completion(text=text) for text in texts] for texts in (["46", "7", "46"], ["46"], [])]
+    assert Exact(None).load()(prompts, completions) == [[Score(1.0), Score(0.0), Score(1.0)], [Score(0.0)], []]
 
 
 def test_without_a_pattern_the_whole_response_counts():
@@ -30,10 +40,10 @@ def test_white_space_around_a_match_does_not_count():
     assert rewards(r"#(.*)#", ("# 46 #", "46"), ("#46#", " 46")) == [1.0, 1.0]
 
 
-def test_a_match_whose_group_took_no_part_is_no_answer():
+def test_a_match_without_its_group_is_no_answer():
     assert rewards(r"(\d+)?!", ("46!", "46"), ("oh!", "46"), ("oh!", "")) == [1.0, 0.0, 0.0]
 
 
-def test_a_pattern_that_is_none():
-    with pytest.raises(ConfigError, match=r"reward\.pattern='\(' is no regular expression"):
+def test_a_pattern_that_is_not_a_regular_expression():
+    with pytest.raises(ConfigError, match=r"reward\.pattern='\(' is not a regular expression"):
         Exact("(")

@@ -1,7 +1,6 @@
 """The user's reward function: how it is found, what it gets, what it may return."""
 
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -11,23 +10,22 @@ import pytest
 
 from dppo_cli.errors import RewardError
 from dppo_cli.reward.function import Function
+from dppo_cli.types import Score
 
-COMPLETIONS = [
-    make.completion(text="46", answer="46", index=3, level=1),
-    make.completion(text="oh", answer="7", index=4, level=2, source="book"),
-]
+PROMPTS = [make.prompt(3, answer="46", level=1), make.prompt(4, answer="7", level=2, source="book")]
+COMPLETIONS = [[make.completion(text="46")], [make.completion(text="oh")]]
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a module into the folder where dppo was started and gives its rewards of COMPLETIONS."""
+    """Writes a module into the folder where dppo was started and gives its scores of COMPLETIONS."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(source: str, path: str = "my_reward.py:score") -> list[float]:
+    def write(source: str, path: str = "my_reward.py:score") -> list[float | None]:
         file = path.split(":")[0]
         (tmp_path / (file if file.endswith(".py") else f"{file}.py")).write_text(source)
-        return Function(path).load()(COMPLETIONS)
+        return [score.value for (score,) in Function(path).load()(PROMPTS, COMPLETIONS)]
 
     return write
 
@@ -75,9 +73,28 @@ def score(prompts, completions, **columns):
 
 def test_none_leaves_a_sample_out(written):
     first, second = written("def score(prompts, completions, **columns): return [None, 2]")
-    assert math.isnan(first)
+    assert first is None
     assert second == 2.0
     assert isinstance(second, float)
+    ((unjudged,), (judged,)) = Function("my_reward.py:score").load()(PROMPTS, COMPLETIONS)
+    assert unjudged == Score(None, note="the reward function returned None")
+    assert judged == Score(2.0)
+
+
+def test_one_call_for_the_samples_of_all_problems(tmp_path, monkeypatch):
+    """The columns come once per sample, and each problem gets the scores of its own samples."""
+    monkeypatch.chdir(tmp_path)
+    source = """
+def score(prompts, completions, answer, level, source):
+    assert prompts == ["prompt 3"] * 3 + ["prompt 4"]
+    assert (answer, level, source) == (["46"] * 3 + ["7"], [1, 1, 1, 2], [None, None, None, "book"])
+    return [float(c) for c in completions]
+"""
+    Path("numbers_reward.py").write_text(source)
+    completions = [[make.completion(text=text) for text in texts] for texts in ("012", "", "3")]
+    prompts = [PROMPTS[0], make.prompt(9), PROMPTS[1]]
+    scores = Function("numbers_reward.py:score").load()(prompts, completions)
+    assert scores == [[Score(0.0), Score(1.0), Score(2.0)], [], [Score(3.0)]]
 
 
 @pytest.mark.parametrize(("item", "number"), [("True", 1.0), ("-3", -3.0), ("__import__('numpy').float32(0.5)", 0.5)])
@@ -106,7 +123,7 @@ def test_a_tensor_of_one_number(written):
         ("[10 ** 400, 0.0]", "returned 1000.* for problem 3"),
     ],
 )
-def test_what_is_no_list_of_numbers(written, returned, words):
+def test_anything_but_a_list_of_numbers_is_refused(written, returned, words):
     with pytest.raises(RewardError, match=rf"the reward function my_reward\.py:score {words}") as error:
         written(f"def score(prompts, completions, **columns): return {returned}")
     assert "\n" not in str(error.value)
@@ -133,13 +150,13 @@ def test_a_function_that_does_not_take_the_columns(written):
         (":score", r"names no function; write file\.py:function"),
     ],
 )
-def test_a_path_that_leads_nowhere(path, words, tmp_path, monkeypatch):
+def test_a_path_without_a_function(path, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError, match=words):
         Function(path).load()
 
 
-def test_a_function_that_is_not_there(written):
+def test_a_function_that_does_not_exist(written):
     source = "def score(prompts, completions, **columns): return []\ndef _hidden(): ...\nweight = 3"
     with pytest.raises(RewardError, match=r"no function 'scoer'; did you mean 'score'\? Choices: score$"):
         written(source, "my_reward.py:scoer")

@@ -6,6 +6,7 @@ import tiny
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.policy.forward import hidden_states
 from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer, compact
 
 CPU = torch.device("cpu")
@@ -62,10 +63,10 @@ def test_a_step_writes_into_the_same_memory():
     prompts = prompts_layer(2, 3, generator)
     kept = prompts.keys.clone()
     layer = PreallocatedLayer(prompts, repeats=1, capacity=8, padded=False)
-    place = layer.keys.data_ptr()
+    address = layer.keys.data_ptr()
     for _ in range(2):
         layer.update(*states(2, 1, generator))
-        assert layer.keys.data_ptr() == place
+        assert layer.keys.data_ptr() == address
     assert torch.equal(prompts.keys, kept), "the model's own tensor was written to"
 
 
@@ -100,7 +101,7 @@ def test_hidden_states_are_those_of_whole_sequences(train_config, architecture, 
     def agree(hidden_AH: torch.Tensor) -> None:
         assert len(hidden_AH) == len(writing)
         for b, hidden_H in zip(writing, hidden_AH, strict=True):
-            expected_H = policy.hidden_states(torch.tensor([sequences[b]]))[0, -1]
+            expected_H = hidden_states(policy, torch.tensor([sequences[b]]))[0, -1]
             torch.testing.assert_close(hidden_H, expected_H, rtol=1e-5, atol=1e-5)
 
     agree(decoder.prefill())
@@ -138,7 +139,7 @@ def test_rows_that_are_kept_stay_in_place_where_they_can(writing, rows):
 def test_leaving_copies_only_the_rows_that_move():
     generator = torch.Generator().manual_seed(0)
     layer = PreallocatedLayer(prompts_layer(4, 3, generator), repeats=1, capacity=8, padded=False)
-    place, expected = layer.keys.data_ptr(), layer.keys[torch.tensor([0, 3, 2])].clone()
+    address, expected = layer.keys.data_ptr(), layer.keys[torch.tensor([0, 3, 2])].clone()
     layer.keep(compact(torch.tensor([1, 0, 1, 1]).bool(), CPU))
-    assert layer.keys.data_ptr() == place
+    assert layer.keys.data_ptr() == address
     assert torch.equal(layer.keys, expected)

@@ -1,14 +1,25 @@
 """The sampling copy: the policy's logits from plain weights, and the policy's weights left alone."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import make
 import pytest
 import tiny
 import torch
+from engines import ROUNDING, generate, sampling, trained
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.errors import ModelError
+from dppo_cli.kernels.low_rank import make_lean
+from dppo_cli.kernels.packed import PackedLinear, Sibling
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout import merged
 from dppo_cli.rollout.merged import MergedCopy
-from dppo_cli.rollout.packed import PackedLinear, Sibling
 
 architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
@@ -20,9 +31,9 @@ def weights(of: Policy) -> dict[str, torch.Tensor]:
 
 def merged_weights(copy: MergedCopy) -> dict[str, torch.Tensor]:
     """By the names that plain layers would have."""
-    with copy.merged() as (model, _):
-        found = dict(model.named_parameters())
-        for name, module in model.named_modules():
+    with copy.merged() as sampler:
+        found = dict(sampler.model.named_parameters())
+        for name, module in sampler.model.named_modules():
             if isinstance(module, Sibling):
                 whole = module.siblings.linear.packed.to_dense()
                 found[f"{name}.weight"] = whole.split(module.siblings.sizes)[module.member]
@@ -47,10 +58,13 @@ def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
     copy = MergedCopy(policy.model, torch.float32)
     assert not any(isinstance(module, LoraLayer) for module in copy.model.modules())
     assert not any(parameter.requires_grad for parameter in copy.model.parameters())
-    with copy.merged() as (model, head):
-        found, expected = model(IDS).logits, policy.model(IDS).logits
-        hidden_LH = model.base_model(IDS).last_hidden_state[0]
-        torch.testing.assert_close(head.log_probs(hidden_LH), expected[0].log_softmax(-1), rtol=1e-5, atol=2e-5)
+    with copy.merged() as sampler:
+        head = sampler.head
+        found, expected = sampler.model(IDS).logits, policy.model(IDS).logits
+        hidden_LH = sampler.model.base_model(IDS).last_hidden_state[0]
+        for product_LV in (head.product(hidden_LH), sampler.product(hidden_LH)):
+            log_pi_LV = head.tempered(product_LV).log_softmax(-1)
+            torch.testing.assert_close(log_pi_LV, expected[0].log_softmax(-1), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     with policy.without_adapter():
         assert (policy.model(IDS).logits - expected).abs().max() > 0.1, "the adapter made no difference"
@@ -109,12 +123,12 @@ def test_layers_of_one_input_are_one_product(train_config):
 def test_only_the_chosen_layers_are_copied(train_config):
     policy = make.policy(train_config("adapter.target_modules=[q_proj,down_proj]"), adapter_scale=0.1)
     copy = MergedCopy(policy.model, torch.float32)
-    places = {parameter.data_ptr() for parameter in policy.model.parameters()}
-    assert all(parameter.data_ptr() in places for parameter in copy.model.parameters())
+    addresses = {parameter.data_ptr() for parameter in policy.model.parameters()}
+    assert all(parameter.data_ptr() in addresses for parameter in copy.model.parameters())
     own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
     assert own == {"q_proj", "down_proj"}
-    with copy.merged() as (model, _):
-        torch.testing.assert_close(model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
+    with copy.merged() as sampler:
+        torch.testing.assert_close(sampler.model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama3", "gpt2"])
@@ -163,3 +177,63 @@ def test_weights_are_rounded_once(train_config):
     layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
     sum_ = layer.get_base_layer().weight + layer.get_delta_weight("default")
     assert torch.equal(merged_weights(copy)["model.layers.0.self_attn.q_proj.weight"], sum_.bfloat16())
+
+
+# Adapters that are more than W + s B A
+
+
+def adapted(folder: Path, config: TrainConfig, **options: Any) -> Policy:
+    """A policy whose adapter PEFT made from `options`, moved away from its start."""
+    plain = make.plain_policy(folder, config)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    torch.manual_seed(0)
+    policy = replace(plain, peft=get_peft_model(plain.model, settings))
+    make_lean(policy.model)
+    make.move_adapter(policy, 0.1)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+@pytest.mark.parametrize("architecture", ["llama3", "qwen3", "gpt2"])
+def test_dora_is_merged_with_its_magnitudes(train_config, tiny_models, monkeypatch, architecture):
+    policy = adapted(tiny_models[architecture], train_config(), use_dora=True)
+    assert any("lora_magnitude_vector" in name for name, _ in policy.model.named_parameters())
+    before, prompts = weights(policy), make.prompts(policy)
+
+    completions = generate(policy, prompts, 3, sampling())
+    torch.testing.assert_close(make.reported(completions).logp_N, trained(policy, prompts, completions), **ROUNDING)
+    assert_same(weights(policy), before)
+
+    def plain_sum(layer: LoraLinear) -> torch.Tensor:
+        return layer.get_base_layer().weight + layer.get_delta_weight("default")
+
+    monkeypatch.setattr(merged, "merged_weight", plain_sum)
+    completions = generate(policy, prompts, 3, sampling())
+    mismatch_N = (make.reported(completions).logp_N - trained(policy, prompts, completions)).abs()
+    assert mismatch_N.max() > 1e-3
+
+
+def test_an_adapter_with_biases_is_refused(train_config, tiny_models):
+    """The sampling copy's layers have the base's biases alone."""
+    policy = adapted(tiny_models["llama3"], train_config(), lora_bias=True)
+    with pytest.raises(ModelError, match=r"biases.*use rollout\.merge=false"):
+        generate(policy, make.prompts(policy), 2, sampling())
+    generate(policy, make.prompts(policy), 2, sampling(), merge=False)
+
+
+def test_an_adapter_that_peft_cannot_merge_is_refused(train_config, monkeypatch):
+    """Such as aLoRA, which acts on some of the tokens only."""
+
+    class Unmergeable:
+        @staticmethod
+        def merge_safe(*_: object) -> torch.Tensor:
+            raise NotImplementedError
+
+    policy = make.policy(train_config())
+    layer = policy.model.get_submodule("model.layers.1.mlp.down_proj")
+    layer.lora_variant["default"] = Unmergeable()
+    with pytest.raises(ModelError, match=r"\(Unmergeable\) cannot be merged into weights; use rollout\.merge=false"):
+        generate(policy, make.prompts(policy), 2, sampling())

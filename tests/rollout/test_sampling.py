@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dppo_cli.config.sections import Sampling
 from dppo_cli.rollout.sampling import draw, truncate
-from dppo_cli.sections import Sampling
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)

@@ -1,19 +1,22 @@
 """What a user sees of a run: plain lines when nobody watches, a panel with the same figures in a terminal."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import make
 import pytest
-import torch
 from rich.console import Console as RichConsole
 
-from dppo_cli.config import TrainConfig
-from dppo_cli.evaluate import Evaluation
-from dppo_cli.telemetry.console import PLAIN_LINES, Console
+from dppo_cli.telemetry.console import PLAIN_LINES, SHOWN, Console
+from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.table import print_table
+from dppo_cli.telemetry.trust_region import MaskedTokens, TokenTally
+from dppo_cli.telemetry.watch import Watch
+from dppo_cli.types import EvalReport, Group, RunInfo, Score, StepReport
 
 METRICS: dict[str, Any] = {
     "step": 3,
@@ -37,7 +40,7 @@ FIGURES = [
     "4321 tokens/s",
     "rollout 1.25 reward 0.50 update 2.75",
 ]
-"""What the issue asks for, as METRICS has it; time left and progress belong to the panel alone."""
+"""What each step shows of METRICS; time left and progress belong to the panel alone."""
 SUMMARY: dict[str, Any] = {
     "eval_before": 0.25,
     "eval_after": 0.875,
@@ -46,22 +49,15 @@ SUMMARY: dict[str, Any] = {
     "peak_memory_gib": 0.5,
     "adapter": "runs/x/adapter",
 }
+RUN = RunInfo(Path("runs/x"), 6, "some/model", 20, 10, "cpu", "float32")
 
 
-class FakePolicy:
-    parameters = (torch.zeros(10),)
-    model = torch.nn.Linear(4, 5, bias=False)
-    path = "some/model"
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-
-@pytest.fixture
-def console(train_config: Callable[..., TrainConfig]) -> Callable[..., Console]:
-    def made(*overrides: str) -> Console:
-        return Console(train_config("steps=6", *overrides), FakePolicy(), Path("runs/x"))  # type: ignore[arg-type]
-
-    return made
+def console(**tallies: TokenTally) -> Console:
+    """`tallies`: of tokens masked with A > 0, by their text."""
+    texts = list(tallies)
+    masked = MaskedTokens(text_of=lambda token: texts[token])
+    masked.tallies = {(token, 1): tally for token, tally in enumerate(tallies.values())}
+    return Console(masked)
 
 
 @pytest.fixture
@@ -76,89 +72,108 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return screen
 
 
-def metrics(step: int, **changes: Any) -> dict[str, Any]:
-    return {**METRICS, "step": step, **changes}
+@pytest.fixture
+def panel(terminal: io.StringIO) -> Iterator[Console]:
+    """A console whose panel is on the screen."""
+    shown = console()
+    shown.started(RUN)
+    yield shown
+    shown.finished(None)
 
 
-def evaluation(rewards: list[float]) -> Evaluation:
-    return Evaluation([None] * len(rewards), rewards, 1, 1.0)  # type: ignore[list-item]
+def step(number: int, **changes: Any) -> StepReport:
+    return StepReport({**METRICS, "step": number, **changes}, [], [])
+
+
+def evaluation(accuracy: float, standard_error: float, group_sizes: tuple[int, ...]) -> EvalReport:
+    groups = [Group(make.prompt(), [make.completion()] * n, [Score(1.0)] * n) for n in group_sizes]
+    return EvalReport(0, accuracy, standard_error, groups)
+
+
+def rows(output: str) -> list[list[str]]:
+    """Cells of a table's rows."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines()]
 
 
 # Plain lines
 
 
-def test_without_a_terminal_each_step_is_a_line(
-    console: Callable[..., Console], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with console() as shown:
-        for step in range(1, 7):
-            shown.stepped(metrics(step))
+def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console()
+    shown.started(RUN)
+    for number in range(1, 7):
+        shown.stepped(step(number))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "some/model: 20 parameters, 10 trained, on cpu, float32"
     assert lines[1] == "run folder: runs/x"
-    assert [line.split()[1] for line in lines[2:]] == [f"{step}/6" for step in range(1, 7)]
+    assert [line.split()[1] for line in lines[2:]] == [f"{number}/6" for number in range(1, 7)]
     for figure in FIGURES:
         assert figure in lines[4]
     # No escape codes, no carriage returns, no bars.
     assert not {"\x1b", "\r", "━"} & set("".join(lines))
 
 
-def test_a_long_run_says_about_twenty_lines(
-    console: Callable[..., Console], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with console("steps=1000") as shown:
-        for step in range(1, 1001):
-            shown.stepped(metrics(step))
+def test_a_long_run_says_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console()
+    shown.started(replace(RUN, steps=1000))
+    for number in range(1, 1001):
+        shown.stepped(step(number))
     steps = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(steps) == PLAIN_LINES + 1
     assert (steps[0], steps[1], steps[-1]) == ("1/1000", "50/1000", "1000/1000")
 
 
-def test_figures_that_there_are_none_of(console: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_that_there_are_none_of(capsys: pytest.CaptureFixture[str]) -> None:
     """A step whose samples were all skipped has no divergence to show, and one without a judged sample no reward."""
     nothing = dict.fromkeys(("reward", "accuracy", "entropy", "shift_mean", "masked_positive", "masked_negative"))
-    with console() as shown:
-        shown.stepped(metrics(1, **nothing, mismatch_mean=None))
+    shown = console()
+    shown.started(RUN)
+    shown.stepped(step(1, **nothing, mismatch_mean=None))
     line = capsys.readouterr().out.splitlines()[-1]
     assert "reward -" in line and "|pi-mu| -" in line and "masked A>0 - A<0 -" in line
 
 
-def test_an_evaluation_is_a_line(console: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
-    with console() as shown:
-        assert shown.evaluated(0, evaluation([1.0, 0.0, 0.0, 0.0])).accuracy == 0.25
-    assert capsys.readouterr().out.splitlines()[-1] == "step 0: 25.0% ± 25.0% of 4 held-out samples right"
-    assert shown.accuracy == [(0, 0.25)]
+def test_an_evaluation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all samples, however they are grouped."""
+    console().evaluated(evaluation(0.25, 0.25, group_sizes=(1, 3)))
+    assert capsys.readouterr().out == "step 0: 25.0% ± 25.0% of 4 held-out samples right\n"
 
 
-def test_warnings_are_shown_and_kept(console: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
-    with console("divergence.delta_high=0.9") as shown:
-        shown.stepped(metrics(1, masked_positive=0.5))
-        shown.stepped(metrics(2, masked_positive=0.5))
+def test_what_the_watch_finds_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console()
+    listeners = Listeners([Watch(masks=True, warn=lambda text: listeners.warned(text)), shown])
+    listeners.started(RUN)
+    listeners.warned("divergence.delta_high=0.9")
+    listeners.stepped(step(1, masked_positive=0.5))
+    listeners.stepped(step(2, masked_positive=0.5))
     output = capsys.readouterr().out
     assert output.count("warning: divergence.delta_high=0.9") == 1
     assert output.count("warning: step 1: 50%") == 1 and "warning: step 2" not in output
-    assert len(shown.warnings) == 2
 
 
-def test_text_with_brackets_is_shown_as_it_is(
-    console: Callable[..., Console], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """rich would read [red] as a colour."""
-    console().say("betas=[0.9] [red]x[/red]")
-    console().warn("[bold]")
+    shown = console(**{"[red]x[/red]": TokenTally(seen=1, masked=1)})
+    shown.started(replace(RUN, model="[0.9] [red]x[/red]", run_dir=Path("[bold]")))
+    shown.warned("[bold]")
+    shown.finished({**SUMMARY, "adapter": "[red]x[/red]/adapter"})
     output = capsys.readouterr().out
-    assert "betas=[0.9] [red]x[/red]\n" in output and "warning: [bold]\n" in output
+    assert "[0.9] [red]x[/red]: 20 parameters" in output and "run folder: [bold]\n" in output
+    assert "warning: [bold]\n" in output
+    assert "'[red]x[/red]'" in output and "[red]x[/red]/adapter" in output
 
 
-def test_the_end_is_a_table(console: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
-    masked = [
-        {"token": 5, "text": " 7", "advantage": "+", "masked": 12, "seen": 340, "mean_mu": 0.25, "mean_pi": 0.5},
-        {"token": 6, "text": "\n", "advantage": "-", "masked": 2, "seen": 9, "mean_mu": 0.125, "mean_pi": 0.0},
-    ]
-    console().finished(SUMMARY, masked)
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
-    assert ["' 7'", "+", "12", "340", "0.250", "0.500"] in rows
-    assert ["'\\n'", "-", "2", "9", "0.125", "0.000"] in rows
+# The end
+
+
+def test_the_end_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console(**{" 7": TokenTally(340, 12, mu_sum=3.0, pi_sum=6.0), "\n": TokenTally(9, 2, 0.25, 0.0)})
+    shown.masked.tallies[1, -1] = shown.masked.tallies.pop((1, 1))
+    shown.started(RUN)
+    shown.finished(SUMMARY)
+    found = rows(capsys.readouterr().out)
+    assert ["' 7'", "+", "12", "340", "0.250", "0.500"] in found
+    assert ["'\\n'", "-", "2", "9", "0.125", "0.000"] in found
     for row in (
         ["accuracy before", "25.0%"],
         ["accuracy after", "87.5%"],
@@ -167,19 +182,33 @@ def test_the_end_is_a_table(console: Callable[..., Console], capsys: pytest.Capt
         ["peak memory", "0.50 GiB"],
         ["adapter", "runs/x/adapter"],
     ):
-        assert row in rows
+        assert row in found
 
 
-def test_the_end_of_an_interrupted_run(console: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_tokens_masked_most_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console(**{f"t{n:02}": TokenTally(99, 50 - n) for n in range(SHOWN + 5)})
+    shown.started(RUN)
+    shown.finished(SUMMARY)
+    found = [row[0] for row in rows(capsys.readouterr().out) if len(row) == 6 and row[0].startswith("'t")]
+    assert found == [f"'t{n:02}'" for n in range(SHOWN)]
+
+
+def test_the_end_of_an_interrupted_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = console()
-    shown.interrupted(0)
-    shown.interrupted(2)
-    shown.finished({**SUMMARY, "steps": 2, "eval_after": None}, [])
+    shown.started(RUN)
+    shown.finished({**SUMMARY, "steps": 2, "eval_after": None})
     output = capsys.readouterr().out
-    assert "interrupted: no step was finished, nothing is saved\n" in output
-    assert "interrupted: saving the adapter as it is after step 2\n" in output
     assert "not measured" in output and "2 of 6" in output
     assert "masked most" not in output
+
+
+def test_a_run_without_a_summary_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended by an error, which is told elsewhere; or it never began."""
+    console().finished(None)
+    shown = console(a=TokenTally(1, 1))
+    shown.started(RUN)
+    shown.finished(None)
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_long_path_is_shown_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,48 +222,53 @@ def test_a_long_path_is_shown_whole(capsys: pytest.CaptureFixture[str], monkeypa
 # The panel
 
 
-def test_the_panel_shows_the_figures_of_the_issue(console: Callable[..., Console], terminal: io.StringIO) -> None:
-    shown = console()
-    assert shown.live is not None
-    with shown:
-        shown.stepped(metrics(3))
-        screen = io.StringIO()
-        RichConsole(file=screen, width=100, color_system=None).print(shown._panel())
-        panel = screen.getvalue()
+def test_the_panel_shows_the_figures(panel: Console, terminal: io.StringIO) -> None:
+    assert panel.live is not None
+    panel.stepped(step(3))
+    screen = io.StringIO()
+    RichConsole(file=screen, width=100, color_system=None).print(panel._panel())
     for figure in FIGURES:
-        assert figure in panel
-    assert "3/6" in panel and "left" in panel
+        assert figure in screen.getvalue()
+    assert "3/6" in screen.getvalue() and "left" in screen.getvalue()
+    panel.finished(None)
     # Live has drawn the same on the terminal, and no step has become a line.
     assert "reward 0.438" in terminal.getvalue()
     assert "step 3/6" not in terminal.getvalue()
 
 
-def test_the_panel_says_how_much_time_is_left(console: Callable[..., Console], terminal: io.StringIO) -> None:
-    with console() as shown:
-        task = shown.progress.tasks[0]
-        clock = iter(range(0, 1000, 10))
-        shown.progress.get_time = partial(next, clock)  # type: ignore[assignment]
-        shown.progress.reset(shown.bar)
-        for step in range(1, 4):
-            shown.stepped(metrics(step))
-        assert task.completed == 3 and task.total == 6
-        assert task.time_remaining is not None and task.time_remaining > 0
+def test_the_panel_says_how_much_time_is_left(panel: Console) -> None:
+    task = panel.progress.tasks[0]
+    panel.progress.get_time = partial(next, iter(range(0, 1000, 10)))  # type: ignore[assignment]
+    panel.progress.reset(panel.bar)
+    for number in range(1, 4):
+        panel.stepped(step(number))
+    assert task.completed == 3 and task.total == 6
+    assert task.time_remaining is not None and task.time_remaining > 0
 
 
-def test_lines_stand_above_the_panel(console: Callable[..., Console], terminal: io.StringIO) -> None:
-    with console() as shown:
-        shown.evaluated(0, evaluation([1.0, 1.0]))
-        shown.stepped(metrics(1, masked_positive=0.5))
+def test_lines_appear_above_the_panel(panel: Console, terminal: io.StringIO) -> None:
+    panel.evaluated(evaluation(1.0, 0.0, group_sizes=(2,)))
+    panel.warned("step 1: 50%")
+    panel.finished(None)
     assert "step 0: 100.0%" in terminal.getvalue()
     assert "warning: step 1: 50%" in terminal.getvalue()
-    assert shown.live is None
+    assert panel.live is None
 
 
-def test_the_panel_is_gone_after_an_error(console: Callable[..., Console], terminal: io.StringIO) -> None:
+def test_the_panel_is_gone_after_an_error_of_the_run(panel: Console, terminal: io.StringIO) -> None:
     """Otherwise the cursor stays hidden and the next line lands in the middle of it."""
-    shown = console()
-    with pytest.raises(KeyError), shown:
-        shown.stepped({"step": 1})
-    assert shown.live is None
+    panel.finished(None)
+    assert panel.live is None and cursor_is_shown(terminal)
+
+
+def test_the_panel_is_gone_after_an_error_of_its_own(panel: Console, terminal: io.StringIO) -> None:
+    """By which the console stops hearing of the run, and so of its end."""
+    listeners = Listeners([panel])
+    listeners.stepped(StepReport({"step": 1}, [], []))
+    assert listeners.listening == []
+    assert panel.live is None and cursor_is_shown(terminal)
+
+
+def cursor_is_shown(terminal: io.StringIO) -> bool:
     hide, show = "\x1b[?25l", "\x1b[?25h"
-    assert terminal.getvalue().rindex(show) > terminal.getvalue().rindex(hide)
+    return terminal.getvalue().rfind(show) > terminal.getvalue().rindex(hide)

@@ -1,0 +1,87 @@
+"""What Hydra calls for each job, in this process or, under a launcher, in another."""
+
+import importlib
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dppo_cli.cli.sweep import JobRecord
+from dppo_cli.cli.table import COMMANDS
+from dppo_cli.errors import DppoError
+
+
+@dataclass
+class HydraJob:
+    """Runs one command. Can be pickled: launchers send it to other processes.
+
+    A job of a sweep (`-m`) never raises, so that the others run, too: how it ended is in job.json in its folder. Of a
+    single run a user's mistake is kept in `failure`, because Hydra would print lines of its own about it.
+    """
+
+    command: str
+    process: int = field(default_factory=os.getpid)
+    composed: bool = False
+    failure: DppoError | None = None
+
+    def __call__(self, node: DictConfig) -> float | None:
+        """The held-out accuracy, for sweepers that search; None where there is none."""
+        self.composed = True
+        # The user's own modules (`_target_: my_module.MyDivergence`) are looked for where dppo was started.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return self._job(node)
+        try:
+            return _accuracy(self._run(node))
+        except DppoError as error:
+            self.failure = error
+            return None
+
+    def _job(self, node: DictConfig) -> float | None:
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        key = COMMANDS[self.command].job_key
+        if key is not None and (key == "run_dir" or node[key] is None):
+            node[key] = str(folder)
+        if os.getpid() != self.process:
+            # Live displays of jobs that share a terminal would overwrite each other.
+            os.environ["TTY_COMPATIBLE"] = "0"
+        record = JobRecord(number=hydra.job.num, overrides=list(hydra.overrides.task))
+        try:
+            record.summary = self._run(node)
+        except DppoError as error:
+            record.status, record.error = error.exit_status, str(error)
+        except KeyboardInterrupt:
+            record.status, record.error = 130, "interrupted"
+            raise
+        except Exception as error:
+            record.status, record.error = 1, f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        finally:
+            record.write(folder)
+        return _accuracy(record.summary)
+
+    def _run(self, node: DictConfig) -> dict[str, Any]:
+        # These import torch, which help and typing errors do without.
+        from dppo_cli.commands import schemas
+        from dppo_cli.config.build import build
+
+        with open_dict(node):
+            # Hydra leaves the recipe's choices here.
+            node.pop("recipes", None)
+        command = COMMANDS[self.command]
+        config = build(getattr(schemas, command.schema), node)
+        module = importlib.import_module(f"dppo_cli.commands.{command.module}")
+        summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, OmegaConf.to_yaml(node, resolve=True))
+        return summary
+
+
+def _accuracy(summary: dict[str, Any] | None) -> float | None:
+    return None if summary is None else summary.get("eval_after", summary.get("accuracy"))

@@ -1,0 +1,175 @@
+"""The command line, `dppo <command> [overrides]`. Imports no torch, so help and typing errors answer at once.
+
+Hydra composes the config; this module finds the command, prints help, and turns a user's error into one line.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dppo_cli import __version__
+from dppo_cli.cli.mistakes import check_words, explain
+from dppo_cli.cli.sweep import exit_status, failures, read_records, remove_if_empty, show
+from dppo_cli.cli.table import COMMANDS
+from dppo_cli.config.checks import did_you_mean
+from dppo_cli.config.conf_tree import config_dir, groups, recipes_dir
+from dppo_cli.errors import ConfigError, DppoError
+
+EXAMPLES = """\
+  dppo train
+  dppo train model=llama3_8b adapter=qlora divergence=tv approx=topk hardware=gpu_24gb
+  dppo train -m divergence=tv,kl approx=binary,topk seed=1,2,3"""
+OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--config-dir", "-h", "--help", "--version")
+TAKE_A_VALUE = ("--cfg", "--info", "--config-dir")
+INTERRUPTED = 130
+OPTUNA = "hydra/sweeper=optuna"
+SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1")
+"""What Optuna is told unless the user says otherwise: a job's value is an accuracy, and a failed job ends no search."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in args:
+        print(f"dppo {__version__}")
+        return 0
+    if not args or {"-h", "--help"} & set(args):
+        print(help_text())
+        return 0
+    try:
+        command = args[0]
+        if command not in COMMANDS:
+            raise ConfigError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
+        options, overrides = split_options(args[1:])
+        if "--config-dir" not in options:
+            check_words(command, overrides)
+        return _run_hydra(command, options, [recipe_override(word) for word in overrides])
+    except DppoError as error:
+        print(f"dppo: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt as error:
+        print(f"dppo: interrupted {error}".rstrip(), file=sys.stderr)
+        return INTERRUPTED
+
+
+def help_text() -> str:
+    width = max(map(len, groups()))
+    lines = [f"dppo {__version__}: RL fine-tuning of language models with Divergence Proximal Policy Optimization", ""]
+    lines += ["usage: dppo <command> [-m] [group=choice] [key=value] ...", "", "commands:"]
+    lines += [f"  {name:<8} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "groups and their choices:"]
+    lines += [f"  {name:<{width}}  {', '.join(choices)}" for name, choices in groups().items()]
+    lines += ["", "options:", "  -m           run every combination of comma-separated values, with a table at the end"]
+    lines += ["  --cfg job    show the composed config and stop; every key is explained in conf/", "  --version", ""]
+    lines += ["examples:", EXAMPLES]
+    return "\n".join(lines)
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and overrides, in whatever order they were typed: Hydra's parser takes them apart.
+
+    Raises ConfigError for a word with dashes that is not an option, such as `--steps 5`.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    for word in words:
+        name = word.partition("=")[0]
+        if name in OPTIONS or (options[-1:] and options[-1] in TAKE_A_VALUE and "=" not in word):
+            options.append(word)
+        elif name and not name.startswith("-"):
+            overrides.append(word)
+        else:
+            raise ConfigError(f"there is no option {word!r}; options: {', '.join(OPTIONS)}; keys are set as key=value")
+    if "--cfg" in options and not {"job", "hydra", "all"} & set(options):
+        raise ConfigError("--cfg shows a config: --cfg job, --cfg hydra or --cfg all")
+    return options, overrides
+
+
+def recipe_override(word: str) -> str:
+    """`recipe=NAME` as Hydra finds it: the group option recipes/NAME/recipe.yaml."""
+    key, _, name = word.partition("=")
+    if key != "recipe":
+        return word
+    known = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}{did_you_mean(name, known)}")
+    return f"+recipes/{name}=recipe"
+
+
+def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
+    """Compose and run; the exit status of a sweep."""
+    # Hydra then raises what went wrong instead of printing a trace of its own and leaving.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Threads that spin for long make a run many times slower when another program wants the cores, too; those that do
+    # not spin at all cost a quarter of the speed when none does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps machine code for every number of rows it meets, by default of 1,024 products: 0.2 GiB in ten steps.
+    # Those of one token or one micro-batch, which repeat from layer to layer, are a few dozen.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from dppo_cli.cli.hydra_job import HydraJob
+    from dppo_cli.training.run_folder import check_free
+
+    job = HydraJob(command)
+    sweep_dir = _sweep_dir(overrides)
+    shows_only = {"--cfg", "--info"} & {option.partition("=")[0] for option in options}
+    if sweep_dir.exists() and not shows_only:
+        check_free(sweep_dir, "run_dir")
+    own = [f"hydra.searchpath=[file://{recipes_dir().parent}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
+    started_with = sys.argv
+    if OPTUNA in overrides:
+        overrides = [OPTUNA, *SEARCH, *overrides]
+    sys.argv = ["dppo", *options, "--", *overrides, *own]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # A search of which every job failed ends in an error of the sweeper's; the records say why.
+        if not exit_status(read_records(sweep_dir)):
+            if job.composed:
+                raise
+            raise ConfigError(explain(error, command, overrides)) from error
+    finally:
+        sys.argv = started_with
+        records = read_records(sweep_dir)
+        if records:
+            show(records)
+            remove_if_empty(sweep_dir)
+    if job.failure is not None:
+        raise job.failure
+    status = exit_status(records)
+    if status:
+        print(f"dppo: {failures(records)}", file=sys.stderr)
+    return status
+
+
+def _sweep_dir(overrides: Sequence[str]) -> Path:
+    """The folder of a sweep's jobs, should this be one: `run_dir`, or sweeps/<date>_<time>."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from dppo_cli.training.run_folder import default_run_dir
+
+    for word in overrides:
+        if word.startswith("run_dir="):
+            try:
+                override = OverridesParser.create().parse_override(word)
+            except HydraException:
+                continue  # Hydra will say what is wrong with it.
+            if override.is_sweep_override():
+                raise ConfigError(f"{word}: run_dir is the folder of all jobs of a sweep; name one")
+            if override.value() is not None:
+                return Path(str(override.value()))
+    return default_run_dir("sweeps")
+
+
+def _quoted(text: str) -> str:
+    """As a value on Hydra's command line."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

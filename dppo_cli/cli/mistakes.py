@@ -1,0 +1,91 @@
+"""One-line error messages for mistakes in a command line, with the nearest valid word.
+
+Imports no torch, and Hydra only inside functions, so that an answer is fast.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dppo_cli.config.checks import did_you_mean
+from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
+from dppo_cli.errors import ConfigError
+
+
+def check_words(command: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that no choice of any group has, or for a choice that its group does not have.
+
+    This runs before Hydra, because importing Hydra and composing the config take time. Only plain `key=word` is
+    checked; Hydra handles all other syntax.
+    """
+    plain = [m.groups() for word in overrides if (m := re.match(r"([A-Za-z_][\w.]*)=(.*)", word))]
+    words = [w for w in plain if w[0] != "recipe" and not w[0].startswith("hydra.") and not w[0].endswith("._target_")]
+    known, choosable = (known_keys(command), groups_of(command)) if words else ([], [])
+    for key, value in words:
+        if key not in known:
+            raise ConfigError(_no_such_key(key, known))
+        for choice in value.split(",") if key in choosable else []:
+            if re.fullmatch(r"[A-Za-z_]\w*", choice) and choice != "null" and choice not in groups()[key]:
+                raise ConfigError(_no_such_choice(key, choice))
+
+
+def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
+    """Hydra's error message in one line, with the nearest valid word."""
+    from hydra.errors import OverrideParseException
+
+    message = str(error)
+    first = message.strip().splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return _no_such_key(match.group(1), _composed_keys(command, overrides))
+    if match := re.search(r"Could not find '(hydra/[^']+)/([^'/]+)'", message):
+        group, choice = match.groups()
+        return f"{group}={choice} is not installed; for joblib, submitit_local and optuna: pip install 'dppo[sweeps]'"
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message):
+        return _no_such_choice(*match.groups())
+    if "override must be a string" in message:
+        words = [word.split("=", 1) for word in overrides if word.partition("=")[0] in groups()]
+        for group, choice in words:
+            if choice not in groups()[group]:
+                return _no_such_choice(group, choice)
+    if "ambiguous value" in message.lower():
+        return f"{first.split(': ', 1)[-1]}; to run every value, add -m"
+    return first
+
+
+def _composed_keys(command: str, overrides: Sequence[str]) -> list[str]:
+    """The keys of the config, given the choices on the command line."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.initialize import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    choices = [word for word in overrides if word.partition("=")[0] in groups() and "," not in word]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            composed: Any = OmegaConf.to_container(compose(command, choices), resolve=False)
+        except HydraException:  # The choice exists only in the user's --config-dir.
+            return known_keys(command)
+    return dotted_keys(composed)
+
+
+def _no_such_choice(group: str, choice: str) -> str:
+    return f"there is no {group}={choice}{did_you_mean(choice, groups().get(group, []))}"
+
+
+def _no_such_key(key: str, keys: Sequence[str]) -> str:
+    """`keys`: all valid keys."""
+    if key in keys:
+        below = [k for k in keys if k.startswith(f"{key}.")]
+        return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    parent = key.rpartition(".")[0]
+    siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
+    if not siblings:
+        parent, siblings = "", sorted({k.split(".")[0] for k in keys})
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"there is no key {key}{hint} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"

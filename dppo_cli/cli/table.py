@@ -1,0 +1,22 @@
+"""The commands, a row each. Imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """`dppo <name>` composes conf/<name>.yaml, builds `schema` from it and calls `run_<name>` of `module`."""
+
+    help: str
+    module: str  # in dppo_cli.commands
+    schema: str  # in dppo_cli.commands.schemas
+    job_key: str | None  # the key that takes a job's own folder under -m
+
+
+COMMANDS = {
+    "train": Command(
+        "train a LoRA or QLoRA adapter with DPPO, evaluated before and after", "train", "TrainConfig", "run_dir"
+    ),
+    "eval": Command("measure a finished run or a plain model on held-out problems", "evaluate", "EvalConfig", "out"),
+    "export": Command("take the adapter, or the merged model, somewhere else", "export", "ExportConfig", None),
+}

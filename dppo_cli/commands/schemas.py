@@ -1,0 +1,147 @@
+"""What each command needs, as frozen dataclasses that check what their sections cannot check alone."""
+
+from dataclasses import dataclass, replace
+
+from dppo_cli.algorithm.advantage import Advantage
+from dppo_cli.algorithm.aggregation import Aggregation
+from dppo_cli.algorithm.approx import Approximation
+from dppo_cli.algorithm.divergence import Divergence
+from dppo_cli.algorithm.loss import Loss
+from dppo_cli.algorithm.objective import Objective
+from dppo_cli.config.checks import check_choice, check_rules
+from dppo_cli.config.sections import (
+    AdamW,
+    BatchPlan,
+    EvalPrompting,
+    EvalSampling,
+    Evaluation,
+    Hardware,
+    LoRA,
+    Model,
+    PlainModel,
+    Prompting,
+    Sampling,
+)
+from dppo_cli.data.task import DataSource
+from dppo_cli.errors import ConfigError
+from dppo_cli.reward.scorer import RewardSource
+from dppo_cli.rollout.engine import RolloutSource
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `dppo train` needs."""
+
+    model: Model
+    adapter: LoRA
+    data: DataSource
+    reward: RewardSource
+    divergence: Divergence
+    approx: Approximation
+    objective: Objective
+    advantage: Advantage
+    aggregation: Aggregation
+    rollout: RolloutSource
+    hardware: Hardware
+    optim: AdamW
+    batch: BatchPlan
+    sampling: Sampling
+    prompt: Prompting
+    eval: Evaluation
+    run_dir: str | None
+    seed: int
+    steps: int
+    anchor: str
+    kl_to_reference: float
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        check_choice("anchor", self.anchor, ("rollout", "recompute"))
+        if self.steps < 1:
+            raise ConfigError(f"steps={self.steps} must be at least 1; to measure a model without training: dppo eval")
+        rules = {"kl_to_reference >= 0": self.kl_to_reference >= 0, "checkpoint_every >= 0": self.checkpoint_every >= 0}
+        check_rules("", self, rules)
+        if self.batch.samples_per_prompt < self.advantage.min_samples:
+            raise ConfigError(
+                f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
+                f"this advantage needs at least {self.advantage.min_samples} samples per prompt"
+            )
+        if self.sampling.temperature == 0:
+            raise ConfigError("sampling.temperature=0 is greedy: there is nothing to learn from equal samples")
+        if self.sampling.truncates:
+            raise ConfigError(
+                "truncated sampling (sampling.top_p, top_k, min_p) makes the rollout policy another distribution than "
+                "the one in training, and runs collapse; train with top_p=1 top_k=0 min_p=0"
+            )
+        self.rollout.check(self.approx.num_logprobs, self.adapter)
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(self.approx, self.divergence, self.objective, self.kl_to_reference)
+
+    @property
+    def eval_sampling(self) -> Sampling:
+        """Untruncated sampling at the evaluation's temperature."""
+        return replace(self.sampling, temperature=self.eval.temperature)
+
+    @property
+    def checkpoints(self) -> int:
+        """How many adapters are saved before the last."""
+        return self.steps // self.checkpoint_every if self.checkpoint_every else 0
+
+    def unusual(self) -> list[str]:
+        """What is allowed but unusual, in words."""
+        found = []
+        usual = getattr(self.divergence, "usual_delta", None)
+        for key in ("delta_low", "delta_high"):
+            delta = getattr(self.divergence, key)
+            if usual and not usual[0] <= delta <= usual[1]:
+                found.append(
+                    f"divergence.{key}={delta} lies outside {usual[0]:g} to {usual[1]:g}, where this divergence worked "
+                    "in the paper; thresholds of TV and KL are on different scales"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything `dppo eval` needs. What is None comes from the run."""
+
+    run: str | None
+    model: PlainModel
+    data: DataSource | None
+    reward: RewardSource | None
+    rollout: RolloutSource
+    hardware: Hardware
+    prompt: EvalPrompting
+    sampling: EvalSampling
+    samples_per_prompt: int
+    pass_k: list[int]
+    success_reward: float | None
+    seed: int
+    out: str | None
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.model.path is None):
+            raise ConfigError(
+                "name what to evaluate: a run (run=runs/last) or a plain model (model.path=...), one of them"
+            )
+        if self.run is None and self.data is None:
+            raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")
+        for k in self.pass_k:
+            if not 1 <= k <= self.samples_per_prompt:
+                raise ConfigError(f"pass_k={k} needs between 1 and samples_per_prompt={self.samples_per_prompt}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Everything `dppo export` needs."""
+
+    run: str
+    format: str
+    out: str | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.format, ("adapter", "merged"))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))

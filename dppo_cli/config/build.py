@@ -1,0 +1,187 @@
+"""From composed YAML to frozen, checked dataclasses. Imports no torch by itself.
+
+After `build()` the program sees dataclasses, never OmegaConf. The type hints of a class say what its
+keys may hold. A mapping with `_target_`, at any depth and in lists, becomes that class; a mapping for a field that is
+hinted as a dataclass becomes that dataclass. OmegaConf checks the types of values, each class's `__post_init__` ranges
+and combinations. YAML is the only home of defaults.
+"""
+
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dppo_cli.config.checks import did_you_mean
+from dppo_cli.errors import ConfigError
+
+T = TypeVar("T")
+
+FILE = "file"
+FilePath = Annotated[str, FILE]
+"""The hint of an option that names a file or folder: `path` or `path:function`. Becomes absolute if it exists, because
+a run folder is read from anywhere."""
+
+MISSING = "???"
+
+
+def build(schema: type[T], node: DictConfig) -> T:
+    """The frozen object of class `schema` that `node` describes; options hinted as `FilePath` become absolute in both.
+
+    Raises ConfigError for unknown keys, wrong types, unset mandatory values, values out of range, combinations that
+    cannot work, and a `_target_` that is not a dataclass or lacks what its field needs. The text names the key as the
+    user typed it.
+    """
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(plain, dict)
+    if "_target_" in plain:
+        raise ConfigError("there is no key _target_")
+    builder = _Builder()
+    built: T = builder.dataclass(schema, plain, "")
+    for key, value in builder.files.items():
+        OmegaConf.update(node, key, value)
+    return built
+
+
+class _Builder:
+    """`files`: what was made absolute, by its dotted key."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+
+    def dataclass(self, cls: type, node: Any, where: str) -> Any:
+        known = {f.name: f for f in fields(cls) if f.init}
+        for key in node:
+            if key not in known and key != "_target_":
+                raise ConfigError(f"there is no key {_join(where, key)}{did_you_mean(str(key), known)}")
+        hints = typing.get_type_hints(cls, include_extras=True)
+        values = {}
+        for name in known:
+            key = _join(where, name)
+            if node.get(name, MISSING) == MISSING:
+                raise ConfigError(f"{key} is not set; add {key}=...")
+            values[name] = self.value(hints[name], node[name], key)
+        return cls(**values)
+
+    def value(self, hint: Any, node: Any, where: str) -> Any:
+        """What a field with this hint holds."""
+        optional = _is_union(hint) and type(None) in typing.get_args(hint)
+        if node is None and optional:
+            return None
+        if optional:
+            kinds = tuple(h for h in typing.get_args(hint) if h is not type(None))
+            inner = kinds[0] if len(kinds) == 1 else Union[kinds]  # noqa: UP007
+            return self.value(inner, node, where) if _holds_objects(inner, node) else self.leaf(hint, node, where)
+        if _holds_objects(hint, node):
+            return self.objects(hint, node, where)
+        return self.leaf(hint, node, where)
+
+    def objects(self, hint: Any, node: Any, where: str) -> Any:
+        """A value that is an object, or a list or mapping with objects in it."""
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if isinstance(node, list):
+            if origin is not list and hint is not Any and hint is not list:
+                raise ConfigError(f"{where} cannot be a list; see `dppo --help`")
+            inner = arguments[0] if arguments else Any
+            return [self.value(inner, child, f"{where}[{i}]") for i, child in enumerate(node)]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{where}={node} is an invalid value; see `dppo --help`")
+        if "_target_" in node:
+            if hint is not Any and not (isinstance(hint, type) and _is_object(hint)):
+                raise ConfigError(f"{where} cannot be an object (_target_); see `dppo --help`")
+            return self.dataclass(_located(where, node["_target_"], hint), node, where)
+        if is_dataclass(hint):
+            return self.dataclass(typing.cast(type, hint), node, where)
+        if origin in (dict, Mapping) or hint in (Any, dict):
+            inner = arguments[1] if arguments else Any
+            return {name: self.value(inner, child, _join(where, name)) for name, child in node.items()}
+        raise ConfigError(f"{where} cannot hold keys; see `dppo --help`")
+
+    def leaf(self, hint: Any, node: Any, where: str) -> Any:
+        """Numbers, text, and lists and mappings of them, converted and checked by OmegaConf."""
+        is_file = FILE in getattr(hint, "__metadata__", ())
+        is_file = is_file or any(FILE in getattr(h, "__metadata__", ()) for h in typing.get_args(hint))
+        leaf = make_dataclass("Leaf", [("value", _without_annotations(hint))])
+        try:
+            value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(leaf), {"value": node})).value  # type: ignore[union-attr]
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+        if is_file and isinstance(value, str):
+            value = self.files[where] = _absolute(value)
+        elif is_file and isinstance(value, list):
+            value = [_absolute(v) if isinstance(v, str) else v for v in value]
+            self.files.update({f"{where}[{i}]": v for i, v in enumerate(value)})
+        return value
+
+
+def _located(where: str, target: Any, hint: Any) -> type:
+    """The class that `_target_` names, if it has what `hint` asks for."""
+    module_name, _, class_name = str(target).rpartition(".")
+    try:
+        cls: Any = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # whatever the user's own module raises
+        raise ConfigError(f"{where}._target_={target} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ConfigError(f"{where}._target_={target} is not a dataclass")
+    if hint is not Any and isinstance(hint, type):
+        known = {*dir(cls), *(f.name for f in fields(cls))}
+        lacking = [name for name in _members(hint) if name not in known]
+        if lacking or (is_dataclass(hint) and not issubclass(cls, hint)):
+            why = f": it lacks {', '.join(lacking)}" if lacking else ""
+            raise ConfigError(f"{where}._target_={target} cannot be used as {hint.__name__}{why}")
+    return cls
+
+
+def _members(hint: type) -> list[str]:
+    """What a Protocol asks of a class."""
+    if not getattr(hint, "_is_protocol", False):
+        return []
+    return [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
+
+
+def _holds_objects(hint: Any, node: Any) -> bool:
+    """Whether a value is more than OmegaConf's types, by its hint or by what was given."""
+    if isinstance(node, dict):
+        return "_target_" in node or any(_holds_objects(None, child) for child in node.values()) or _is_object(hint)
+    if isinstance(node, list):
+        return any(_holds_objects(None, child) for child in node) or _is_object(hint)
+    return _is_object(hint)
+
+
+def _is_object(hint: Any) -> bool:
+    if isinstance(hint, type) and (is_dataclass(hint) or getattr(hint, "_is_protocol", False)):
+        return True
+    return any(_is_object(argument) for argument in typing.get_args(hint))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Union, types.UnionType)
+
+
+def _without_annotations(hint: Any) -> Any:
+    """`FilePath` as the `str` that it is, inside a union, too."""
+    if hasattr(hint, "__metadata__"):
+        return hint.__origin__
+    if _is_union(hint):
+        return Union[tuple(_without_annotations(h) for h in typing.get_args(hint))]  # noqa: UP007
+    return hint
+
+
+def _absolute(value: str) -> str:
+    file, colon, function = value.rpartition(":")
+    for path, rest in ((value, ""), (file, colon + function)):
+        if path and Path(path).exists():
+            return f"{Path(path).resolve()}{rest}"
+    return value
+
+
+def _join(where: str, name: Any) -> str:
+    return f"{where}.{name}" if where else str(name)

@@ -1,0 +1,177 @@
+"""The sections of a config that are the same in every run, as frozen dataclasses that check their ranges.
+
+Their defaults, units and effects are in conf/. Imports no torch.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dppo_cli.config.build import FilePath
+from dppo_cli.config.checks import check_choice, check_rules
+from dppo_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Model:
+    path: FilePath
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class LoRA:
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: Any  # "all-linear" or a list of names
+    quantization: str | None
+
+    def __post_init__(self) -> None:
+        rules = {"r >= 1": self.r >= 1, "alpha > 0": self.alpha > 0, "0 <= dropout < 1": 0 <= self.dropout < 1}
+        check_rules("adapter", self, rules)
+        check_choice("adapter.quantization", self.quantization, (None, "nf4"))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: str
+    dtype: str
+    tokens_per_micro_batch: int
+    head_chunk: int
+    gradient_checkpointing: bool
+
+    def __post_init__(self) -> None:
+        check_choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("hardware.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        rules = {
+            "tokens_per_micro_batch >= 1": self.tokens_per_micro_batch >= 1,
+            "head_chunk >= 1": self.head_chunk >= 1,
+        }
+        check_rules("hardware", self, rules)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float | None
+    warmup_updates: int
+    schedule: str
+
+    def __post_init__(self) -> None:
+        rules = {
+            "lr > 0": self.lr > 0,
+            "betas = [b1, b2] with 0 <= b < 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "eps > 0": self.eps > 0,
+            "weight_decay >= 0": self.weight_decay >= 0,
+            "max_grad_norm > 0 or null": self.max_grad_norm is None or self.max_grad_norm > 0,
+            "warmup_updates >= 0": self.warmup_updates >= 0,
+        }
+        check_rules("optim", self, rules)
+        check_choice("optim.schedule", self.schedule, ("constant", "cosine"))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    prompts_per_step: int
+    samples_per_prompt: int
+    prompts_per_update: int
+    epochs: int
+
+    def __post_init__(self) -> None:
+        check_rules("batch", self, {f"{f.name} >= 1": getattr(self, f.name) >= 1 for f in fields(self)})
+        if self.prompts_per_step % self.prompts_per_update:
+            raise ConfigError(
+                f"batch.prompts_per_update={self.prompts_per_update} does not divide "
+                f"batch.prompts_per_step={self.prompts_per_step}"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * self.prompts_per_step // self.prompts_per_update
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature >= 0": self.temperature >= 0,
+            "0 < top_p <= 1": 0 < self.top_p <= 1,
+            "top_k >= 0": self.top_k >= 0,
+            "0 <= min_p < 1": 0 <= self.min_p < 1,
+            "max_new_tokens >= 1": self.max_new_tokens >= 1,
+        }
+        check_rules("sampling", self, rules)
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class Prompting:
+    template: str
+    system: str | None
+
+    def __post_init__(self) -> None:
+        check_choice("prompt.template", self.template, ("plain", "chat"))
+        if self.system is not None and self.template == "plain":
+            raise ConfigError("prompt.system is set, but prompt.template=plain cannot show it; use template=chat")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int
+    samples_per_prompt: int
+    temperature: float
+    success_reward: float
+
+    def __post_init__(self) -> None:
+        rules = {
+            "every >= 0": self.every >= 0,
+            "samples_per_prompt >= 1": self.samples_per_prompt >= 1,
+            "temperature >= 0": self.temperature >= 0,
+        }
+        check_rules("eval", self, rules)
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    path: FilePath | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class EvalSampling:
+    temperature: float | None
+    top_p: float
+    top_k: int
+    min_p: float
+    max_new_tokens: int | None
+
+    def over(self, base: Sampling) -> Sampling:
+        """The sampling of an evaluation; `base` serves where nothing was set."""
+        temperature = base.temperature if self.temperature is None else self.temperature
+        return Sampling(temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens or base.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class EvalPrompting:
+    template: str | None
+    system: str | None
+
+    def over(self, trained: Prompting | None) -> Prompting:
+        """The prompting of an evaluation; that of the run, or plain, serves where nothing was set."""
+        base = trained or Prompting("plain", None)
+        if self.template is None:
+            return Prompting(base.template, self.system or base.system)
+        return Prompting(self.template, self.system)

@@ -1,0 +1,244 @@
+"""The update: from groups to a step of the optimizer.
+
+A mini-batch is cut into micro-batches by a token budget. The sum of token losses is divided by one number known before
+the first of them runs, so the gradient is the same however it is cut.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dppo_cli.algorithm.aggregation import Aggregation
+from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.algorithm.loss import Loss, Visitor
+from dppo_cli.config.sections import AdamW, Hardware
+from dppo_cli.errors import NumericalError
+from dppo_cli.kernels.top_k import top_k
+from dppo_cli.policy.forward import Forward, choose_forward, split_by_tokens
+from dppo_cli.policy.head import token_log_probs
+from dppo_cli.policy.policy import Policy
+from dppo_cli.types import Batch, Group, PolicyReport, Sample, TokenStats
+from dppo_cli.world import World
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step. `stats`: what was seen of its tokens. `num_positions`: tokens and padding that ran."""
+
+    stats: list[TokenStats]
+    gradient_norm: float
+    lr: float
+    sequences: int
+    skipped_sequences: int
+    num_positions: int
+    num_padding: int
+
+
+class Learner:
+    """Owns the optimizer. `anchored()` before the updates of a step, `update()` for each mini-batch."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        loss: Loss,
+        aggregation: Aggregation,
+        optim: AdamW,
+        hardware: Hardware,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        total_updates: int,
+        forward: type[Forward] | None = None,
+        world: World | None = None,
+    ) -> None:
+        """`temperature`, `max_new_tokens`: of the rollouts. `total_updates`: of the whole run, for the schedule."""
+        self.policy, self.loss, self.aggregation, self.optim, self.hardware = policy, loss, aggregation, optim, hardware
+        self.head = policy.head.at(temperature)
+        self.max_new_tokens = max_new_tokens
+        self.forward = forward or choose_forward(policy)
+        self.world = world or World()
+        b1, b2 = optim.betas
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters, lr=optim.lr, betas=(b1, b2), eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        # Allocated once: during the first backward pass they would fragment the memory that it frees. After a batch of
+        # which every sample was skipped they are zero, not None.
+        for parameter in policy.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda update: lr_factor(update, total_updates, optim)
+        )
+
+    def anchored(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the trainer's own report of the policy as it is now as their anchors (anchor=recompute)."""
+        prompts, samples = _samples(groups)
+        found: dict[int, PolicyReport] = {}
+        with torch.no_grad():
+            forward = self._open(prompts, samples)
+        for batch, indices in self._micro_batches(prompts, samples):
+            report = self._report(batch, forward)
+            for b, index in enumerate(indices):
+                found[index] = report[batch.row_N == b].to(torch.device("cpu"))
+        anchors = iter([found[i] for i in range(len(samples))])
+        return [replace(group, anchors=[next(anchors) for _ in group.completions]) for group in groups]
+
+    def update(self, groups: Sequence[Group]) -> UpdateResult:
+        """One optimizer step on `groups`. Raises NumericalError, with no weight changed, if a gradient is not finite.
+
+        Samples with A = 0 get no forward pass where nothing but the advantage gives a gradient: it would be zero.
+        """
+        prompts, samples = _samples(groups)
+        divisor = self._divisor(samples)
+        # Samples without advantage run last and separately, so that skipping them does not change the other sums.
+        useful = [s for s in samples if s.advantage != 0]
+        idle = [s for s in samples if s.advantage == 0]
+        stats, positions, tokens = [], 0, 0
+        for part in (useful, idle) if self.loss.needs_all_tokens else (useful,):
+            if not part:
+                continue
+            forward, reference = self._open(prompts, part), self._open_reference(prompts, part)
+            for batch, _ in self._micro_batches(prompts, part):
+                logp_ref_N = None if reference is None else self._reference_log_probs(batch, reference)
+                loss_N, seen = self.loss(batch, partial(self._log_probs, batch, forward), logp_ref_N)
+                (loss_N.sum() / divisor).backward()
+                stats.append(seen)
+            forward.backward()
+            positions += forward.num_positions
+            tokens += forward.num_tokens
+        lr = float(self.schedule.get_last_lr()[0])
+        return UpdateResult(
+            stats=stats,
+            gradient_norm=self._step(),
+            lr=lr,
+            sequences=len(samples),
+            skipped_sequences=0 if self.loss.needs_all_tokens else len(idle),
+            num_positions=positions,
+            num_padding=positions - tokens,
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resume needs: the adapter and the optimizer's moments as tensors, the schedule's position as JSON."""
+        tensors = {f"adapter.{name}": p.detach() for name, p in self._named_parameters()}
+        moments = self.optimizer.state_dict()["state"]
+        for index, (name, _) in enumerate(self._named_parameters()):
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.get(index, {}).items()}
+        return tensors, {"updates": self.schedule.last_epoch}
+
+    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Go on from what `state()` gave."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        index_of = {name: index for index, (name, _) in enumerate(self._named_parameters())}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, kind, name = key.split(".", 2)
+                moments.setdefault(index_of[name], {})[kind] = value.clone()
+        for name, parameter in self._named_parameters():
+            parameter.data.copy_(tensors[f"adapter.{name}"])
+        self.schedule.last_epoch = plain["updates"]
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group in groups:
+            group["lr"] = self.optim.lr * self.schedule.lr_lambdas[0](plain["updates"])
+        self.schedule._last_lr = [group["lr"] for group in groups]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+
+    def _divisor(self, samples: Sequence[Sample]) -> float:
+        """Of the sum of token losses, over all processes."""
+        counts = (sum(s.completion.mu.logp_N.shape[0] for s in samples), len(samples))
+        num_tokens, sequences = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
+        return self.aggregation.divisor(num_tokens, sequences, self.max_new_tokens)
+
+    def _log_probs(self, batch: Batch, forward: Forward, visit: Visitor | None) -> tuple[Tensor, Tensor]:
+        hidden_NH = forward.predicting_states(batch)
+        return token_log_probs(self.head, hidden_NH, batch.token_N, self.hardware.head_chunk, visit)
+
+    def _reference_log_probs(self, batch: Batch, reference: Forward) -> Tensor:
+        with torch.no_grad(), self.policy.without_adapter():
+            return self._log_probs(batch, reference, None)[0]
+
+    @torch.no_grad()
+    def _report(self, batch: Batch, forward: Forward) -> PolicyReport:
+        """What the policy reports of a batch now, in the form that the approximation needs."""
+        k = self.loss.approx.num_logprobs
+        if k == WHOLE_VOCABULARY:
+            hidden_NH = forward.predicting_states(batch)
+            logp_N, _ = token_log_probs(self.head, hidden_NH, batch.token_N, self.hardware.head_chunk)
+            return PolicyReport(logp_N, hidden_NH=hidden_NH, head=self.head)
+        ids: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def keep_top(_: slice, log_pi_CV: Tensor) -> None:
+            values_CK, ids_CK = top_k(log_pi_CV, k)
+            ids.append(ids_CK)
+            values.append(values_CK)
+
+        logp_N, _ = self._log_probs(batch, forward, keep_top if k else None)
+        return PolicyReport(logp_N, torch.cat(ids), torch.cat(values)) if k else PolicyReport(logp_N)
+
+    def _step(self) -> float:
+        for parameter in self.policy.parameters:
+            parameter.grad = None if parameter.grad is None else self.world.sum(parameter.grad)
+        limit = self.optim.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, math.inf if limit is None else limit))
+        if not math.isfinite(norm):
+            raise NumericalError(
+                f"the gradient is {norm}; nothing was updated. Try a lower optim.lr or objective.ratio_cap"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        return norm
+
+    def _open(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward:
+        """The prompts of `samples`, each once."""
+        numbers = dict.fromkeys(s.prompt for s in samples)
+        return self.forward(self.policy, {n: prompts[n] for n in numbers}, self.hardware.tokens_per_micro_batch)
+
+    def _open_reference(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward | None:
+        """The same as the base sees them, for KL(pi || ref)."""
+        if self.loss.kl_weight == 0:
+            return None
+        with torch.no_grad(), self.policy.without_adapter():
+            return self._open(prompts, samples)
+
+    def _micro_batches(
+        self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]
+    ) -> Iterator[tuple[Batch, list[int]]]:
+        """Batches, and which of `samples` are in each."""
+        costs = [self.forward.cost(len(prompts[s.prompt]), len(s.completion.token_ids_T)) for s in samples]
+        lengths, contexts = [run for run, _ in costs], [seen for _, seen in costs]
+        for part in split_by_tokens(lengths, contexts, self.hardware.tokens_per_micro_batch):
+            yield Batch.pack([samples[i] for i in part], prompts, self.policy.pad_id, self.policy.device), part
+
+
+def lr_factor(update: int, total_updates: int, optim: AdamW) -> float:
+    """What the learning rate is multiplied by at update 0, 1, ...: linear warm-up, then constant or cosine to 0."""
+    if update < optim.warmup_updates:
+        return (update + 1) / optim.warmup_updates
+    if optim.schedule == "constant":
+        return 1.0
+    progress = (update - optim.warmup_updates) / max(1, total_updates - optim.warmup_updates)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _samples(groups: Sequence[Group]) -> tuple[list[tuple[int, ...]], list[Sample]]:
+    """Token ids of the groups' prompts by number, and every completion with its prompt's number."""
+    prompts = [group.prompt.token_ids for group in groups]
+    samples = [
+        Sample(number, completion, advantage, anchor)
+        for number, group in enumerate(groups)
+        for completion, advantage, anchor in zip(
+            group.completions,
+            group.advantages,
+            [c.mu for c in group.completions] if group.anchors is None else group.anchors,
+            strict=True,
+        )
+    ]
+    return prompts, samples

@@ -1,0 +1,140 @@
+"""A line of metrics.jsonl: what was sampled, what the updates did, how long each phase took.
+
+Mask fractions are over tokens with A != 0, split by the sign of A. Shapes: N tokens.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dppo_cli.training.learner import UpdateResult
+from dppo_cli.types import Group, Status, TokenStats
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+class PhaseTimer:
+    """Seconds per named phase of a step."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds_and_rates(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Seconds of each phase and of the step so far; sampled tokens per second of rollout, and of the whole step."""
+        total = time.perf_counter() - self.started
+        tokens = sum(len(c.token_ids_T) for group in groups for c in group.completions)
+        rates = {"rollout_tokens_per_second": tokens / self.seconds["rollout"], "tokens_per_second": tokens / total}
+        return {**self.seconds, "total": total, **rates}
+
+
+def rollout_metrics(groups: Sequence[Group], success_reward: float) -> dict[str, Any]:
+    """Rewards and lengths of a step's samples. `equal_groups`: share of prompts whose samples all have A = 0."""
+    scores = [score.value for group in groups for score in group.scores]
+    judged = [value for value in scores if value is not None]
+    completions = [c for group in groups for c in group.completions]
+    prompt_lengths = [len(group.prompt.token_ids) for group in groups for _ in group.completions]
+    lengths = [len(c.token_ids_T) for c in completions]
+    return {
+        "reward": _mean_of(judged),
+        "accuracy": _mean_of([value >= success_reward for value in judged]),
+        "unjudged": 1 - len(judged) / len(scores) if scores else None,
+        "equal_groups": _mean_of([all(a == 0 for a in group.advantages) for group in groups]),
+        "prompt_tokens": _mean_of(prompt_lengths),
+        "response_tokens": _mean_of(lengths),
+        "response_tokens_max": max(lengths, default=0),
+        "finished": _mean_of([c.status is Status.FINISHED for c in completions]),
+    }
+
+
+def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
+    """The trust region's figures and the optimizer's. `padding`: share of positions that ran without a token."""
+    positions = sum(u.num_positions for u in updates)
+    sequences = sum(u.sequences for u in updates)
+    return {
+        **token_metrics([u.stats for u in updates]),
+        "gradient_norm": _mean_of([u.gradient_norm for u in updates]),
+        "lr": updates[-1].lr if updates else None,
+        "skipped": sum(u.skipped_sequences for u in updates) / sequences if sequences else 0.0,
+        "padding": sum(u.num_padding for u in updates) / positions if positions else 0.0,
+    }
+
+
+def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
+    """The trust region's figures of one step, from the token statistics of each of its updates.
+
+    `mismatch_*` is |pi - mu| at the first update, where pi has not moved yet: what the rollout engine and the trainer
+    disagree on. `shift_*` is |pi - mu| over all updates. Empty updates (every sample skipped) count for nothing; a step
+    without any token gives None throughout.
+    """
+    parts = [part for update in updates for part in update]
+    names = [
+        "mismatch_mean",
+        "shift_mean",
+        "shift_max",
+        "masked_positive",
+        "masked_negative",
+        "entropy",
+        "reference_kl",
+    ]
+    names += [f"{kind}_p{round(100 * q)}" for kind in ("divergence", "ratio") for q in QUANTILES] + ["ratio_p1"]
+    if not parts:
+        return dict.fromkeys(names)
+    seen = TokenStats.cat(parts)
+    shift_N = (seen.pi_N - seen.mu_N).abs()
+    ratio_N = seen.log_ratio_N.exp()
+    first = next(update for update in updates if update)
+    start = TokenStats.cat(first) if first is updates[0] else None
+    found: dict[str, Any] = {
+        "mismatch_mean": _mean((start.pi_N - start.mu_N).abs()) if start else None,
+        "shift_mean": _mean(shift_N),
+        "shift_max": float(shift_N.max()),
+        "masked_positive": _mean((~seen.keep_N[seen.advantage_N > 0]).float()),
+        "masked_negative": _mean((~seen.keep_N[seen.advantage_N < 0]).float()),
+        "entropy": _mean(seen.entropy_N),
+        "reference_kl": _mean(seen.reference_kl_N),
+    }
+    for q in QUANTILES:
+        found[f"divergence_p{round(100 * q)}"] = _quantile(seen.divergence_N, q)
+        found[f"ratio_p{round(100 * q)}"] = _quantile(ratio_N, q)
+    found["ratio_p1"] = _quantile(ratio_N, 0.01)
+    return found
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, GiB: of the GPU where there is one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":
+        # Not getrusage, whose maximum begins with that of the process that started this one.
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _mean_of(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _mean(value_N: Tensor) -> float | None:
+    return float(value_N.mean()) if value_N.numel() else None
+
+
+def _quantile(value_N: Tensor, q: float) -> float:
+    # Nearest rank by kthvalue, because torch.quantile refuses more than 16 million values.
+    return float(value_N.kthvalue(max(1, math.ceil(q * value_N.numel()))).values)

@@ -1,0 +1,79 @@
+"""Words that are not a command, option, group, choice or key: one line, with the nearest right word."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dppo_cli.cli.main import main
+from dppo_cli.config.conf_tree import config_dir
+
+pytestmark = pytest.mark.usefixtures("work")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trian"], ["no command 'trian'", "did you mean 'train'?", "Choices: eval, export, train"]),
+        (["train", "--steps", "5"], ["no option '--steps'", "key=value"]),
+        (["train", "--cfg", "jobb"], ["--cfg job"]),
+        (["train", "steps", "5"], ["cannot read 'steps'", "key=value"]),
+        (["train", "divergence=tv,"], ["cannot read 'divergence=tv,'"]),
+        (["train", "divergance=tv"], ["no key divergance", "did you mean divergence?", "advantage, aggregation"]),
+        (["train", "approx=topkk"], ["no approx=topkk", "did you mean 'topk'?", "Choices: binary, full, topk"]),
+        (["train", "approx=null"], ["no approx=null", "Choices: binary, full, topk"]),
+        (["train", "seeed=1"], ["no key seeed", "did you mean seed?", "steps"]),
+        (
+            ["train", "divergence.delta_hi=1"],
+            ["no key divergence.delta_hi", "did you mean divergence.delta_high?", "delta_high, delta_low"],
+        ),
+        (["train", "approx.k=5"], ["no key approx.k"]),
+        (["train", "data=file", "data.train_problems=9"], ["no key data.train_problems", "Choices in data: answer_c"]),
+        (["train", "+unknown.key=1"], ["no key unknown", "Choices: adapter"]),
+        (["train", "+divergence.detla=1"], ["no key divergence.detla", "did you mean 'delta_low'?"]),
+        (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
+        (["train", "recipe=nowhere"], ["no recipe 'nowhere'"]),
+        (["train", "~divergence"], ["divergence is not set"]),
+        (["eval", "divergence=tv"], ["no key divergence", "Choices: data, hardware, model"]),
+        (["eval", "model=smollm2_135m"], ["model cannot be set as a whole", "model.path"]),
+        (["export", "fromat=merged"], ["no key fromat", "did you mean format?"]),
+        (["export", "format=merge"], ["format=merge is an invalid value", "did you mean 'merged'?", "adapter, merged"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].isalpha() else None,
+)
+def test_misspelt_words(words: list[str], parts: list[str], refused: Callable[..., str]) -> None:
+    line = refused(*words)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["divergence=kl", "sampling.temprature=1"], "no key sampling.temprature; did you mean sampling.temperature?"),
+        (["divergence=kll"], "no divergence=kll; did you mean 'kl'?"),
+        (["-m", "approx=full,topkk", "steps=1"], "no approx=topkk; did you mean 'topk'?"),
+    ],
+)
+def test_a_word_that_no_file_has_is_answered_without_hydra(words: list[str], says: str, work: Path) -> None:
+    """Hydra would compose first; and torch is far away."""
+    code = (
+        "import sys; from dppo_cli.cli.main import main\n"
+        f"assert main(['train', *{words}]) == 2\n"
+        "assert not {'hydra', 'omegaconf', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stderr
+
+
+def test_a_choice_in_a_folder_of_the_users_own_is_found(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "own/divergence").mkdir(parents=True)
+    shutil.copy(config_dir() / "divergence/tv.yaml", work / "own/divergence/mine.yaml")
+    assert main(["train", "--config-dir", "own", "divergence=mine", "--cfg", "job"]) == 0
+    assert "dppo_cli.algorithm.divergence.TotalVariation" in capsys.readouterr().out
+    assert main(["train", "--config-dir", "own", "divergence=mien", "--cfg", "job"]) == 2
+    assert "no divergence=mien" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""`dppo export`: what it writes is the trained policy, and can be read without this package."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import make
+import pytest
+import torch
+from helpers import train, write_rewards
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dppo_cli.cli.main import main
+from dppo_cli.commands.export import PLAIN_CPU
+from dppo_cli.commands.trained import read_run_config
+from dppo_cli.policy.loading import load_policy
+
+IDS = [[3, 4, 13, 5, 6, 15], [9, 14, 10, 15, 3, 3]]
+
+WITHOUT_DPPO = f"""\
+import sys
+sys.modules["dppo_cli"] = None  # Importing it fails from here on.
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter, merged, out = sys.argv[1:]
+ids = torch.tensor({IDS})
+found = {{}}
+for name in ("adapter", "merged"):
+    model = AutoModelForCausalLM.from_pretrained(merged if name == "merged" else base, dtype=torch.float32)
+    if name == "adapter":
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found[name] = model(input_ids=ids).logits
+torch.save(found, out)
+assert AutoTokenizer.from_pretrained(merged)("1+1=")["input_ids"] == [4, 13, 4, 15]
+"""
+"""Opens both exports with plain PEFT and plain transformers, and writes their logits."""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose policy differs clearly from its base. Shared: read, never written."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_rewards(folder)
+        assert train(tiny_models["llama3"], "steps=4", "optim.lr=0.02", "run_dir=run") == 0
+    return folder / "run"
+
+
+@torch.no_grad()
+def policy_logits(run: Path) -> Tensor:
+    """Of the trained policy, as our own loader reads it."""
+    config = read_run_config(run)
+    policy = load_policy(
+        config.model.path,
+        None,
+        PLAIN_CPU,
+        warn=make.fail,
+        new_adapter=config.adapter,
+        saved_adapter=run / "adapter",
+    )
+    return policy.model(input_ids=torch.tensor(IDS)).logits.float()
+
+
+@torch.no_grad()
+def base_logits(folder: Path) -> Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=torch.tensor(IDS)).logits
+
+
+def reported_difference(output: str) -> float:
+    match = re.search(r"largest logit difference[^│]*│\s*([-+.e\d]+)", output)
+    assert match, output
+    return float(match.group(1))
+
+
+def test_peft_and_transformers_read_the_trained_policy(
+    trained: Path, model: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process that cannot import this package."""
+    assert main(["export", f"run={trained}", "format=adapter", "out=adapter"]) == 0
+    assert reported_difference(capsys.readouterr().out) == 0.0
+    assert main(["export", f"run={trained}", "format=merged", "out=merged"]) == 0
+    assert 0 <= reported_difference(capsys.readouterr().out) < 1e-4
+
+    command = [sys.executable, "-c", WITHOUT_DPPO, str(model), "adapter", "merged", "logits.pt"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, expected = torch.load(work / "logits.pt"), policy_logits(trained)
+    assert torch.allclose(found["adapter"], expected, atol=1e-6)
+    assert torch.allclose(found["merged"], expected, atol=1e-4)
+    # The base model's logits are others, so the comparison means something.
+    assert (base_logits(model) - expected).abs().max() > 0.5
+
+
+def test_the_files_of_an_export(trained: Path, work: Path) -> None:
+    for form in ("adapter", "merged"):
+        assert main(["export", f"run={trained}", f"format={form}", f"out={form}"]) == 0
+    assert {p.suffix for p in work.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja", ".md", ".py"}
+    assert (work / "adapter/adapter_model.safetensors").is_file()
+    assert not list((work / "merged").glob("adapter*"))
+    assert {t.dtype for t in load_file(work / "merged/model.safetensors").values()} == {torch.float32}
+
+
+def test_a_merge_is_base_plus_scaled_product(trained: Path, model: Path, work: Path) -> None:
+    assert main(["export", f"run={trained}", "format=merged", "out=mine"]) == 0
+    base, merged = load_file(model / "model.safetensors"), load_file(work / "mine/model.safetensors")
+    adapter = load_file(trained / "adapter/adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 8 / 4 * b @ a, atol=1e-6)
+    for untouched in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(merged[untouched], base[untouched])
+
+
+def test_a_merge_in_lower_precision_says_what_it_costs(
+    trained: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", f"run={trained}", "format=merged", "dtype=bfloat16", "out=mine"]) == 0
+    said = reported_difference(capsys.readouterr().out)
+    assert 1e-3 < said < 1.0
+    assert {t.dtype for t in load_file(work / "mine/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_merge_after_qlora_starts_from_the_unquantised_base(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["adapter=qlora", "steps=2", "optim.lr=0.01", "run_dir=run"]
+    assert train(model, *words) == 0
+    capsys.readouterr()
+    assert main(["export", "run=run", "format=merged", "out=mine"]) == 0
+    output = capsys.readouterr().out
+    # The policy ran on a rounded base, so the two differ by the rounding, and the user is told.
+    assert 1e-3 < reported_difference(output) < 20
+    assert "trained on a nf4 base; the merge uses the unquantised one" in output
+    base, merged = load_file(model / "model.safetensors"), load_file(work / "mine/model.safetensors")
+    adapter = load_file(work / "run/adapter/adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 8 / 4 * b @ a, atol=1e-6)
+    assert torch.isfinite(base_logits(work / "mine")).all()
+
+
+def test_the_adapter_of_a_qlora_run_is_exported_as_it_is(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(model, "adapter=qlora", "steps=1", "run_dir=run") == 0
+    capsys.readouterr()
+    assert main(["export", "run=run"]) == 0
+    assert reported_difference(capsys.readouterr().out) == 0.0
+    assert (work / "run/export-adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_other_architectures_merge(
+    architecture: str, tiny_models: dict[str, Path], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tied output layers and transposed weights."""
+    assert train(tiny_models[architecture], "optim.lr=0.01", "run_dir=run") == 0
+    capsys.readouterr()
+    assert main(["export", "run=run", "format=merged", "out=mine"]) == 0
+    assert reported_difference(capsys.readouterr().out) < 1e-4
+
+
+def test_the_default_target_lies_in_the_run(model: Path, work: Path) -> None:
+    assert train(model, "steps=1") == 0
+    assert main(["export"]) == 0
+    assert (work / "runs/last/export-adapter/adapter_config.json").is_file()
+    assert main(["export", "format=merged"]) == 0
+    assert (work / "runs/last/export-merged/config.json").is_file()
+
+
+# Mistakes
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        assert main(["export", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "Traceback" not in error
+        return error
+
+    return run
+
+
+def test_a_target_that_exists(trained: Path, work: Path, refused: Callable[..., str]) -> None:
+    (work / "taken").mkdir()
+    assert "out=taken exists already" in refused(f"run={trained}", "out=taken")
+    assert list((work / "taken").iterdir()) == []
+
+
+def test_a_run_that_is_not_there_or_not_finished(work: Path, refused: Callable[..., str]) -> None:
+    assert "run=runs/last points nowhere" in refused()
+    (work / "half").mkdir()
+    (work / "half/config.yaml").write_text("steps: 1\n")
+    assert "run=half is not a finished run: it has no summary.json" in refused("run=half")
+
+
+def test_a_target_below_a_file(trained: Path, work: Path, refused: Callable[..., str]) -> None:
+    (work / "file").write_text("text")
+    assert "out=file/mine cannot be written" in refused(f"run={trained}", "out=file/mine")
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_disk_without_room(
+    form: str, trained: Path, work: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 0))
+    assert "the disk has 0 MiB free" in refused(f"run={trained}", f"format={form}", "out=mine")
+    assert sorted(p.name for p in work.iterdir()) == ["rewards.py"]
+
+
+def test_a_base_model_that_is_gone(model: Path, work: Path, refused: Callable[..., str]) -> None:
+    shutil.copytree(model, work / "base")
+    assert train(Path("base"), "steps=1", "run_dir=run") == 0
+    shutil.rmtree(work / "base")
+    assert "/base (in" in refused("run=run", "format=merged", "out=mine")
+    assert not (work / "mine").exists() and not list(work.glob(".mine*"))

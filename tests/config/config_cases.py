@@ -1,0 +1,69 @@
+"""What the tests of the YAML files share: every choice, what has to be given with it, and the names of keys."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+from helpers import composed
+from omegaconf import DictConfig, OmegaConf
+
+from dppo_cli.commands.schemas import EvalConfig, ExportConfig, TrainConfig
+from dppo_cli.config.build import build
+from dppo_cli.config.conf_tree import config_dir, groups
+
+MANDATORY = {
+    ("data", "file"): ["data.path=problems.jsonl"],
+    ("reward", "function"): ["reward.path=rewards.py:score"],
+    ("model", "hf"): ["model.path=some/model"],
+}
+"""What has to be given with a choice whose YAML says ???."""
+CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
+ROOTS = {"train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
+REQUIRED = {"train": [], "eval": ["run=runs/last"], "export": []}
+
+
+def built(command: str, *overrides: str) -> Any:
+    """What `dppo <command> <overrides>` builds."""
+    # Building writes absolute paths into the config, and `composed` is shared.
+    return build(ROOTS[command], OmegaConf.create(OmegaConf.to_container(composed(command, *overrides))))
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    made: TrainConfig = built("train", *overrides)
+    return made
+
+
+def yaml_of(group: str, choice: str) -> dict[str, Any]:
+    """A choice's own file, without what its `defaults` bring along."""
+    return yaml.safe_load((config_dir() / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+
+
+def field_names(value: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the fields of a built config, which YAML has to set."""
+    names = set()
+    for field in dataclasses.fields(value):
+        if field.init:
+            child = getattr(value, field.name)
+            is_section = dataclasses.is_dataclass(child)
+            names |= field_names(child, f"{prefix}{field.name}.") if is_section else {prefix + field.name}
+            if is_section and not dataclasses.fields(child):
+                names.add(prefix + field.name)
+    return names
+
+
+def key_names(node: DictConfig) -> set[str]:
+    """Dotted names of the keys of a composed config."""
+    names = set()
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            keys = {k: v for k, v in value.items() if k != "_target_"}
+            for key, child in keys.items():
+                walk(f"{prefix}.{key}" if prefix else key, child)
+            if not keys:
+                names.add(prefix)
+        else:
+            names.add(prefix)
+
+    walk("", OmegaConf.to_container(node))
+    return names

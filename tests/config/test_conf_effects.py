@@ -1,0 +1,127 @@
+"""Every key of every YAML file changes its own field of the built config, and no other."""
+
+from typing import Any
+
+import pytest
+from config_cases import ROOTS, key_names
+from helpers import composed
+from omegaconf import DictConfig, OmegaConf
+
+from dppo_cli.config.build import build
+from dppo_cli.config.conf_tree import groups
+
+OTHER_VALUES = {
+    "sampling.temperature": "0.5",
+    "success_reward": "0.25",
+    "run_dir": "elsewhere",
+    "anchor": "recompute",
+    "model.path": "some/model",
+    "model.revision": "main",
+    "adapter.target_modules": "[q_proj]",
+    "adapter.quantization": "nf4",
+    "hardware.device": "cpu",
+    "hardware.dtype": "bfloat16",
+    "hardware.gradient_checkpointing": "true",
+    "rollout.merge": "false",
+    "rollout.dtype": "bfloat16",
+    "optim.betas": "[0.8,0.99]",
+    "optim.schedule": "cosine",
+    "batch.prompts_per_update": "8",
+    "prompt.template": "chat",
+    "prompt.system": "Be brief.",
+    "data.path": "other.jsonl",
+    "data.eval_path": "eval.jsonl",
+    "data.prompt_column": "question",
+    "data.answer_column": "solution",
+    "data.answer_pattern": "'#### (.+)'",
+    "reward.path": "other.py:score",
+    "reward.pattern": "'-?[0-9]+'",
+    "run": "runs/other",
+    "out": "elsewhere",
+    "format": "merged",
+    "dtype": "bfloat16",
+    "pass_k": "[1,2]",
+}
+"""Another allowed value for each key that is not a number; numbers are changed by rule."""
+TOGETHER = {
+    "prompt.system": ["prompt.template=chat"],
+    "adapter.quantization": ["rollout.merge=false"],
+    "pass_k": ["samples_per_prompt=2"],
+}
+"""Keys whose other value needs another key, too. The effect of `key` alone is still what is looked at."""
+ONLY_ONE_VALUE = {"sampling.top_p", "sampling.top_k", "sampling.min_p"}
+"""Keys that training accepts only where they do nothing: tests/cli/test_mistakes_values.py checks that it refuses the
+others."""
+
+
+def another_value(key: str, value: Any) -> str:
+    if key in OTHER_VALUES:
+        return OTHER_VALUES[key]
+    if isinstance(value, float):
+        return str(value * 0.5 if value else 0.25)
+    if isinstance(value, int):
+        return str(value * 2 if value else 3)
+    assert value is None and key.endswith(("ratio_cap", "max_new_tokens")), f"OTHER_VALUES should hold {key}"
+    return "7"
+
+
+def at(built: Any, key: str) -> Any:
+    for name in key.split("."):
+        built = getattr(built, name)
+    return built
+
+
+def build_with(command: str, node: DictConfig, *overrides: str) -> Any:
+    """Build a composed config with keys changed; for plain values this is what `key=value` on a command line does."""
+    return build(ROOTS[command], OmegaConf.merge(OmegaConf.to_container(node), OmegaConf.from_dotlist(list(overrides))))
+
+
+def check_every_key_has_an_effect(command: str, node: DictConfig, keys: set[str]) -> None:
+    """Every one of `keys` changes its own field of the built config, and no other."""
+    everything, unchanged = key_names(node), build_with(command, node)
+    for key in sorted(keys - set(groups())):  # A group is a key of its own where its choice has none: approx=binary.
+        needed = TOGETHER.get(key, [])
+        base = build_with(command, node, *needed) if needed else unchanged
+        changed = build_with(command, node, *needed, f"{key}={another_value(key, OmegaConf.select(node, key))}")
+        differs = {name for name in everything if at(changed, name) != at(base, name)}
+        assert differs == {key}
+
+
+def test_every_key_of_training_changes_the_config() -> None:
+    node = composed("train")
+    assert len(key_names(node)) > 45
+    check_every_key_has_an_effect("train", node, key_names(node) - ONLY_ONE_VALUE)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("data=file", "data.path=problems.jsonl"),
+        ("reward=function", "reward.path=rewards.py:score"),
+        ("approx=topk",),
+        ("objective=gspo",),
+        ("objective=ipo",),
+        ("objective=drpo",),
+        ("objective=minimal_mask",),
+        ("objective=ppo",),
+    ],
+    ids=lambda choices: choices[0],
+)
+def test_every_key_of_a_choice_changes_the_config(choices: tuple[str, ...]) -> None:
+    group = choices[0].partition("=")[0]
+    node = composed("train", *choices)
+    keys = {key for key in key_names(node) if key.startswith(f"{group}.")}
+    assert keys
+    check_every_key_has_an_effect("train", node, keys)
+
+
+def test_every_key_of_evaluation_changes_the_config() -> None:
+    """`run` and `model.path` exclude each other, so the one is changed where the other is not set."""
+    run, model = composed("eval", "run=runs/last"), composed("eval", "model.path=m", "data=arithmetic")
+    check_every_key_has_an_effect("eval", run, key_names(run) - {"model.path"})
+    check_every_key_has_an_effect("eval", model, {"model.path"})
+
+
+def test_every_key_of_export_changes_the_config() -> None:
+    node = composed("export")
+    check_every_key_has_an_effect("export", node, key_names(node))

@@ -1,0 +1,33 @@
+"""A tiny model to load, and one to damage."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import make
+import pytest
+
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.sections import LoRA
+from dppo_cli.policy.loading import load_policy
+from dppo_cli.policy.policy import Policy
+
+
+@pytest.fixture
+def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
+    """A tiny model of the test's own, which it may damage."""
+    return Path(shutil.copytree(tiny_models["llama3"], tmp_path / "model"))
+
+
+@pytest.fixture
+def load(train_config: Callable[..., TrainConfig]) -> Callable[..., Policy]:
+    """`load(path, adapter, dtype="bfloat16")`: further words change the hardware section."""
+    config = train_config()
+
+    def loaded(
+        path: Path | str, adapter: LoRA | None = None, *, warn: Callable[[str], None] = make.fail, **hardware
+    ) -> Policy:
+        return load_policy(str(path), None, replace(config.hardware, **hardware), warn=warn, new_adapter=adapter)
+
+    return loaded

@@ -1,0 +1,106 @@
+"""The estimators of an evaluation, against counting by hand."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import stdev
+from typing import Any
+
+import make
+import pytest
+
+from dppo_cli.config.sections import Sampling
+from dppo_cli.training.evaluation import EvalResult, evaluate, pass_at_k
+from dppo_cli.types import Completion, Group, Prompt, Score
+
+
+def evaluation(rewards: list[float | None], samples_per_prompt: int, success_reward: float = 1.0) -> EvalResult:
+    """Of equally many samples of each problem; None is a sample that was not judged."""
+    rows = [rewards[i : i + samples_per_prompt] for i in range(0, len(rewards), samples_per_prompt)]
+    return EvalResult([group(i, row) for i, row in enumerate(rows)], success_reward)
+
+
+def group(index: int, rewards: Sequence[float | None]) -> Group:
+    return Group(make.prompt(index), [make.completion()] * len(rewards), [Score(r) for r in rewards])
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample(n: int) -> None:
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations(range(n), k))
+            share = sum(any(i < right for i in draw) for draw in draws) / len(draws)
+            assert pass_at_k(n, right, k) == pytest.approx(share, abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
+    assert pass_at_k(2000, 1, 1000) == pytest.approx(0.5)
+    assert pass_at_k(2000, 2000, 1) == 1.0
+    assert pass_at_k(2000, 0, 2000) == 0.0
+
+
+def test_figures_by_hand() -> None:
+    result = evaluation([1.0, 0.5, 0.0, 1.0, 1.0, 2.0, 0.0, 0.0, 0.99], samples_per_prompt=3)
+    assert result.judged == [[True, False, False], [True, True, True], [False, False, False]]
+    assert result.samples == 9
+    assert result.accuracy == pytest.approx(4 / 9)
+    assert result.pass_at(1) == pytest.approx(4 / 9)
+    # One of three right: two of the three pairs hold it.
+    assert result.pass_at(2) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert result.pass_at(3) == pytest.approx(2 / 3)
+    assert result.standard_error() == pytest.approx(stdev([1 / 3, 1, 0]) / math.sqrt(3))
+
+
+def test_what_counts_as_right_is_the_users_choice() -> None:
+    rewards = [0.2, 0.5, 0.7, 1.0]
+    assert evaluation(rewards, 1, success_reward=0.5).accuracy == 0.75
+    assert evaluation(rewards, 1, success_reward=0.1).accuracy == 1.0
+
+
+def test_samples_that_were_not_judged_count_for_nothing() -> None:
+    assert evaluation([1.0, None, 0.0, None], 1).accuracy == 0.5
+    assert math.isnan(evaluation([None], 1).accuracy)
+    part = evaluation([1.0, None, 0.0, 0.0, None, None], 2)
+    assert part.accuracy == pytest.approx(1 / 3)
+    assert part.pass_at(1) == pytest.approx(1 / 2), "the first problem by its one judged sample, the second by two"
+    assert part.pass_at(2) == 0.0, "only the second problem has two judged samples"
+    assert part.standard_error() == pytest.approx(stdev([1, 0]) / math.sqrt(2))
+    assert math.isnan(evaluation([1.0, None], 2).pass_at(2))
+
+
+def test_a_sample_that_was_not_judged_is_not_right_whatever_is_asked() -> None:
+    assert not evaluation([], 1, success_reward=-math.inf).correct(Score(None, note="timed out"))
+
+
+def test_problems_may_have_different_numbers_of_samples() -> None:
+    result = EvalResult([group(0, [1.0, 0.0, 0.0]), group(1, [1.0]), group(2, [])], success_reward=1.0)
+    assert result.samples == 4
+    assert result.accuracy == pytest.approx(2 / 4)
+    assert result.pass_at(1) == pytest.approx((1 / 3 + 1) / 2)
+    assert result.pass_at(2) == pytest.approx(2 / 3), "only the first problem has two samples"
+    assert result.standard_error() == pytest.approx(stdev([1 / 3, 1]) / math.sqrt(2))
+
+
+def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
+    """Four copies of each sample say no more than one."""
+    once, often = evaluation([1.0, 0.0, 0.0], 1), evaluation([1.0] * 4 + [0.0] * 8, 4)
+    assert often.standard_error() == pytest.approx(once.standard_error()) == pytest.approx(1 / 3)
+    assert math.isnan(evaluation([1.0], 1).standard_error())
+
+
+def test_each_problem_keeps_its_samples_and_scores() -> None:
+    class Engine:
+        def generate(self, prompts: Sequence[Prompt], *asked: Any) -> list[list[Completion]]:
+            assert asked == (2, sampling, 0, 7), "two samples, no list of log-probs, the seed as it was given"
+            return [[make.completion(text=f"{p.index}{n}") for n in range(2)] for p in prompts]
+
+    def scorer(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+        return [[Score(float(c.text)) for c in row] for row in completions]
+
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8)
+    prompts = [make.prompt(3), make.prompt(5)]
+    engine: Any = Engine()
+    result = evaluate(engine, prompts, scorer, sampling, samples_per_prompt=2, success_reward=50.0, seed=7)
+    assert [g.prompt for g in result.groups] == prompts
+    assert [[s.value for s in g.scores] for g in result.groups] == [[30.0, 31.0], [50.0, 51.0]]
+    assert result.accuracy == 0.5

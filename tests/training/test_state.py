@@ -1,0 +1,186 @@
+"""A run that was stopped and goes on from a snapshot equals an undisturbed one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import make
+import pytest
+import torch
+from helpers import read_lines
+from safetensors.torch import load, save
+
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.commands.train import make_learner, train
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.collect import InStepCollector
+from dppo_cli.telemetry.listeners import Listeners
+from dppo_cli.telemetry.trust_region import MaskedTokens
+from dppo_cli.telemetry.watch import GROWTH, Watch
+from dppo_cli.training.batches import PromptOrder
+from dppo_cli.training.run_folder import RunFolder
+from dppo_cli.training.state import RunState, Snapshot
+from dppo_cli.types import Completion, Prompt, Score
+
+pytestmark = pytest.mark.usefixtures("work")
+
+# Whatever a run can remember matters here: random numbers in an update, the schedule, the order of mini-batches.
+CHOSEN = (
+    "steps=4",
+    "adapter.dropout=0.1",
+    "optim.lr=0.01",
+    "optim.schedule=cosine",
+    "batch.epochs=2",
+    "batch.prompts_per_update=1",
+    "batch.samples_per_prompt=4",
+    "anchor=recompute",
+    "divergence.delta_low=0.02",
+    "divergence.delta_high=0.02",
+)
+
+
+@dataclass
+class Run:
+    """What `dppo train` has made before the first step."""
+
+    config: TrainConfig
+    policy: Policy
+    masked: MaskedTokens
+    watch: Watch
+    state: RunState
+
+
+def new_run(config: TrainConfig) -> Run:
+    policy = make.policy(config)
+    # Five prompts, two a step: the snapshot comes in the middle of a round.
+    prompts = make.prompts(policy, (*make.MIXED, "12+3="))
+    masked = MaskedTokens(text_of=str)
+    watch = Watch(config.objective.masks, lambda text: state.warnings.append(text))
+    tallies = {"masked_tokens": masked, "watch": watch}
+    state = RunState(make_learner(policy, config), PromptOrder(prompts, config.seed), tallies)
+    return Run(config, policy, masked, watch, state)
+
+
+def score(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+    """A reward by which two responses of a random model seldom are equal."""
+    return [[Score(sum(ord(c) % 16 for c in one.text) / 16) for one in row] for row in completions]
+
+
+def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
+    """Take the steps up to `until` as `dppo train` does; the lines of metrics.jsonl, apart from the times."""
+    config = replace(run.config, steps=until)
+    engine = config.rollout.load(run.policy, make.fail)
+    batch = config.batch
+    collector = InStepCollector(
+        engine,
+        score,
+        config.advantage,
+        batch.samples_per_prompt,
+        config.sampling,
+        config.approx.num_logprobs,
+        config.seed,
+    )
+    listeners = Listeners([run.masked, run.watch])
+    with RunFolder(folder, "", run.policy.save_adapter, run.policy.adapter_bytes, adapters=1) as opened, engine:
+        engine.sync(run.state.step)
+        train(run.state, config, collector, engine, lambda: 0.0, opened, listeners)
+    assert len(listeners.listening) == 2, "no listener failed"
+    return [{key: value for key, value in row.items() if key != "time"} for row in read_lines(folder / "metrics.jsonl")]
+
+
+def through_files(snapshot: Snapshot) -> Snapshot:
+    """What is left of a snapshot after it was written and read."""
+    return Snapshot(load(save(snapshot.tensors)), json.loads(json.dumps(snapshot.plain)))
+
+
+def as_bytes(snapshot: Snapshot) -> tuple[bytes, str]:
+    return save(snapshot.tensors), json.dumps(snapshot.plain)
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    """In every bit of the adapter, every tally and every text."""
+    parameters = dict(expected.policy.model.named_parameters())
+    for name, parameter in found.policy.model.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+    assert found.masked.tallies == expected.masked.tallies
+    assert found.masked.rows(1000) == expected.masked.rows(1000)
+    assert found.watch.state() == expected.watch.state()
+    assert found.state.warnings == expected.state.warnings
+    assert found.state.eval_before == expected.state.eval_before
+    # And what no later step has shown yet: the optimizer's moments, the schedule, random numbers, the data cursor.
+    assert as_bytes(found.state.snapshot()) == as_bytes(expected.state.snapshot())
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(train_config, tmp_path):
+    config = train_config(*CHOSEN)
+    undisturbed = new_run(config)
+    undisturbed.state.eval_before = 0.25
+    metrics = go_on(undisturbed, 4, tmp_path / "undisturbed")
+
+    stopped = new_run(config)
+    stopped.state.eval_before = 0.25
+    first = go_on(stopped, 2, tmp_path / "stopped")
+    saved = through_files(stopped.state.snapshot())
+
+    resumed = new_run(config)
+    resumed.state.load(saved)
+    rest = go_on(resumed, 4, tmp_path / "resumed")
+
+    assert [row["step"] for row in first + rest] == [1, 2, 3, 4]
+    assert json.dumps(first + rest) == json.dumps(metrics), "as text, which is to say in every bit"
+    assert_same(resumed, undisturbed)
+    # The run was one in which all of this could have gone wrong.
+    assert all(row["masked_positive"] + row["masked_negative"] > 0 and row["gradient_norm"] > 0 for row in metrics)
+    assert len({row["lr"] for row in metrics}) == 4
+    assert len(undisturbed.masked.tallies) > 10
+    assert stopped.state.warnings
+    assert rest[0]["mismatch_mean"] > GROWTH * first[0]["mismatch_mean"], "warned of in step 2, and not again"
+
+
+def test_later_steps_do_not_change_a_snapshot_nor_a_snapshot_later_steps(train_config, tmp_path):
+    config = train_config(*CHOSEN)
+    undisturbed = new_run(config)
+    metrics = go_on(undisturbed, 4, tmp_path / "undisturbed")
+
+    observed = new_run(config)
+    first = go_on(observed, 2, tmp_path / "first")
+    snapshot = observed.state.snapshot()
+    written = as_bytes(snapshot)
+    rest = go_on(observed, 4, tmp_path / "rest")
+    assert as_bytes(snapshot) == written
+    assert as_bytes(observed.state.snapshot()) != written
+    assert first + rest == metrics
+    assert_same(observed, undisturbed)
+    observed.state.warnings.append("of something else")
+    assert as_bytes(snapshot) == written
+
+
+def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
+    """The optimizer has no moments yet."""
+    config = replace(train_config(*CHOSEN), steps=1)
+    undisturbed = new_run(config)
+    saved = through_files(undisturbed.state.snapshot())
+    metrics = go_on(undisturbed, 1, tmp_path / "undisturbed")
+    resumed = new_run(config)
+    resumed.state.load(saved)
+    assert go_on(resumed, 1, tmp_path / "resumed") == metrics
+    assert_same(resumed, undisturbed)
+
+
+PROMPTS = [make.prompt(i) for i in range(7)]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 6, 7, 8, 13, 14, 15, 21, 70, 100])
+def test_the_order_of_prompts_goes_on_where_it_stopped(taken):
+    """Multiples of the number of prompts end a round; `taken` may lie many rounds on."""
+    order = PromptOrder(PROMPTS, seed=4)
+    for _ in range(taken // 5):
+        order.take(5)
+    order.take(taken % 5)
+    resumed = PromptOrder(PROMPTS, seed=4, taken=taken)
+    assert resumed.taken == order.taken == taken
+    for size in (2, 7, 1, 30):
+        assert resumed.take(size) == order.take(size)
+    assert resumed.taken == order.taken == taken + 40
