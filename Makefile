@@ -1,5 +1,7 @@
-# Every target works in a fresh clone with Python 3.11 and nothing else installed.
-PYTHON ?= python3.11
+# Every target works in a fresh clone with a Python from 3.11 to 3.13 and nothing else installed.
+SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c '$(SUITS)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -23,6 +25,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py 64
 	$(BIN)/python benchmarks/step.py 64 topk
 	$(BIN)/python benchmarks/step.py 64 binary bfloat16
+	$(BIN)/python benchmarks/step.py 64 binary float32 all_differ
 	$(BIN)/python benchmarks/step.py 256
 	$(BIN)/python benchmarks/approx.py
 	$(BIN)/python benchmarks/head.py
@@ -49,6 +52,8 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "dppo needs Python 3.11, 3.12 or 3.13, and none is on the PATH;" \
+		"install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
