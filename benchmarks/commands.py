@@ -1,6 +1,8 @@
 """What a user waits for: help, a typing error, the default run.
 
-python benchmarks/commands.py
+    python benchmarks/commands.py
+
+Help and typing errors run once before they are measured.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""A GGUF file as a Hugging Face folder in float32: `python convert.py FILE FOLDER`, in the peer's environment.
+"""Convert a GGUF file to a Hugging Face folder in float32.
 
-transformers refuses to save a model that it loaded from GGUF, so the weights move into a fresh one first.
+    python convert.py FILE FOLDER       # in the peer's environment, which has the gguf package
+
+transformers does not save a model that it loaded from GGUF, so the weights are copied into a new one first.
 """
 
 import sys

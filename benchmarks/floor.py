@@ -1,10 +1,11 @@
-"""How close each phase of the benchmark's step comes to what the machine can do at best.
+"""How close each phase of the benchmark's step comes to the machine's limits.
 
-    python benchmarks/floor.py      # reads the steps that step.py 64 and 256 have run, or runs them
+    python benchmarks/floor.py      # reads the steps that `step.py 64` and `step.py 256` have saved, or runs them
 
-Peaks are measured here: a large float32 matrix product and a large copy. A phase's floor is the larger of its
-floating-point operations over the one and its bytes moved over the other, both counted from the model's shape and the
-tokens that the run reports; elementwise work, attention and Python count as zero, so 1.0 cannot be reached.
+Two peaks are measured here: operations per second of a large float32 matrix product, and bytes per second of a large
+copy. The floor of a phase is the time it would take at the peaks: its operations or its bytes, whichever takes longer.
+Both are counted from the model's shape and the tokens that the run reports. Elementwise work, attention and Python
+count as zero, so no phase can reach its floor.
 """
 
 import json
@@ -17,13 +18,13 @@ from measure import BUILD, Spread, save, smollm2, sums
 from step import ours
 from transformers import AutoConfig, AutoTokenizer
 
-from dppo_cli.policy.prefill import common_tokens
+from dppo_cli.policy.forward import common_tokens
 
 PROMPTS = GROUP = 8
 
 
 def peaks() -> tuple[float, float]:
-    """Best of ten: float32 operations a second of a matrix product, bytes a second read and written by a copy."""
+    """Best of ten: float32 operations per second of a matrix product, bytes per second read and written by a copy."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     source, target = torch.randn(64 * 2**20), torch.empty(64 * 2**20)
     flops = max(2 * 2048**3 / _seconds(lambda: torch.mm(a, b)) for _ in range(10))
@@ -34,7 +35,7 @@ def peaks() -> tuple[float, float]:
 def floors(
     config: Any, steps: list[dict[str, Any]], beginning: int, peak_flops: float, peak_bytes: float
 ) -> dict[str, Any]:
-    """Median seconds and floor of sampling and of the update; what all prompts begin with runs once."""
+    """Seconds and floor of sampling and of the update. The `beginning` tokens that all prompts share run once."""
     hidden, inner, layers, vocabulary = (
         config.hidden_size,
         config.intermediate_size,
@@ -55,7 +56,7 @@ def floors(
         cache = tokens * (prompt + step["response_tokens"] / 2) * 2 * kv * layers
         rollout_bytes = 4 * (step["response_tokens_max"] * (body + head) + cache)
         trained = 1 - step["skipped"]
-        # Forward and the gradient by activations; the frozen weights have none of their own.
+        # The forward pass and the gradient of the activations. The frozen weights have no gradient.
         trained_prompts = trained * PROMPTS * (prompt - beginning) + (beginning if trained else 0)
         update_flops = 4 * body * (trained * tokens + trained_prompts) + 4 * head * trained * tokens
         rows["rollout"].append((step["time"]["rollout"], rollout_flops, rollout_bytes))
@@ -72,7 +73,7 @@ def floors(
 
 
 def steps(max_new_tokens: int) -> list[dict[str, Any]]:
-    """Metrics of our steps after the warm-up."""
+    """Metrics of our steps, without the warm-up."""
     measured = BUILD / "results" / f"peer_{max_new_tokens}_binary_float32.json"
     if measured.exists():
         return json.loads(measured.read_text())["ours_steps"]  # type: ignore[no-any-return]
@@ -80,7 +81,7 @@ def steps(max_new_tokens: int) -> list[dict[str, Any]]:
 
 
 def beginning() -> int:
-    """Tokens that all of the benchmark's prompts begin with."""
+    """Number of tokens that all of the benchmark's prompts begin with."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     problems = [json.loads(line)["prompt"] for line in sums().read_text().splitlines()]
     turns = [[{"role": "user", "content": problem}] for problem in problems]

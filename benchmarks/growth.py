@@ -2,8 +2,9 @@
 
     python benchmarks/growth.py
 
-A Llama with random weights (hidden 384, 6 layers, float32), which practically never ends a response by itself, so every
-response has exactly the length asked for; LoRA r=16, 4 prompts, one update a step. Each point is a process of its own.
+The model is a Llama with random weights (hidden 384, 6 layers, float32). It practically never samples the
+end-of-sequence token, so that responses have the length asked for. LoRA r=16, 4 prompts, one update per step. Each
+point runs in a process of its own.
 """
 
 import shutil
@@ -30,7 +31,7 @@ AXES = {
 
 
 def random_model(vocabulary: int) -> Path:
-    """A folder with random weights and the embedded model's tokenizer."""
+    """A folder with a random model and the embedded model's tokenizer, made on first use."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +77,7 @@ def point(length: int, samples: int, vocabulary: int, steps: int = 3) -> dict[st
         "optim.lr=1e-6",
         f"steps={1 + steps}",
     )
-    # One of 16 sequences may end early now and then.
+    # A sequence may end early now and then.
     assert all(step["response_tokens"] > 0.85 * length for step in metrics)
     return {
         "response tokens": length,

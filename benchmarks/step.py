@@ -2,11 +2,12 @@
 
     python benchmarks/step.py 64                  # against TRL's DPPOTrainer at 64 new tokens, in float32; also 256
     python benchmarks/step.py 64 topk             # the same with top-K on both sides
-    python benchmarks/step.py 64 binary bfloat16  # in bfloat16, on processors that have it the fastest for both sides
+    python benchmarks/step.py 64 binary bfloat16  # in bfloat16, the fastest for both sides where the processor has it
+    python benchmarks/step.py 64 binary float32 all_differ  # a reward that differs between samples: none is skipped
 
-SmolLM2-135M, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update a step, AdamW 1e-5,
-temperature 1. The first step of every process is a warm-up and is left out. Memory is the process's peak resident size,
-start-up, model and all.
+SmolLM2-135M, LoRA r=16 alpha=32 on all linear layers, 8 prompts x 8 samples, one update per step, AdamW 1e-5,
+temperature 1. The first step of every process is a warm-up and is left out. Memory is the peak resident size of the
+whole process.
 """
 
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from measure import BUILD, HERE, Finished, Spread, peer_python, run_json, save, smollm2, sums, train
 
-from dppo_cli.policy.products import has_onednn
+from dppo_cli.kernels.products import has_onednn
 
 WARM_UP = 1
 
@@ -38,7 +39,7 @@ def work(max_new_tokens: int, *more: str) -> list[str]:
         "batch.samples_per_prompt=8",
         "batch.prompts_per_update=8",
         "optim.lr=1e-5",
-        # Smaller micro-batches than the default: a little slower, far less memory.
+        # Smaller micro-batches than the default take a little more time and far less memory.
         "hardware.tokens_per_micro_batch=256",
         "hardware.head_chunk=128",
         f"sampling.max_new_tokens={max_new_tokens}",
@@ -47,7 +48,7 @@ def work(max_new_tokens: int, *more: str) -> list[str]:
 
 
 def ours(max_new_tokens: int, steps: int, *more: str) -> tuple[list[dict[str, Any]], Finished]:
-    """The steps after the warm-up, and the process."""
+    """Metrics of our steps without the warm-up, and the process."""
     folder = BUILD / "run"
     shutil.rmtree(folder, ignore_errors=True)
     metrics, process = train(folder, *work(max_new_tokens, f"steps={WARM_UP + steps}", *more))
@@ -58,19 +59,29 @@ def seconds(steps: list[dict[str, Any]]) -> list[float]:
     return [step["time"]["total"] for step in steps]
 
 
-def against_peer(max_new_tokens: int, approx: str = "binary", dtype: str = "float32", steps: int = 3) -> None:
-    """One process of ours, then one of the peer's. Ours runs twice the steps: they differ more, as idle samples do."""
-    name = f"peer_{max_new_tokens}_{approx}_{dtype}"
+def against_peer(
+    max_new_tokens: int,
+    approx: str = "binary",
+    dtype: str = "float32",
+    reward: str = "contains_answer",
+    steps: int = 3,
+) -> None:
+    """One process of ours, then one of the peer's.
+
+    Ours runs twice the steps, because they vary more: samples without advantage are skipped, and their share varies.
+    """
+    name = f"peer_{max_new_tokens}_{approx}_{dtype}" + ("" if reward == "contains_answer" else f"_{reward}")
     if dtype == "bfloat16" and not has_onednn(torch.device("cpu"), torch.bfloat16):
-        # torch's own product takes over 300 times as long as in float32 there: the run would seem to hang.
+        # torch's own product takes over 300 times as long as in float32 there, so the run would seem to hang.
         save(name, {"not_run": "oneDNN has no bfloat16 on this processor"})
         print(f"{name}: not run, oneDNN has no bfloat16 on this processor", flush=True)
         return
-    mine, process = ours(max_new_tokens, 2 * steps, f"approx={approx}", f"hardware.dtype={dtype}")
+    rewarded = f"reward.path={HERE / 'reward.py'}:{reward}"
+    mine, process = ours(max_new_tokens, 2 * steps, f"approx={approx}", f"hardware.dtype={dtype}", rewarded)
     peer, peer_process = run_json(
         "peer_step.py",
         *("--model", smollm2(), "--data", sums(), "--out", BUILD / "peer_run", "--divergence", f"{approx}_tv"),
-        *("--steps", str(WARM_UP + steps), "--max-new-tokens", str(max_new_tokens)),
+        *("--steps", str(WARM_UP + steps), "--max-new-tokens", str(max_new_tokens), "--reward", reward),
         *(["--bf16"] if dtype == "bfloat16" else []),
         python=peer_python(),
     )

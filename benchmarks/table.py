@@ -1,6 +1,6 @@
-"""What has been measured, as tables: `python benchmarks/table.py` writes results.md from build/results/.
+"""Write results.md: the figures that the other scripts have saved in build/results/, as tables.
 
-Rows that were not measured say so.
+python benchmarks/table.py
 """
 
 import json
@@ -13,7 +13,7 @@ Row = tuple[str, str, str]
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Name of a benchmark -> what it saved."""
+    """What each benchmark saved, by its name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
@@ -22,7 +22,7 @@ def spread(value: dict[str, float], unit: str = "") -> str:
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """Work, measured, target; every figure is median (lowest to highest)."""
+    """Work, measured, target. Every figure is the median (lowest to highest); missing results are "not measured"."""
     found = []
     for name, tokens, approx, target in (
         ("peer_64_binary_float32", 64, "binary", "4 times faster, half the memory"),
@@ -74,7 +74,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
 
 def floor_table(floor: dict[str, Any]) -> list[str]:
-    """Each phase of the benchmark's step against what the machine's peaks would allow."""
+    """Each phase of the benchmark's step against its floor."""
     lines = [
         "## How close to the machine's limits",
         "",
@@ -95,7 +95,7 @@ def floor_table(floor: dict[str, Any]) -> list[str]:
 
 
 def growth_table(growth: dict[str, Any]) -> list[str]:
-    """Time and memory along each axis, and how well a straight line describes them."""
+    """Time and memory along each axis, and how well a straight line fits them."""
     lines = [
         "## Growth",
         "",

@@ -1,7 +1,9 @@
-"""Table and picture of a stability sweep: `python recipes/stability/plot.py runs/stability`.
+"""Table and figure of a stability sweep.
 
-Writes stability.png and stability.md into the sweep's folder: reward and mean |pi-mu| per method, mean over seeds with
-the range between the lowest and the highest seed.
+    python recipes/stability/plot.py runs/stability
+
+Writes stability.png and stability.md into the sweep's folder: reward and mean |pi-mu| of each method, as the mean over
+seeds with the range from the lowest to the highest seed.
 """
 
 import json
@@ -20,7 +22,7 @@ METHODS = ["dppo-tv", "dppo-kl", "dppo-tv topk", "ppo", "clip-higher", "cispo", 
 
 
 def label(config: Any) -> str:
-    """The method's name, from what the run was configured with."""
+    """The method's name, from the run's config."""
     objective = config.objective["_target_"].rpartition(".")[2]
     if objective == "PolicyGradient":
         return "pg_is" if config.objective.ratio_cap is None else "cispo"
@@ -34,7 +36,7 @@ def label(config: Any) -> str:
 
 
 def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
-    """Method -> one entry per seed: its steps' metrics and its summary."""
+    """For each method one entry per seed: the metrics of its steps, and its summary."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for summary in sorted(sweep.glob("*/summary.json")):
         folder = summary.parent
@@ -45,7 +47,7 @@ def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def curves(runs: list[dict[str, Any]], key: str) -> np.ma.MaskedArray:
-    """[seeds, steps]; masked where a run has no figure, as when all samples of a rollout got the same reward."""
+    """[seeds, steps]; masked where a step has no value, as when all samples of a rollout got the same reward."""
     return np.ma.masked_invalid(np.array([[step[key] for step in run["steps"]] for run in runs], dtype=float))
 
 
@@ -59,7 +61,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
                     axis.plot(curves(runs[other], key).mean(0), color="0.85", linewidth=0.8, zorder=1)
             if method in runs:
                 values = curves(runs[method], key)
-                x = np.arange(1, values.shape[1] + 1) - 1
+                x = np.arange(values.shape[1])
                 axis.fill_between(x, values.min(0), values.max(0), color="tab:blue", alpha=0.25, linewidth=0, zorder=2)
                 axis.plot(x, values.mean(0), color="tab:blue", linewidth=1.6, zorder=3)
             if row == 0:
