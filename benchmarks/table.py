@@ -26,6 +26,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     found = []
     for name, tokens, approx, target in (
         ("peer_64_binary_float32", 64, "binary", "4 times faster, half the memory"),
+        ("peer_64_binary_float32_all_differ", 64, "binary, a reward that differs between samples", ""),
         ("peer_64_topk_float32", 64, "top-K", ""),
         ("peer_64_binary_bfloat16", 64, "binary, both in bfloat16", ""),
         ("peer_256_binary_float32", 256, "binary", "7 times faster, a third of the memory"),
@@ -38,7 +39,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             text = (
                 f"{spread(r['speedup'])} times faster: {spread(r['ours_seconds'], ' s')} against "
                 f"{spread(r['peer_seconds'], ' s')}; memory {r['memory_ratio']:.2f} of the peer's: "
-                f"{r['ours_gib']:.2f} against {r['peer_gib']:.2f} GiB"
+                f"{r['ours_gib']:.2f} against {r['peer_gib']:.2f} GiB; {r['ours_skipped']:.0%} of our samples skipped"
             )
         found.append((f"step at {tokens} new tokens, {approx}, against TRL 1.8.0", text, target))
     for name, target in (("topk", "1.03 times the time, 1.02 times the memory"), ("full", "1.4 times the time")):

@@ -7,7 +7,11 @@ DppoError                 one line: what is wrong, what you have, what to type  
 ├── RewardError           the user's reward function
 ├── RunError              a run folder, an export target, the disk
 └── NumericalError        NaN or infinity where none may be                        exit status 1
+
+Stopped                   a signal asked the run to stop                           exit status 128 + its number
 """
+
+from collections.abc import Sequence
 
 
 class DppoError(Exception):
@@ -37,6 +41,28 @@ class RunError(DppoError):
 
 
 class NumericalError(DppoError):
-    """A NaN or an infinity reached a place where it would be trained on."""
+    """A NaN or an infinity reached a place where it would be trained on.
+
+    `tokens`: which of a batch's tokens, if known.
+    """
 
     exit_status = 1
+
+    def __init__(self, text: str, tokens: Sequence[int] = ()) -> None:
+        super().__init__(text)
+        self.tokens = tokens
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop. Not an Exception, so that nothing but the run itself handles it.
+
+    Its text says what was saved, and how to go on.
+    """
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        super().__init__(text)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        return 128 + self.signum

@@ -304,6 +304,7 @@ class RunInfo:
     """A run as it starts."""
 
     run_dir: Path
+    step: int  # after which it goes on; 0 for a new one
     steps: int  # of the whole run
     model: str
     parameters: int

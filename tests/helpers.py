@@ -51,9 +51,12 @@ def write_rewards(folder: Path) -> None:
 
 def train(model: Path, *overrides: str) -> int:
     """`dppo train` on a tiny model with a reward of `rewards.py` in the working folder; its exit status."""
+    return main(["train", *train_words(model, *overrides)])
+
+
+def train_words(model: Path, *overrides: str) -> list[str]:
     data = [] if "data=file" in overrides else ["data.train_problems=32"]
-    words = [*TINY_RUN, *data, f"model.path={model}", "reward=function", "reward.path=rewards.py:late", *overrides]
-    return main(["train", *words])
+    return [*TINY_RUN, *data, f"model.path={model}", "reward=function", "reward.path=rewards.py:late", *overrides]
 
 
 @cache

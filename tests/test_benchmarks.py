@@ -106,7 +106,7 @@ def test_the_table_shows_each_step_against_the_peer(
     shown = {name: text for name, text, _ in table.rows(table.read(tmp_path / "results"))}
     assert shown.pop(work) == (
         "5 (4 to 6) times faster: 10 s (10 to 10) against 50 s (40 to 60); "
-        "memory 0.50 of the peer's: 2.00 against 4.00 GiB"
+        "memory 0.50 of the peer's: 2.00 against 4.00 GiB; 50% of our samples skipped"
     )
     assert set(shown.values()) == {"not measured"}
 

@@ -19,6 +19,7 @@ from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.training.batches import PromptOrder
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.training.state import RunState
+from dppo_cli.training.stopping import Stopping
 from dppo_cli.types import Batch, EvalReport, Prompt, RunInfo, Score, StepReport
 
 # An engine: transformers' own generate(), a prompt at a time.
@@ -180,7 +181,8 @@ def test_a_second_collector_and_a_second_listener(
     train_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = train_config("steps=3", "batch.samples_per_prompt=3", "optim.lr=0.01", "reward=exact")
+    words = ["steps=3", "batch.samples_per_prompt=3", "optim.lr=0.01", "reward=exact", "checkpoint.every=2"]
+    config = train_config(*words)
     policy = make.policy(config)
     prompts = make.prompts(policy)
     recorder = Recorder()
@@ -188,13 +190,19 @@ def test_a_second_collector_and_a_second_listener(
     def scorer(prompts, completions):
         return [[Score(float(len(c.text) + i)) for i, c in enumerate(row)] for row in completions]
 
-    folder = RunFolder(tmp_path / "run", "", policy.save_adapter, policy.adapter_bytes, 1)
-    with folder, config.rollout.load(policy, make.fail) as engine:
+    saved: list[int] = []
+    folder, stopping = RunFolder(tmp_path / "run", "", policy.adapter_bytes), Stopping(60.0, make.fail)
+    with folder, config.rollout.load(policy, make.fail) as engine, stopping:
         engine.sync(0)
         inner = InStepCollector(engine, scorer, config.advantage, 3, config.sampling, 0, seed=1)
         state = RunState(make_learner(policy, config), PromptOrder(prompts, 1), {})
-        loop(state, config, StaleAndUneven(inner), engine, lambda: 0.5, folder, Listeners([recorder]))
-    assert state.step == 3
+        collector, listeners = StaleAndUneven(inner), Listeners([recorder])
+
+        def save() -> None:
+            saved.append(state.step)
+
+        loop(state, config, collector, engine, lambda step: 0.5, save, folder, listeners, stopping)
+    assert state.step == 3 and saved == [2]
     assert [json.loads(line) for line in recorder.heard] == [
         {"step": 1, "versions": [0], "sizes": [3, 2]},
         {"step": 2, "versions": [0], "sizes": [3, 2]},

@@ -74,8 +74,9 @@ def trust_mask(
     false, so the token would silently count as inside the trust region.
     """
     if torch.isnan(divergence_N).any():
-        count = int(torch.isnan(divergence_N).sum())
-        raise NumericalError(f"the divergence of {count} of {divergence_N.numel()} tokens is NaN: log-probs are broken")
+        broken = torch.isnan(divergence_N).nonzero().squeeze(-1).tolist()
+        text = f"the divergence of {len(broken)} of {divergence_N.numel()} tokens is NaN: log-probs are broken"
+        raise NumericalError(text, broken)
     leaves_up_N = (advantage_N > 0) & (logp_pi_N > logp_mu_N) & (divergence_N > delta_high)
     leaves_down_N = (advantage_N < 0) & (logp_pi_N < logp_mu_N) & (divergence_N > delta_low)
     return ~(leaves_up_N | leaves_down_N)

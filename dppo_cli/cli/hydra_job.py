@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dppo_cli.cli.sweep import JobRecord
 from dppo_cli.cli.table import COMMANDS
-from dppo_cli.errors import DppoError
+from dppo_cli.errors import DppoError, RunError, Stopped
 
 
 @dataclass
@@ -47,6 +47,10 @@ class HydraJob:
     def _job(self, node: DictConfig) -> float | None:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
+        if (folder.parent / "config.yaml").is_file():
+            # Said at the end, like a user's mistake in a single run; a record would be written into the run.
+            self.failure = RunError(f"{folder.parent} holds a run; a sweep needs a folder of its own, run_dir=...")
+            return None
         key = COMMANDS[self.command].job_key
         if key is not None and (key == "run_dir" or node[key] is None):
             node[key] = str(folder)
@@ -58,8 +62,8 @@ class HydraJob:
             record.summary = self._run(node)
         except DppoError as error:
             record.status, record.error = error.exit_status, str(error)
-        except KeyboardInterrupt:
-            record.status, record.error = 130, "interrupted"
+        except (Stopped, KeyboardInterrupt) as error:
+            record.status, record.error = getattr(error, "exit_status", 130), f"stopped: {error}"
             raise
         except Exception as error:
             record.status, record.error = 1, f"{type(error).__name__}: {error}"
@@ -77,6 +81,9 @@ class HydraJob:
             # Hydra leaves the recipe's choices here.
             node.pop("recipes", None)
         command = COMMANDS[self.command]
+        if command.prepare is not None:
+            prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
+            node = prepare(node, HydraConfig.get().overrides.task)
         config = build(getattr(schemas, command.schema), node)
         module = importlib.import_module(f"dppo_cli.commands.{command.module}")
         summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, OmegaConf.to_yaml(node, resolve=True))

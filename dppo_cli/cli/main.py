@@ -10,11 +10,11 @@ from pathlib import Path
 
 from dppo_cli import __version__
 from dppo_cli.cli.mistakes import check_words, explain
-from dppo_cli.cli.sweep import exit_status, failures, read_records, remove_if_empty, show
+from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.config.checks import did_you_mean
 from dppo_cli.config.conf_tree import config_dir, groups, recipes_dir
-from dppo_cli.errors import ConfigError, DppoError
+from dppo_cli.errors import ConfigError, DppoError, Stopped
 
 EXAMPLES = """\
   dppo train
@@ -48,9 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DppoError as error:
         print(f"dppo: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt as error:
-        print(f"dppo: interrupted {error}".rstrip(), file=sys.stderr)
+    except Stopped as error:
+        print(f"dppo: stopped: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("dppo: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        _flush()
 
 
 def help_text() -> str:
@@ -117,8 +122,14 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
     job = HydraJob(command)
     sweep_dir = _sweep_dir(overrides)
     shows_only = {"--cfg", "--info"} & {option.partition("=")[0] for option in options}
-    if sweep_dir.exists() and not shows_only:
+    goes_on = any(word.startswith("resume=") and word != "resume=null" for word in overrides)
+    if sweep_dir.exists() and not shows_only and not goes_on:
         check_free(sweep_dir, "run_dir")
+    if goes_on and {"-m", "--multirun"} & set(options):
+        if (sweep_dir / "config.yaml").is_file():
+            raise ConfigError(f"run_dir={sweep_dir} holds a run; a sweep (-m) needs a folder of its own")
+        for record in sweep_dir.glob(f"*/{RECORD}"):
+            record.unlink()
     own = [f"hydra.searchpath=[file://{recipes_dir().parent}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
     started_with = sys.argv
     if OPTUNA in overrides:
@@ -139,7 +150,10 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             show(records)
             remove_if_empty(sweep_dir)
     if job.failure is not None:
-        raise job.failure
+        try:
+            raise job.failure
+        finally:
+            job.failure = None  # Its trace holds this frame, and everything that the command has loaded.
     status = exit_status(records)
     if status:
         print(f"dppo: {failures(records)}", file=sys.stderr)
@@ -164,6 +178,15 @@ def _sweep_dir(overrides: Sequence[str]) -> Path:
             if override.value() is not None:
                 return Path(str(override.value()))
     return default_run_dir("sweeps")
+
+
+def _flush() -> None:
+    """Write out what was printed; what reads it (`| head`) may be gone, which is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quoted(text: str) -> str:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from dppo_cli.telemetry.table import RichConsole
 
 RECORD = "job.json"
 
@@ -54,7 +55,7 @@ def show(records: Sequence[JobRecord]) -> None:
         varied = " ".join(word for word in record.overrides if word not in same)
         cells = _cells(record.summary) if record.summary else ["-", "-", "-", f"failed: {record.error}"]
         table.add_row(str(record.number), *map(escape, (varied, *cells)))
-    Console(highlight=False).print(table)
+    RichConsole(highlight=False).print(table)
 
 
 def failures(records: Sequence[JobRecord]) -> str:

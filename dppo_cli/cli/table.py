@@ -11,11 +11,16 @@ class Command:
     module: str  # in dppo_cli.commands
     schema: str  # in dppo_cli.commands.schemas
     job_key: str | None  # the key that takes a job's own folder under -m
+    prepare: str | None = None  # in dppo_cli.commands: a module whose prepare() gives the config to build
 
 
 COMMANDS = {
     "train": Command(
-        "train a LoRA or QLoRA adapter with DPPO, evaluated before and after", "train", "TrainConfig", "run_dir"
+        "train a LoRA or QLoRA adapter with DPPO, evaluated before and after",
+        "train",
+        "TrainConfig",
+        "run_dir",
+        "resume",
     ),
     "eval": Command("measure a finished run or a plain model on held-out problems", "evaluate", "EvalConfig", "out"),
     "export": Command("take the adapter, or the merged model, somewhere else", "export", "ExportConfig", None),

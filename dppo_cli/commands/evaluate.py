@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dppo_cli.commands.schemas import EvalConfig
-from dppo_cli.commands.trained import read_run_config
+from dppo_cli.commands.trained import open_run
 from dppo_cli.config.sections import Sampling
 from dppo_cli.errors import RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.reward.exact import Exact
 from dppo_cli.telemetry.table import print_table, print_warning
 from dppo_cli.training.evaluation import EvalResult, evaluate
-from dppo_cli.training.run_folder import check_free, default_run_dir, open_run
+from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Status
 
 PLAIN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=256)
@@ -24,8 +24,9 @@ PLAIN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_ne
 def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     """`dppo eval`: writes summary.json and samples.jsonl, prints a table, returns the summary."""
     started = time.perf_counter()
-    trained = read_run_config(open_run(config.run)) if config.run is not None else None
-    out = Path(config.out) if config.out else _default_out(config.run)
+    run = open_run(config.run, print_warning) if config.run is not None else None
+    trained = run.config if run else None
+    out = Path(config.out) if config.out else default_run_dir(str(run.folder / "eval") if run else "evals")
     check_free(out, "out")
     data = config.data or (trained.data if trained else None)
     reward = config.reward or (trained.reward if trained else Exact(pattern=None))
@@ -35,7 +36,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     success_reward = config.success_reward
     if success_reward is None:
         success_reward = trained.eval.success_reward if trained else 1.0
-    task, scorer = data.load(), reward.load()
+    task, scorer = data.load(), reward.load(print_warning)
     model = trained.model if trained else config.model
     adapter = trained.adapter if trained else None
     policy = load_policy(
@@ -44,7 +45,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
         config.hardware,
         warn=print_warning,
         new_adapter=adapter,
-        saved_adapter=Path(config.run) / "adapter" if config.run else None,
+        saved_adapter=run.adapter if run else None,
     )
     prompts = policy.encode(task.heldout, prompting)
     policy.check_length(prompts, sampling.max_new_tokens)
@@ -95,7 +96,3 @@ def write_samples(path: Path, result: EvalResult) -> None:
                     "tokens": len(completion.token_ids_T),
                 }
                 file.write(json.dumps(row) + "\n")
-
-
-def _default_out(run: str | None) -> Path:
-    return default_run_dir(str(Path(run) / "eval") if run else "evals")

@@ -3,7 +3,6 @@
 A merge happens in float32 on the unquantised base. What was written is read back and compared with the trained policy.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dppo_cli.commands.schemas import ExportConfig, TrainConfig
-from dppo_cli.commands.trained import read_run_config
+from dppo_cli.commands.trained import TrainedRun, open_run
 from dppo_cli.config.sections import Hardware
 from dppo_cli.errors import RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.telemetry.table import print_table, print_warning
-from dppo_cli.training.run_folder import check_disk, check_free, open_run
+from dppo_cli.training.run_folder import check_disk, check_free
 
 PROBE_PROMPTS = 8
 """Prompts on which the logits of the export and of the trained policy are compared."""
@@ -31,22 +30,22 @@ PLAIN_CPU = Hardware("cpu", "float32", tokens_per_micro_batch=8192, head_chunk=2
 
 def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     """Write the export, read it back, compare; returns what was printed."""
-    run = open_run(config.run)
-    out = Path(config.out) if config.out else run / f"export-{config.format}"
+    run = open_run(config.run, print_warning)
+    trained = run.config
+    out = Path(config.out) if config.out else run.folder / f"export-{config.format}"
     if out.exists():
         raise RunError(f"out={out} exists already; name another folder, or delete it first")
     check_free(out, "out")
-    trained = read_run_config(run)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         if config.format == "adapter":
-            check_disk(out, 2 * _size(run / "adapter"))
-            shutil.copytree(run / "adapter", temporary)
+            check_disk(out, 2 * _size(run.adapter))
+            shutil.copytree(run.adapter, temporary)
             written = _policy(trained, temporary, quantised=True).model
         else:
-            written = _merge(trained, run / "adapter", temporary, config.dtype)
-        policy = _policy(trained, run / "adapter", quantised=True)
+            written = _merge(trained, run.adapter, temporary, config.dtype)
+        policy = _policy(trained, run.adapter, quantised=True)
         difference = float((_logits(policy.model, policy, trained) - _logits(written, policy, trained)).abs().max())
         temporary.replace(out)
     except OSError as error:
@@ -66,14 +65,16 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     return {"out": str(out), "bytes": _size(out), "max_logit_difference": difference}
 
 
-def _of_the_run(run: Path) -> list[tuple[str, str]]:
-    """What the run reached and cost, from its summary."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    after = "not measured" if summary["eval_after"] is None else f"{summary['eval_after']:.1%}"
+def _of_the_run(run: TrainedRun) -> list[tuple[str, str]]:
+    """What the run reached and cost, as far as it is known."""
+    if run.summary is None:
+        return [("run", str(run.folder)), ("adapter", str(run.adapter))]
+    s = run.summary
+    after = "not measured" if s["eval_after"] is None else f"{s['eval_after']:.1%}"
     return [
-        ("run", str(run)),
-        ("accuracy before, after", f"{summary['eval_before']:.1%}, {after}"),
-        ("training", f"{summary['steps']} steps, {summary['seconds']:.0f} s, {summary['peak_memory_gib']:.2f} GiB"),
+        ("run", str(run.folder)),
+        ("accuracy before, after", f"{s['eval_before']:.1%}, {after}"),
+        ("training", f"{s['steps']} steps, {s['seconds']:.0f} s, {s['peak_memory_gib']:.2f} GiB"),
     ]
 
 

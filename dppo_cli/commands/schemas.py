@@ -12,6 +12,7 @@ from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import (
     AdamW,
     BatchPlan,
+    Checkpointing,
     EvalPrompting,
     EvalSampling,
     Evaluation,
@@ -48,19 +49,19 @@ class TrainConfig:
     sampling: Sampling
     prompt: Prompting
     eval: Evaluation
+    checkpoint: Checkpointing
     run_dir: str | None
+    resume: str | None
     seed: int
     steps: int
     anchor: str
     kl_to_reference: float
-    checkpoint_every: int
 
     def __post_init__(self) -> None:
         check_choice("anchor", self.anchor, ("rollout", "recompute"))
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; to measure a model without training: dppo eval")
-        rules = {"kl_to_reference >= 0": self.kl_to_reference >= 0, "checkpoint_every >= 0": self.checkpoint_every >= 0}
-        check_rules("", self, rules)
+        check_rules("", self, {"kl_to_reference >= 0": self.kl_to_reference >= 0})
         if self.batch.samples_per_prompt < self.advantage.min_samples:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
@@ -83,11 +84,6 @@ class TrainConfig:
     def eval_sampling(self) -> Sampling:
         """Untruncated sampling at the evaluation's temperature."""
         return replace(self.sampling, temperature=self.eval.temperature)
-
-    @property
-    def checkpoints(self) -> int:
-        """How many adapters are saved before the last."""
-        return self.steps // self.checkpoint_every if self.checkpoint_every else 0
 
     def unusual(self) -> list[str]:
         """What is allowed but unusual, in words."""

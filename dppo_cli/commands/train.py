@@ -3,28 +3,37 @@
 prompts -> completions -> scores -> groups -> updates, `steps` times, between two evaluations.
 """
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.errors import ConfigError
+from dppo_cli.errors import ConfigError, DppoError, NumericalError, RunError, Stopped
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import Collector, InStepCollector
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.telemetry.console import Console
 from dppo_cli.telemetry.listeners import Listeners
+from dppo_cli.telemetry.table import print_warning
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
 from dppo_cli.training.batches import PromptOrder, mini_batches
+from dppo_cli.training.checkpoint import newest_good, prune, read_checkpoint, write_checkpoint
 from dppo_cli.training.evaluation import evaluate
-from dppo_cli.training.learner import Learner
+from dppo_cli.training.failures import describe
+from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.training.metrics import PhaseTimer, peak_memory_gib, rollout_metrics, update_metrics
-from dppo_cli.training.run_folder import RunFolder, check_free, default_run_dir
+from dppo_cli.training.run_folder import RunFolder, default_run_dir
 from dppo_cli.training.state import RunState
-from dppo_cli.types import EvalReport, RunInfo, StepReport
+from dppo_cli.training.stopping import Stopping
+from dppo_cli.types import EvalReport, Group, RunInfo, StepReport
 from dppo_cli.world import World
 
 
@@ -33,48 +42,79 @@ def train(
     config: TrainConfig,
     collector: Collector,
     engine: RolloutEngine,
-    evaluate_now: Callable[[], float],
+    evaluate_now: Callable[[int], float],
+    save: Callable[[], object],
     folder: RunFolder,
     listeners: Listeners,
+    stopping: Stopping,
 ) -> None:
-    """Take `state` from the step it is at to `config.steps`; `evaluate_now` gives the held-out accuracy."""
-    learner = state.learner
+    """Take `state` from the step it is at to `config.steps`.
+
+    `evaluate_now` gives the held-out accuracy after a step, `save` writes a checkpoint. Raises Stopped when a signal
+    asks for it.
+    """
+    learner, every = state.learner, config.checkpoint.every
     while state.step < config.steps:
+        stopping.check()
         step, timer = state.step + 1, PhaseTimer()
+        state.begin_step()
         collected = collector.collect(state.prompts.take(config.batch.prompts_per_step), step)
         timer.seconds.update(collected.seconds)
         groups = collected.groups
         with timer.phase("update"):
             if config.anchor == "recompute":
                 groups = learner.anchored(groups)
-            updates = [learner.update(part) for part in mini_batches(groups, config.batch, config.seed, step)]
+            parts = mini_batches(groups, config.batch, config.seed, step)
+            updates = [update(learner, part, step, folder, config.optim.on_nonfinite) for part in parts]
         with timer.phase("sync"):
             engine.sync(version=step)
-        state.step = step
         metrics = {"step": step, **rollout_metrics(groups, config.eval.success_reward), **update_metrics(updates)}
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             with timer.phase("eval"):
-                metrics["eval_accuracy"] = evaluate_now()
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
-            folder.save_adapter(f"checkpoints/step-{step}")
+                metrics["eval_accuracy"] = evaluate_now(step)
         metrics["time"] = timer.seconds_and_rates(groups)
-        folder.log(metrics)
-        listeners.stepped(StepReport(metrics, groups, [update.stats for update in updates]))
+        is_best = state.is_best(metrics.get("eval_accuracy"))
+        # A step is finished when its line is written and everybody has heard of it, all or nothing.
+        with stopping.shielded():
+            folder.log(metrics)
+            listeners.stepped(StepReport(metrics, groups, [update.stats for update in updates]))
+            state.finish_step(metrics.get("eval_accuracy"))
+        if is_best or stopping.wants_checkpoint or (every and step % every == 0):
+            stopping.wants_checkpoint = False
+            save()
+
+
+def update(learner: Learner, groups: Sequence[Group], step: int, folder: RunFolder, on_nonfinite: str) -> UpdateResult:
+    """One update. A batch that gives a NaN or an infinity is kept, and ends the run or is left out."""
+    try:
+        return learner.update(groups)
+    except NumericalError as error:
+        # A step has several updates.
+        names = (f"nonfinite-step-{step}{more}.json" for more in chain([""], (f"-{n}" for n in count(2))))
+        name = next(name for name in names if not (folder.path / name).exists())
+        folder.write(name, describe(groups))
+        text = f"step {step}: {error}; no weight was changed, and the batch is in {folder.path / name}"
+        if on_nonfinite == "stop":
+            raise NumericalError(text) from None
+        learner.warn(f"{text}; this update is left out")
+        return learner.skipped(groups)
 
 
 def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     """Load, evaluate, train, evaluate, save; returns what summary.json holds.
 
-    On Ctrl-C the adapter is saved as it is, and KeyboardInterrupt goes on with a text that says where.
+    Whatever ends a run early, the state after its last finished step is saved, and the error says where.
     """
     started = time.perf_counter()
     world = World.current()
     if world.size > 1:
         raise ConfigError(f"{world.size} processes were started, and training runs in one; start dppo by itself")
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
-    check_free(run_dir, "run_dir")
     early = config.unusual()
-    task, scorer = config.data.load(), config.reward.load()
+    earlier = find_earlier(run_dir, config, config_yaml, early.append)
+    if earlier.summary is not None:
+        return earlier.summary
+    task, scorer = config.data.load(), config.reward.load(lambda text: warn(text))
     policy = load_policy(
         config.model.path,
         config.model.revision,
@@ -101,70 +141,98 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         state.warnings.append(text)
         listeners.warned(text)
 
-    def evaluate_now() -> float:
-        plan = config.eval
+    def evaluate_now(step: int) -> float:
         result = evaluate(
             engine,
             heldout_prompts,
             scorer,
             config.eval_sampling,
-            plan.samples_per_prompt,
-            plan.success_reward,
+            config.eval.samples_per_prompt,
+            config.eval.success_reward,
             config.seed,
         )
-        listeners.evaluated(EvalReport(state.step, result.accuracy, result.standard_error(), result.groups))
+        listeners.evaluated(EvalReport(step, result.accuracy, result.standard_error(), result.groups))
         return result.accuracy
+
+    def save() -> Path:
+        snapshot = state.snapshot()
+        snapshot.plain["seconds"] += time.perf_counter() - started
+        path = write_checkpoint(folder.path, snapshot, policy.save_adapter, method_hash(config_yaml))
+        prune(folder.path, state.step, config.checkpoint.keep, also=[state.best[0]] if state.best else [])
+        return path
+
+    def finish(after: float | None) -> dict[str, Any]:
+        """Save the state as it is, and say what the run was."""
+        save()
+        summary = {
+            "eval_before": state.eval_before,
+            "eval_after": after,
+            "steps": state.step,
+            "interrupted": after is None,
+            "seconds": state.seconds + time.perf_counter() - started,
+            "peak_memory_gib": peak_memory_gib(policy.device),
+            "trained_parameters": sum(p.numel() for p in policy.parameters),
+            "warnings": state.warnings,
+            "resumes": state.resumes,
+            "run_dir": str(folder.path),
+            "adapter": str(folder.save_adapter(policy.save_adapter)),
+        }
+        # The summary comes last: a run that has one is not taken up again.
+        masked.finished(summary)
+        folder.write("summary.json", summary)
+        return summary
 
     masked = MaskedTokens(text_of=lambda token: str(policy.tokenizer.decode([token])))
     watch = Watch(config.objective.masks, warn)
     listeners = Listeners([masked, watch, Console(masked)] if world.is_main else [], warn)
     state = RunState(
-        make_learner(policy, config, world),
+        make_learner(policy, config, warn, world),
         PromptOrder(train_prompts, config.seed),
         tallies={"masked_tokens": masked, "watch": watch},
     )
-    summary = after = None
+    folder = RunFolder(
+        run_dir,
+        config_yaml,
+        # Adapter, its copy in the state and two moments, for each checkpoint and one that is being written.
+        4 * policy.adapter_bytes * (config.checkpoint.keep + 3),
+        named=config.run_dir is not None,
+        goes_on=earlier.goes_on,
+    )
+    stopping = Stopping(config.checkpoint.grace, listeners.warned)
+    summary = None
     try:
-        with (
-            RunFolder(
-                run_dir, config_yaml, policy.save_adapter, policy.adapter_bytes, 1 + config.checkpoints
-            ) as folder,
-            engine,
-        ):
-            listeners.started(run_info(run_dir, config, policy))
+        with folder, engine, stopping:
+            if earlier.checkpoint is not None:
+                state.load(read_checkpoint(earlier.checkpoint))
+                state.resumes.append({"step": state.step, "changes": earlier.changes})
+            if earlier.goes_on:
+                folder.cut(state.step)
+            listeners.started(run_info(folder.path, config, policy, state.step))
             for text in early:
-                warn(text)
-            engine.sync(version=0)
+                # A run that goes on has warned of it before.
+                (listeners.warned if text in state.warnings else warn)(text)
+            engine.sync(version=state.step)
             try:
-                state.eval_before = evaluate_now()
-                train(state, config, collector, engine, evaluate_now, folder, listeners)
-                after = evaluate_now()
-            except KeyboardInterrupt:
-                if state.step == 0:
-                    raise KeyboardInterrupt("before the first step was finished; nothing is saved") from None
-            adapter = folder.save_adapter("adapter")
-            result = {
-                "eval_before": state.eval_before,
-                "eval_after": after,
-                "steps": state.step,
-                "interrupted": after is None,
-                "seconds": time.perf_counter() - started,
-                "peak_memory_gib": peak_memory_gib(policy.device),
-                "trained_parameters": sum(p.numel() for p in policy.parameters),
-                "warnings": state.warnings,
-                "run_dir": str(run_dir),
-                "adapter": str(adapter),
-            }
-            folder.write("summary.json", result)
-            summary = result
+                if state.eval_before is None:
+                    state.eval_before = evaluate_now(0)
+                train(state, config, collector, engine, evaluate_now, save, folder, listeners, stopping)
+                summary = finish(evaluate_now(state.step))
+            except BaseException as error:
+                # Raised within, because the end of a shield may raise what is told here already: that the run stops.
+                with stopping.shielded():
+                    told, summary = rescue(error, state, folder, finish)
+                    try:
+                        raise told from (None if told is error else error)
+                    finally:
+                        del told  # Its trace holds this frame: the model would stay in memory for a sweep's next job.
     finally:
         listeners.finished(summary)
-    if after is None:
-        raise KeyboardInterrupt(f"after step {state.step} of {config.steps}; the adapter as it is then is in {adapter}")
     return summary
 
 
-def make_learner(policy: Policy, config: TrainConfig, world: World | None = None) -> Learner:
+def make_learner(
+    policy: Policy, config: TrainConfig, warn: Callable[[str], None] = print_warning, world: World | None = None
+) -> Learner:
     return Learner(
         policy,
         config.loss,
@@ -174,13 +242,48 @@ def make_learner(policy: Policy, config: TrainConfig, world: World | None = None
         temperature=config.sampling.temperature,
         max_new_tokens=config.sampling.max_new_tokens,
         total_updates=config.steps * config.batch.updates_per_step,
+        warn=warn,
         world=world,
     )
 
 
-def run_info(run_dir: Path, config: TrainConfig, policy: Policy) -> RunInfo:
+def rescue(
+    error: BaseException, state: RunState, folder: RunFolder, finish: Callable[[None], dict[str, Any]]
+) -> tuple[BaseException, dict[str, Any] | None]:
+    """Save the state after the last finished step; the error with where it is, and the run's summary."""
+    state.rewind()
+    summary = None
+    if state.step == 0:
+        text = "no step was finished; nothing is saved"
+    else:
+        try:
+            folder.cut(state.step)
+            summary = finish(None)
+            text = f"the state after step {state.step} is saved; to go on: dppo train resume={folder.path}"
+        except (OSError, RunError, SafetensorError) as failed:
+            newest = newest_good(folder.path, warn=lambda _: None)
+            text = (
+                f"the state after step {state.step} could not be saved ({failed}); the newest checkpoint is "
+                f"{newest or 'none'}. When it can be written again: dppo train resume={folder.path}"
+            )
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(signal.SIGINT, text), summary
+    if isinstance(error, OSError | SafetensorError):
+        why = getattr(error, "strerror", None) or error
+        return RunError(f"{folder.path} cannot be written any more: {why}; {text}"), summary
+    if isinstance(error, Stopped):
+        error.args = (text,)
+    elif isinstance(error, DppoError):
+        error.args = (f"{error}; {text}",)
+    else:
+        error.add_note(f"dppo: {text}")
+    return error, summary
+
+
+def run_info(run_dir: Path, config: TrainConfig, policy: Policy, step: int) -> RunInfo:
     return RunInfo(
         run_dir=run_dir,
+        step=step,
         steps=config.steps,
         model=config.model.path,
         parameters=sum(p.numel() for p in policy.model.parameters()),

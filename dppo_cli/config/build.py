@@ -115,9 +115,9 @@ class _Builder:
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
         if is_file and isinstance(value, str):
-            value = self.files[where] = _absolute(value)
+            value = self.files[where] = absolute(value)
         elif is_file and isinstance(value, list):
-            value = [_absolute(v) if isinstance(v, str) else v for v in value]
+            value = absolute(value)
             self.files.update({f"{where}[{i}]": v for i, v in enumerate(value)})
         return value
 
@@ -175,7 +175,12 @@ def _without_annotations(hint: Any) -> Any:
     return hint
 
 
-def _absolute(value: str) -> str:
+def absolute(value: Any) -> Any:
+    """A path as an absolute one if it exists; all other values as they are."""
+    if isinstance(value, list):
+        return [absolute(v) for v in value]
+    if not isinstance(value, str):
+        return value
     file, colon, function = value.rpartition(":")
     for path, rest in ((value, ""), (file, colon + function)):
         if path and Path(path).exists():

@@ -58,6 +58,7 @@ class AdamW:
     max_grad_norm: float | None
     warmup_updates: int
     schedule: str
+    on_nonfinite: str
 
     def __post_init__(self) -> None:
         rules = {
@@ -70,6 +71,7 @@ class AdamW:
         }
         check_rules("optim", self, rules)
         check_choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        check_choice("optim.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,17 @@ class Evaluation:
             "temperature >= 0": self.temperature >= 0,
         }
         check_rules("eval", self, rules)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    every: int
+    keep: int
+    grace: float
+
+    def __post_init__(self) -> None:
+        rules = {"every >= 0": self.every >= 0, "keep >= 1": self.keep >= 1, "grace >= 0": self.grace >= 0}
+        check_rules("checkpoint", self, rules)
 
 
 @dataclass(frozen=True)

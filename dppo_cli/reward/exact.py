@@ -1,7 +1,7 @@
 """Reward 1 for the right answer, else 0."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dppo_cli.errors import ConfigError
@@ -22,7 +22,7 @@ class Exact:
             except re.error as error:
                 raise ConfigError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from None
 
-    def load(self) -> Scorer:
+    def load(self, warn: Callable[[str], None]) -> Scorer:
         return self._score
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:

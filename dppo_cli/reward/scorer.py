@@ -1,6 +1,6 @@
 """The interface of rewards: one score per completion."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dppo_cli.types import Completion, Prompt, Score
@@ -13,6 +13,9 @@ class Scorer(Protocol):
 
 
 class RewardSource(Protocol):
-    """A reward option; `load()` imports or builds the scorer, and raises RewardError if it cannot."""
+    """A reward option. `load()` imports or builds the scorer, and raises RewardError if it cannot.
 
-    def load(self) -> Scorer: ...
+    `warn` is told of samples that could not be scored.
+    """
+
+    def load(self, warn: Callable[[str], None]) -> Scorer: ...

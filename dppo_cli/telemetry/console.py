@@ -4,14 +4,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dppo_cli.telemetry.table import print_table
+from dppo_cli.telemetry.table import RichConsole, print_table
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
@@ -47,7 +46,9 @@ class Console:
             f"{run.dtype}"
         )
         self._say(f"run folder: {run.run_dir}")
-        self.progress.reset(self.bar, total=run.steps)
+        if run.step:
+            self._say(f"going on after step {run.step} of {run.steps}")
+        self.progress.reset(self.bar, total=run.steps, completed=run.step)
         if self.rich.is_terminal:
             self.live = Live(self._panel(), console=self.rich, refresh_per_second=4)
             self.live.start()

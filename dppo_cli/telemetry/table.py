@@ -1,10 +1,17 @@
-"""The two-column table at the end of a command."""
+"""How commands print: the two-column table at the end, and warnings."""
 
 from collections.abc import Sequence
 
-from rich.console import Console as RichConsole
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+
+class RichConsole(Console):
+    """Where nobody reads any more (`| head`), it falls silent; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsole | None = None) -> None:

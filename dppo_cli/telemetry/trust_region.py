@@ -48,6 +48,7 @@ class MaskedTokens:
     def finished(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None and self.run_dir is not None:
             write_json(self.run_dir / "masked_tokens.json", self.rows(MOST))
+            self.run_dir = None  # Once: a run calls this before it writes its summary, and again with all listeners.
 
     def state(self) -> dict[str, Any]:
         """The counts so far, as JSON."""

@@ -5,7 +5,8 @@ the first of them runs, so the gradient is the same however it is cut.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from dppo_cli.kernels.top_k import top_k
 from dppo_cli.policy.forward import Forward, choose_forward, split_by_tokens
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.training.failures import check_finite, is_out_of_memory, named
 from dppo_cli.types import Batch, Group, PolicyReport, Sample, TokenStats
 from dppo_cli.world import World
 
@@ -31,7 +33,7 @@ class UpdateResult:
     """One optimizer step. `stats`: what was seen of its tokens. `num_positions`: tokens and padding that ran."""
 
     stats: list[TokenStats]
-    gradient_norm: float
+    gradient_norm: float | None  # None: the update was skipped
     lr: float
     sequences: int
     skipped_sequences: int
@@ -53,6 +55,7 @@ class Learner:
         temperature: float,
         max_new_tokens: int,
         total_updates: int,
+        warn: Callable[[str], None],
         forward: type[Forward] | None = None,
         world: World | None = None,
     ) -> None:
@@ -60,6 +63,8 @@ class Learner:
         self.policy, self.loss, self.aggregation, self.optim, self.hardware = policy, loss, aggregation, optim, hardware
         self.head = policy.head.at(temperature)
         self.max_new_tokens = max_new_tokens
+        self.warn = warn
+        self.budget = hardware.tokens_per_micro_batch
         self.forward = forward or choose_forward(policy)
         self.world = world or World()
         b1, b2 = optim.betas
@@ -88,10 +93,50 @@ class Learner:
         return [replace(group, anchors=[next(anchors) for _ in group.completions]) for group in groups]
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
-        """One optimizer step on `groups`. Raises NumericalError, with no weight changed, if a gradient is not finite.
+        """One optimizer step on `groups`.
 
-        Samples with A = 0 get no forward pass where nothing but the advantage gives a gradient: it would be zero.
+        Samples with A = 0 get no forward pass where nothing but the advantage gives a gradient: it would be zero. Where
+        memory does not suffice, the update is repeated with micro-batches of half the size. Raises NumericalError, with
+        no weight changed, if a loss or a gradient is not finite.
         """
+        random_state, device = torch.get_rng_state(), self.policy.device
+        on_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        try:
+            while True:
+                try:
+                    result = self._backward(groups)
+                    break
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or self.budget <= 1:
+                        raise
+                # Outside the handler, whose exception holds on to the tensors of the failed pass.
+                self.optimizer.zero_grad(set_to_none=False)
+                torch.set_rng_state(random_state)
+                self.budget = max(1, self.budget // 2)
+                if on_cuda is not None:
+                    torch.cuda.set_rng_state(on_cuda, device)
+                    torch.cuda.empty_cache()
+                self.warn(
+                    f"out of memory in an update: repeated with hardware.tokens_per_micro_batch={self.budget}, which "
+                    "this run uses from here on"
+                )
+            # Never repeated: smaller micro-batches would not help it, and it may have changed some weights.
+            return replace(result, gradient_norm=self._step())
+        finally:
+            self.optimizer.zero_grad(set_to_none=False)
+
+    def skipped(self, groups: Sequence[Group]) -> UpdateResult:
+        """The update that was left out, for the record; the schedule counts it."""
+        lr = float(self.schedule.get_last_lr()[0])
+        with warnings.catch_warnings():
+            # torch expects a step of the optimizer before each one of the schedule.
+            warnings.simplefilter("ignore")
+            self.schedule.step()
+        sequences = sum(len(group.completions) for group in groups)
+        return UpdateResult([], None, lr, sequences, 0, 0, 0)
+
+    def _backward(self, groups: Sequence[Group]) -> UpdateResult:
+        """The gradient of an update, and what was seen on the way."""
         prompts, samples = _samples(groups)
         divisor = self._divisor(samples)
         # Samples without advantage run last and separately, so that skipping them does not change the other sums.
@@ -102,9 +147,13 @@ class Learner:
             if not part:
                 continue
             forward, reference = self._open(prompts, part), self._open_reference(prompts, part)
-            for batch, _ in self._micro_batches(prompts, part):
+            for batch, indices in self._micro_batches(prompts, part):
                 logp_ref_N = None if reference is None else self._reference_log_probs(batch, reference)
-                loss_N, seen = self.loss(batch, partial(self._log_probs, batch, forward), logp_ref_N)
+                try:
+                    loss_N, seen = self.loss(batch, partial(self._log_probs, batch, forward), logp_ref_N)
+                    check_finite(loss_N)
+                except NumericalError as error:
+                    raise named(error, batch, [part[i] for i in indices], groups) from None
                 (loss_N.sum() / divisor).backward()
                 stats.append(seen)
             forward.backward()
@@ -113,7 +162,7 @@ class Learner:
         lr = float(self.schedule.get_last_lr()[0])
         return UpdateResult(
             stats=stats,
-            gradient_norm=self._step(),
+            gradient_norm=None,
             lr=lr,
             sequences=len(samples),
             skipped_sequences=0 if self.loss.needs_all_tokens else len(idle),
@@ -127,7 +176,7 @@ class Learner:
         moments = self.optimizer.state_dict()["state"]
         for index, (name, _) in enumerate(self._named_parameters()):
             tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.get(index, {}).items()}
-        return tensors, {"updates": self.schedule.last_epoch}
+        return tensors, {"updates": self.schedule.last_epoch, "budget": self.budget}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
@@ -139,7 +188,7 @@ class Learner:
                 moments.setdefault(index_of[name], {})[kind] = value.clone()
         for name, parameter in self._named_parameters():
             parameter.data.copy_(tensors[f"adapter.{name}"])
-        self.schedule.last_epoch = plain["updates"]
+        self.schedule.last_epoch, self.budget = plain["updates"], plain["budget"]
         groups = self.optimizer.state_dict()["param_groups"]
         for group in groups:
             group["lr"] = self.optim.lr * self.schedule.lr_lambdas[0](plain["updates"])
@@ -193,13 +242,12 @@ class Learner:
             )
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=False)
         return norm
 
     def _open(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward:
         """The prompts of `samples`, each once."""
         numbers = dict.fromkeys(s.prompt for s in samples)
-        return self.forward(self.policy, {n: prompts[n] for n in numbers}, self.hardware.tokens_per_micro_batch)
+        return self.forward(self.policy, {n: prompts[n] for n in numbers}, self.budget)
 
     def _open_reference(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward | None:
         """The same as the base sees them, for KL(pi || ref)."""
@@ -214,7 +262,7 @@ class Learner:
         """Batches, and which of `samples` are in each."""
         costs = [self.forward.cost(len(prompts[s.prompt]), len(s.completion.token_ids_T)) for s in samples]
         lengths, contexts = [run for run, _ in costs], [seen for _, seen in costs]
-        for part in split_by_tokens(lengths, contexts, self.hardware.tokens_per_micro_batch):
+        for part in split_by_tokens(lengths, contexts, self.budget):
             yield Batch.pack([samples[i] for i in part], prompts, self.policy.pad_id, self.policy.device), part
 
 

@@ -67,7 +67,7 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, Any]:
     sequences = sum(u.sequences for u in updates)
     return {
         **token_metrics([u.stats for u in updates]),
-        "gradient_norm": _mean_of([u.gradient_norm for u in updates]),
+        "gradient_norm": _mean_of([u.gradient_norm for u in updates if u.gradient_norm is not None]),
         "lr": updates[-1].lr if updates else None,
         "skipped": sum(u.skipped_sequences for u in updates) / sequences if sequences else 0.0,
         "padding": sum(u.num_padding for u in updates) / positions if positions else 0.0,

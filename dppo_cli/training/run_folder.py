@@ -1,20 +1,27 @@
 """A run's folder: config.yaml, metrics.jsonl (a line per step), summary.json, masked_tokens.json, adapter/,
 checkpoints/step-N/.
 
-It appears on the disk only when everything that can be refused has been checked and loaded, and goes away again if the
-run ends by a user's mistake before its first step.
+It appears on the disk only when everything that can be refused has been checked and loaded. Every file but
+metrics.jsonl is complete or not there. Imports no torch.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dppo_cli.errors import RunError
 
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
+"""What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
+RESULTS = ("config.yaml", METRICS, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
 SPARE_BYTES = 64 * 2**20
 """Room for logs and metrics beside the adapters."""
 
@@ -33,7 +40,7 @@ def check_free(path: Path, key: str) -> None:
     """Raise RunError if `path`, which the user set as `key`, holds a run, is not a folder, or could not be written."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{key}={path} is a file; name a new folder")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(p.name not in NO_RUN for p in path.iterdir()):
         holds = {"config.yaml": "already holds a run", "multirun.yaml": "already holds a sweep"}
         what = next((text for name, text in holds.items() if (path / name).exists()), "is not empty")
         raise RunError(f"{key}={path} {what}; name a new folder, or delete it first")
@@ -56,59 +63,153 @@ def check_disk(path: Path, needed_bytes: int) -> None:
 
 
 class RunFolder:
-    """Writes a run. Use as a context: a user's mistake before the first logged step removes the folder again."""
+    """Writes a run, as a context. One process at a time has a run folder open.
+
+    A run that ends before its first finished step leaves nothing, except what was in the folder before.
+    """
 
     def __init__(
-        self, path: Path, config_yaml: str, write_adapter: Callable[[Path], None], adapter_bytes: int, adapters: int
+        self, path: Path, config_yaml: str, needed_bytes: int, *, named: bool = True, goes_on: bool = False
     ) -> None:
-        """`write_adapter` fills a folder with the adapter as it is; room for `adapters` of them is checked."""
-        check_free(path, "run_dir")
-        check_disk(path, adapter_bytes * adapters + SPARE_BYTES)
-        self.path, self.write_adapter, self.steps_logged = path, write_adapter, 0
-        self.config_yaml = config_yaml
+        """`named`: the user chose the path; if not, a path that is taken is replaced. `goes_on`: it holds a run."""
+        if not goes_on:
+            check_free(path, "run_dir")
+        check_disk(path, needed_bytes + SPARE_BYTES)
+        self.path, self.config_yaml, self.named, self.goes_on = path, config_yaml, named, goes_on
+        self.made_folder = False
+        self.steps_logged = 0
+        self.lock: IO[str] | None = None  # None: not open
 
     def __enter__(self) -> "RunFolder":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(self.config_yaml, encoding="utf-8")
+            with ExitStack() as undo:
+                self._make()
+                self.lock = undo.enter_context(_lock(self.path))
+                if not self.goes_on:
+                    check_free(self.path, "run_dir")  # Another run may have come and ended since it was found free.
+                undo.callback(self._remove)
+                self._clean()
+                write_text(self.path / "config.yaml", self.config_yaml)
+                undo.pop_all()
         except OSError as error:
-            raise RunError(f"run_dir={self.path} cannot be written: {error.strerror}") from None
+            raise RunError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is not None and self.steps_logged == 0:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RunError(f"{self.path} cannot be written any more: {error.strerror or error}") from error
+            self._remove()
+        if self.lock is not None:
+            self.lock.close()
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl; an OSError ends the run in words."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.steps_logged += 1
         if self.steps_logged == 1:
+            point_last(self.path)
+
+    def cut(self, steps: int) -> None:
+        """Keep the lines of the first `steps` steps in metrics.jsonl: the steps after them run again."""
+        path = self.path / METRICS
+        # What follows the last line break is a line that was not written whole.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1][:steps] if path.is_file() else []
+        if len(lines) < steps:
+            raise RunError(f"{path} has {len(lines)} lines, but the checkpoint is of step {steps}: lines were lost")
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        self.steps_logged = steps
+        if steps:
             point_last(self.path)
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         write_json(self.path / name, content)
 
-    def save_adapter(self, name: str) -> Path:
-        """Write the adapter to `name` below the run folder, whole or not at all."""
-        target = self.path / name
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        self.write_adapter(temporary)
+    def save_adapter(self, write_adapter: Callable[[Path], None]) -> Path:
+        """Write adapter/, complete or not at all. `write_adapter` fills a folder."""
+        target, temporary = self.path / "adapter", self.path / ".adapter.tmp"
+        _remove(temporary)
+        write_adapter(temporary)
+        _remove(target)
         temporary.replace(target)
         return target
 
+    def _make(self) -> None:
+        """Take the folder; a name that nobody chose changes until it is free."""
+        while not self.goes_on:
+            try:
+                self.path.mkdir(parents=True)
+                self.made_folder = True
+                return
+            except FileExistsError:
+                if self.named:
+                    return
+                self.path = default_run_dir(str(self.path.parent))
+
+    def _remove(self) -> None:
+        """Remove all that this run has written."""
+        if self.goes_on:
+            return
+        for path in (*(self.path / name for name in RESULTS), *self.path.glob(".*.tmp")):
+            _remove(path)
+        with suppress(OSError):
+            (self.path / LOCK).unlink()
+            if self.made_folder:
+                self.path.rmdir()
+
+    def _clean(self) -> None:
+        """Remove what a process that was killed left unfinished, and results that the run will write anew."""
+        for path in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
+            _remove(path)
+        if self.goes_on:
+            for name in ("summary.json", "masked_tokens.json", "adapter"):
+                _remove(self.path / name)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Held until it is closed or the process ends, in whatever way; nothing where the file system has no locks."""
+    file = (path / LOCK).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"run_dir={path} is in use by another process; wait for it, or choose another run_dir") from None
+    except OSError:
+        pass
+    return file
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the system write a folder's names to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a JSON file, complete or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def point_last(run: Path) -> None:
@@ -116,21 +217,10 @@ def point_last(run: Path) -> None:
     link = Path("runs/last")
     temporary = link.with_name(f".last-{os.getpid()}")
     try:
-        link.parent.mkdir(exist_ok=True)
-        temporary.symlink_to(os.path.relpath(run, link.parent))
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(run.resolve(), link.parent.resolve()))
         temporary.replace(link)
     except OSError:
-        temporary.unlink(missing_ok=True)
-
-
-def open_run(run: str) -> Path:
-    """The folder of a finished run. Raises RunError, naming what is there, if it is not one."""
-    path = Path(run)
-    if not path.is_dir():
-        near = [str(p) for p in sorted(path.parent.glob("*")) if p.is_dir()] if path.parent.is_dir() else []
-        known = f"; there are: {', '.join(near[-5:])}" if near else "; train one with `dppo train`"
-        raise RunError(f"run={run} points nowhere{known}")
-    for name in ("config.yaml", "summary.json", "adapter/adapter_config.json"):
-        if not (path / name).is_file():
-            raise RunError(f"run={run} is not a finished run: it has no {name}")
-    return path
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

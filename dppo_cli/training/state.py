@@ -32,41 +32,84 @@ class Snapshot:
 
 @dataclass
 class RunState:
-    """A run after `step` steps. `eval_before`: accuracy before the first. `warnings`: what was warned of so far."""
+    """A run after `step` steps.
+
+    A step changes weights, random states and the data cursor before it is finished; `rewind()` undoes what an
+    unfinished step has changed.
+    """
 
     learner: Learner
     prompts: PromptOrder
     tallies: Mapping[str, Tally]
     step: int = 0
-    eval_before: float | None = None
+    seconds: float = 0.0  # of processes that ended before this one
+    eval_before: float | None = None  # accuracy before the first step
+    best: tuple[int, float] | None = None  # step and accuracy of the best evaluation in between
     warnings: list[str] = field(default_factory=list)
+    resumes: list[dict[str, Any]] = field(default_factory=list)  # after which step, with which changes
+    mark: Snapshot | None = field(default=None, init=False)  # before the step in progress
+
+    def begin_step(self) -> None:
+        """Remember what the step will change."""
+        self.mark = self._changing()
+
+    def is_best(self, accuracy: float | None) -> bool:
+        """Whether an evaluation in between is better than all before."""
+        return accuracy is not None and (self.best is None or accuracy > self.best[1])
+
+    def finish_step(self, accuracy: float | None = None) -> None:
+        """`accuracy`: of the evaluation after this step, if there was one."""
+        self.step += 1
+        self.mark = None
+        if accuracy is not None and self.is_best(accuracy):
+            self.best = (self.step, accuracy)
+
+    def rewind(self) -> None:
+        """Undo a step that has begun and is not finished."""
+        if self.mark is not None:
+            self._restore(self.mark)
+            self.mark = None
 
     def snapshot(self) -> Snapshot:
         """A copy that later steps do not change."""
-        tensors, learner = self.learner.state()
-        tensors |= {"random.cpu": torch.get_rng_state()}
-        if self.learner.policy.device.type == "cuda":
-            tensors |= {"random.cuda": torch.cuda.get_rng_state(self.learner.policy.device)}
+        assert self.mark is None, "a step is in progress"
+        changing = self._changing()
         plain = {
             "step": self.step,
-            "prompts_taken": self.prompts.taken,
+            "seconds": self.seconds,
             "eval_before": self.eval_before,
+            "best": self.best,
             "warnings": list(self.warnings),
-            "learner": learner,
+            "resumes": list(self.resumes),
             "tallies": {name: tally.state() for name, tally in self.tallies.items()},
         }
-        return Snapshot({name: value.clone() for name, value in tensors.items()}, plain)
+        return Snapshot(changing.tensors, {**plain, **changing.plain})
 
     def load(self, snapshot: Snapshot) -> None:
         """Become the state that `snapshot` was taken of, in a run of the same config."""
-        plain, tensors = snapshot.plain, snapshot.tensors
-        self.step, self.eval_before, self.warnings = plain["step"], plain["eval_before"], list(plain["warnings"])
-        random_states = {name: value for name, value in tensors.items() if name.startswith("random.")}
-        self.learner.load_state({n: v for n, v in tensors.items() if n not in random_states}, plain["learner"])
-        order = self.prompts
-        self.prompts = PromptOrder(order.prompts, order.seed, plain["prompts_taken"])
+        plain = snapshot.plain
+        self.step, self.seconds, self.eval_before = plain["step"], plain["seconds"], plain["eval_before"]
+        self.best = None if plain["best"] is None else (plain["best"][0], plain["best"][1])
+        self.warnings, self.resumes = list(plain["warnings"]), list(plain["resumes"])
         for name, tally in self.tallies.items():
             tally.load_state(plain["tallies"][name])
+        self._restore(snapshot)
+
+    def _changing(self) -> Snapshot:
+        tensors, learner = self.learner.state()
+        tensors |= {"random.cpu": torch.get_rng_state()}
+        device = self.learner.policy.device
+        if device.type == "cuda":
+            tensors |= {"random.cuda": torch.cuda.get_rng_state(device)}
+        copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        return Snapshot(copies, {"prompts_taken": self.prompts.taken, "learner": learner})
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        tensors = dict(snapshot.tensors)
+        random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("random.")}
+        self.learner.load_state(tensors, snapshot.plain["learner"])
+        order = self.prompts
+        self.prompts = PromptOrder(order.prompts, order.seed, snapshot.plain["prompts_taken"])
         torch.set_rng_state(random_states["random.cpu"])
         if "random.cuda" in random_states:
             torch.cuda.set_rng_state(random_states["random.cuda"], self.learner.policy.device)

@@ -14,7 +14,7 @@ from dppo_cli.training.learner import Learner
 pytestmark = pytest.mark.usefixtures("work")
 
 
-NOTHING = "dppo: interrupted before the first step was finished; nothing is saved\n"
+NOTHING = "dppo: stopped: no step was finished; nothing is saved\n"
 
 
 def interrupt_at(call: int, owner: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def interrupt_at(call: int, owner: type, method: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(owner, method, interrupted)
 
 
-def test_ctrl_c_saves_the_adapter_as_it_is(
+def test_ctrl_c_saves_the_last_finished_step(
     model: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(model, "steps=2", "run_dir=whole") == 0
@@ -38,14 +38,15 @@ def test_ctrl_c_saves_the_adapter_as_it_is(
         interrupt_at(4, LocalEngine, "generate", patch)  # The first evaluation, step 1, step 2, step 3.
         assert train(model, "steps=5", "run_dir=cut") == 130
     assert capsys.readouterr().err == (
-        "dppo: interrupted after step 2 of 5; the adapter as it is then is in cut/adapter\n"
+        "dppo: stopped: the state after step 2 is saved; to go on: dppo train resume=cut\n"
     )
     summary = read_json(work / "cut/summary.json")
     assert (summary["steps"], summary["interrupted"], summary["eval_after"]) == (2, True, None)
     assert len(read_lines(work / "cut/metrics.jsonl")) == 2
     # What was saved is what a run of two steps saves, and opens.
-    weights = "adapter/adapter_model.safetensors"
-    assert (work / "cut" / weights).read_bytes() == (work / "whole" / weights).read_bytes()
+    for weights in ("adapter", "checkpoints/step-2/adapter"):
+        whole, cut = (work / run / weights / "adapter_model.safetensors" for run in ("whole", "cut"))
+        assert cut.read_bytes() == whole.read_bytes()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(work / "cut/adapter"))
 
 
@@ -76,6 +77,7 @@ def test_ctrl_c_while_loading_leaves_nothing(
 def test_ctrl_c_ends_a_sweep(
     model: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     interrupt_at(4, Learner, "update", monkeypatch)
     assert train(model, "-m", "seed=1,2,3", "steps=3", "batch.prompts_per_update=2", "run_dir=sweep") == 130
     captured = capsys.readouterr()
@@ -85,6 +87,6 @@ def test_ctrl_c_ends_a_sweep(
     # Of the job that was interrupted there is how it ended, and no run.
     assert [p.name for p in (work / "sweep/1").iterdir()] == ["job.json"]
     record = read_json(work / "sweep/1/job.json")
-    assert (record["status"], record["error"]) == (130, "interrupted")
+    assert (record["status"], record["error"]) == (130, NOTHING.removeprefix("dppo: ").strip())
     # The table shows what there is.
-    assert "seed=1" in captured.out and "failed: interrupted" in captured.out
+    assert "seed=1" in captured.out and "failed: stopped: no step was finished" in captured.out

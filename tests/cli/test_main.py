@@ -32,6 +32,8 @@ def test_every_command_has_what_its_row_says(name: str) -> None:
     assert list(signature(getattr(module, f"run_{name}")).parameters) == ["config", "config_yaml"]
     schema = getattr(schemas, command.schema)
     assert is_dataclass(schema)
+    if command.prepare is not None:
+        assert callable(importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare)
     # A job of a sweep gets its own folder through a key that may be null.
     if command.job_key is not None:
         assert command.job_key in {f.name for f in fields(schema)}

@@ -121,8 +121,8 @@ def test_a_reward_function_that_fails_leaves_no_run(
     model: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(model, "reward.path=rewards.py:broken", "run_dir=run") == 2
-    error = capsys.readouterr().err
-    assert error == f"dppo: the reward function {work}/rewards.py:broken failed: ValueError: no idea\n"
+    error, nothing = capsys.readouterr().err, "no step was finished; nothing is saved"
+    assert error == f"dppo: the reward function {work}/rewards.py:broken failed: ValueError: no idea; {nothing}\n"
     assert not (work / "run").exists() and not (work / "runs").exists()
 
 
@@ -135,7 +135,8 @@ def test_a_reward_function_that_fails_later_leaves_the_steps(
         "    calls.append(1)\n    assert len(calls) < 4, 'tired'\n    return [float(len(c)) for c in completions]\n"
     )
     assert train(model, "reward.path=late.py:f", "run_dir=run", "steps=5") == 2
-    assert "AssertionError: tired" in capsys.readouterr().err
+    saved = "the state after step 2 is saved; to go on: dppo train resume=run"
+    assert capsys.readouterr().err.endswith(f"AssertionError: tired; {saved}\n")
     assert [row["step"] for row in read_lines(work / "run/metrics.jsonl")] == [1, 2]
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("work")
         (["train", "divergance=tv"], ["no key divergance", "did you mean divergence?", "advantage, aggregation"]),
         (["train", "approx=topkk"], ["no approx=topkk", "did you mean 'topk'?", "Choices: binary, full, topk"]),
         (["train", "approx=null"], ["no approx=null", "Choices: binary, full, topk"]),
+        (["train", "checkpoint_every=1"], ["no key checkpoint_every", "did you mean checkpoint.every?"]),
         (["train", "seeed=1"], ["no key seeed", "did you mean seed?", "steps"]),
         (
             ["train", "divergence.delta_hi=1"],

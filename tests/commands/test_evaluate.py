@@ -189,7 +189,7 @@ def test_a_run_that_is_not_there(refused: Callable[..., str], work: Path) -> Non
     assert "run=runs/last points nowhere; train one with `dppo train`" in refused("run=runs/last")
     (work / "runs/monday").mkdir(parents=True)
     assert "run=runs/last points nowhere; there are: runs/monday" in refused("run=runs/last")
-    assert "run=runs/monday is not a finished run: it has no config.yaml" in refused("run=runs/monday")
+    assert "run=runs/monday is not a run: it has no config.yaml" in refused("run=runs/monday")
 
 
 def test_a_target_that_exists(model: Path, work: Path, refused: Callable[..., str]) -> None:

@@ -202,7 +202,7 @@ def test_a_run_that_is_not_there_or_not_finished(work: Path, refused: Callable[.
     assert "run=runs/last points nowhere" in refused()
     (work / "half").mkdir()
     (work / "half/config.yaml").write_text("steps: 1\n")
-    assert "run=half is not a finished run: it has no summary.json" in refused("run=half")
+    assert "run=half was not finished, and it has no complete checkpoint" in refused("run=half")
 
 
 def test_a_target_below_a_file(trained: Path, work: Path, refused: Callable[..., str]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dppo_cli.cli.main import main
 from dppo_cli.commands.trained import read_run_config
+from dppo_cli.training.evaluation import EvalResult, evaluate
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -27,9 +28,10 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_run_folder_holds_what_it_promises(model: Path, work: Path) -> None:
-    assert train(model, "steps=3", "checkpoint_every=1", "eval.every=2", "run_dir=run") == 0
+    assert train(model, "steps=3", "checkpoint.every=1", "checkpoint.keep=3", "eval.every=2", "run_dir=run") == 0
     run = work / "run"
     assert sorted(p.name for p in run.iterdir()) == [
+        ".lock",
         "adapter",
         "checkpoints",
         "config.yaml",
@@ -38,10 +40,12 @@ def test_a_run_folder_holds_what_it_promises(model: Path, work: Path) -> None:
         "summary.json",
     ]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1", "step-2", "step-3"]
-    for folder in (run / "adapter", *(run / "checkpoints").iterdir()):
+    for folder in (run / "checkpoints").iterdir():
+        assert {p.name for p in folder.iterdir()} == {"adapter", "manifest.json", "state.json", "state.safetensors"}
+    for folder in (run / "adapter", *run.glob("checkpoints/*/adapter")):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in folder.iterdir()}
-        # No pickle anywhere.
-        assert not list(folder.glob("*.bin"))
+    # No pickle anywhere.
+    assert not list(run.rglob("*.bin"))
 
     config = OmegaConf.load(run / "config.yaml")
     assert (config.steps, config.adapter.r, config.reward.path) == (3, 4, f"{work}/rewards.py:late")
@@ -83,10 +87,41 @@ def test_every_metric_is_finite_and_in_its_range(model: Path, work: Path) -> Non
 
 
 def test_the_last_checkpoint_is_the_adapter(model: Path, work: Path) -> None:
-    assert train(model, "steps=4", "checkpoint_every=2", "run_dir=run") == 0
-    last, before = (work / f"run/checkpoints/step-{n}/adapter_model.safetensors" for n in (4, 2))
+    assert train(model, "steps=4", "checkpoint.every=2", "run_dir=run") == 0
+    last, before = (work / f"run/checkpoints/step-{n}/{WEIGHTS}" for n in (4, 2))
     assert last.read_bytes() == (work / "run" / WEIGHTS).read_bytes()
     assert before.read_bytes() != last.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ([], [5]),
+        (["checkpoint.every=0"], [5]),
+        (["checkpoint.every=2"], [4, 5]),
+        (["checkpoint.every=1", "checkpoint.keep=3"], [3, 4, 5]),
+    ],
+)
+def test_when_the_state_is_saved(words: list[str], steps: list[int], model: Path, work: Path) -> None:
+    """In any case at the end; steps=5 is less than the default of checkpoint.every."""
+    assert train(model, *words, "steps=5", "run_dir=run") == 0
+    assert {p.name for p in (work / "run/checkpoints").iterdir()} == {f"step-{step}" for step in steps}
+
+
+def test_the_best_by_evaluation_is_kept(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no checkpoint is due; a later one that is as good does not take its place."""
+    accuracies = iter([0.9, 0.1, 0.5, 0.5, 0.4, 0.8])  # before, after steps 1 to 4, and at the end
+
+    def evaluated(*_: Any) -> EvalResult:
+        result = evaluate(*_)
+        monkeypatch.setattr(EvalResult, "accuracy", next(accuracies))
+        return result
+
+    monkeypatch.setattr("dppo_cli.commands.train.evaluate", evaluated)
+    words = ["steps=5", "eval.every=1", "checkpoint.every=0", "checkpoint.keep=1", "run_dir=run"]
+    assert train(model, *words) == 0
+    assert {p.name for p in (work / "run/checkpoints").iterdir()} == {"step-2", "step-5"}
+    assert read_json(work / "run/checkpoints/step-5/state.json")["best"] == [2, 0.5]
 
 
 def test_the_saved_adapter_is_float32_and_has_moved(model: Path, work: Path) -> None:
@@ -118,12 +153,14 @@ def test_the_config_file_of_a_run_rebuilds_the_same_config(model: Path, work: Pa
 
 def test_equal_commands_give_equal_runs(model: Path, work: Path) -> None:
     for run in ("one", "two"):
-        assert train(model, "steps=3", f"run_dir={run}", "eval.every=1", "checkpoint_every=3") == 0
+        assert train(model, "steps=3", f"run_dir={run}", "eval.every=1", "checkpoint.every=3") == 0
     one, two = (without_times(read_lines(work / run / "metrics.jsonl")) for run in ("one", "two"))
     # As text, which is to say in every bit.
     assert json.dumps(one) == json.dumps(two)
     assert (work / "one" / WEIGHTS).read_bytes() == (work / "two" / WEIGHTS).read_bytes()
     assert (work / "one/masked_tokens.json").read_text() == (work / "two/masked_tokens.json").read_text()
+    one, two = (work / run / "checkpoints/step-3/state.safetensors" for run in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_equal_commands_give_equal_runs_with_the_default_model(work: Path) -> None:

@@ -11,14 +11,14 @@ from dppo_cli.types import Score
 def rewards(pattern: str | None, *pairs: tuple[str, str]) -> list[float | None]:
     """Of (response, answer) pairs, each a problem of its own."""
     prompts = [make.prompt(i, answer=answer) for i, (_, answer) in enumerate(pairs)]
-    scores = Exact(pattern).load()(prompts, [[make.completion(text=text)] for text, _ in pairs])
+    scores = Exact(pattern).load(make.fail)(prompts, [[make.completion(text=text)] for text, _ in pairs])
     return [score.value for (score,) in scores]
 
 
 def test_the_samples_of_a_problem_are_scored_in_their_order():
     prompts = [make.prompt(0, answer="46"), make.prompt(1, answer="7"), make.prompt(2, answer="1")]
     completions = [[make.completion(text=text) for text in texts] for texts in (["46", "7", "46"], ["46"], [])]
-    assert Exact(None).load()(prompts, completions) == [[Score(1.0), Score(0.0), Score(1.0)], [Score(0.0)], []]
+    assert Exact(None).load(make.fail)(prompts, completions) == [[Score(1.0), Score(0.0), Score(1.0)], [Score(0.0)], []]
 
 
 def test_without_a_pattern_the_whole_response_counts():

@@ -49,7 +49,7 @@ SUMMARY: dict[str, Any] = {
     "peak_memory_gib": 0.5,
     "adapter": "runs/x/adapter",
 }
-RUN = RunInfo(Path("runs/x"), 6, "some/model", 20, 10, "cpu", "float32")
+RUN = RunInfo(Path("runs/x"), 0, 6, "some/model", 20, 10, "cpu", "float32")
 
 
 def console(**tallies: TokenTally) -> Console:
@@ -111,6 +111,15 @@ def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[st
         assert figure in lines[4]
     # No escape codes, no carriage returns, no bars.
     assert not {"\x1b", "\r", "━"} & set("".join(lines))
+
+
+def test_a_run_that_goes_on_says_after_which_step(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = console()
+    shown.started(replace(RUN, step=2))
+    shown.stepped(step(3))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["run folder: runs/x", "going on after step 2 of 6"]
+    assert lines[3].startswith("step 3/6")
 
 
 def test_a_long_run_says_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +253,16 @@ def test_the_panel_says_how_much_time_is_left(panel: Console) -> None:
         panel.stepped(step(number))
     assert task.completed == 3 and task.total == 6
     assert task.time_remaining is not None and task.time_remaining > 0
+
+
+def test_the_panel_of_a_run_that_goes_on_begins_where_it_stopped(panel: Console, terminal: io.StringIO) -> None:
+    panel.finished(None)
+    panel.started(replace(RUN, step=4))
+    (task,) = panel.progress.tasks
+    assert (task.completed, task.total) == (4, 6)
+    panel.stepped(step(5))
+    assert task.completed == 5
+    panel.finished(None)
 
 
 def test_lines_appear_above_the_panel(panel: Console, terminal: io.StringIO) -> None:

@@ -1,9 +1,8 @@
-"""Run folders: where they may be, what is written whole or not at all, and when they go away again."""
+"""Run folders: where they may be, what is written whole or not at all, and where runs/last points."""
 
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,17 @@ from typing import Any
 import pytest
 from helpers import read_json, read_lines
 
-from dppo_cli.errors import ConfigError, RunError
+from dppo_cli.errors import RunError
 from dppo_cli.training.run_folder import (
     SPARE_BYTES,
     RunFolder,
     check_disk,
     check_free,
     default_run_dir,
-    open_run,
     point_last,
     write_json,
 )
 
-ADAPTER_BYTES = 4096
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
@@ -34,7 +31,11 @@ def write_adapter(path: Path) -> None:
 
 def break_off(path: Path) -> None:
     write_adapter(path)
-    raise OSError(28, "No space left on device")
+    raise full()
+
+
+def full() -> OSError:
+    return OSError(28, "No space left on device")
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +43,8 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def folder(write: Callable[[Path], None] = write_adapter, adapters: int = 1) -> RunFolder:
-    return RunFolder(Path("run"), "steps: 1\n", write, ADAPTER_BYTES, adapters)
-
-
-def fail_after(steps: int, run: RunFolder, error: Exception) -> None:
-    with run:
-        for step in range(steps):
-            run.log({"step": step + 1})
-        raise error
+def folder(needed_bytes: int = 0) -> RunFolder:
+    return RunFolder(Path("run"), "steps: 1\n", needed_bytes)
 
 
 # Where
@@ -114,15 +108,19 @@ def test_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         check_disk(Path("a/b"), 11 * 2**20)
 
 
-def test_a_run_asks_for_room_for_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, SPARE_BYTES + 3 * ADAPTER_BYTES))
-    folder(adapters=3)
+def test_a_run_asks_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, SPARE_BYTES + 3 * 4096))
+    folder(3 * 4096)
     with pytest.raises(RunError, match="needs"):
-        folder(adapters=4)
+        folder(4 * 4096)
     assert not Path("run").exists()
 
 
 # What is written
+
+
+def names() -> set[str]:
+    return {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
 
 
 def test_a_run_that_goes_well() -> None:
@@ -130,46 +128,33 @@ def test_a_run_that_goes_well() -> None:
         assert Path("run/config.yaml").read_text() == "steps: 1\n"
         run.log({"step": 1, "reward": 0.5})
         run.log({"step": 2, "reward": None})
-        assert run.save_adapter("checkpoints/step-2") == Path("run/checkpoints/step-2")
-        run.save_adapter("adapter")
+        assert run.save_adapter(write_adapter) == Path("run/adapter")
         run.write("summary.json", {"steps": 2})
     assert read_lines(Path("run/metrics.jsonl")) == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}]
     assert read_json(Path("run/summary.json")) == {"steps": 2}
-    names = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
-    assert names == {
-        "adapter/adapter_config.json",
-        "checkpoints/step-2/adapter_config.json",
-        "config.yaml",
-        "metrics.jsonl",
-        "summary.json",
-    }
-
-
-def test_a_mistake_before_the_first_step_removes_the_folder() -> None:
-    with pytest.raises(ConfigError):
-        fail_after(0, folder(), ConfigError("no"))
-    assert not Path("run").exists() and not Path("runs").exists()
-
-
-def test_a_failure_after_a_step_keeps_it() -> None:
-    with pytest.raises(ConfigError):
-        fail_after(1, folder(), ConfigError("no"))
-    assert read_lines(Path("run/metrics.jsonl")) == [{"step": 1}]
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_disk_that_fills_up_is_named(steps: int) -> None:
-    with pytest.raises(RunError, match=r"run cannot be written any more: No space left on device"):
-        fail_after(steps, folder(), OSError(28, "No space left on device"))
-    assert Path("run").exists() == bool(steps)
+    assert names() == {".lock", "adapter/adapter_config.json", "config.yaml", "metrics.jsonl", "summary.json"}
 
 
 def test_an_adapter_is_written_whole_or_not_at_all() -> None:
-    with folder(break_off) as run:
+    with folder() as run:
         run.log({"step": 1})
         with pytest.raises(OSError, match="No space"):
-            run.save_adapter("adapter")
-    assert not Path("run/adapter").exists()
+            run.save_adapter(break_off)
+        assert not Path("run/adapter").exists()
+        run.save_adapter(write_adapter)
+    assert names() == {".lock", "adapter/adapter_config.json", "config.yaml", "metrics.jsonl"}
+
+
+def test_an_adapter_replaces_the_one_before() -> None:
+    with folder() as run:
+        run.log({"step": 1})
+        run.save_adapter(write_adapter)
+        Path("run/adapter/of_before").touch()
+        with pytest.raises(OSError, match="No space"):
+            run.save_adapter(break_off)
+        assert Path("run/adapter/of_before").exists()
+        run.save_adapter(write_adapter)
+    assert [p.name for p in Path("run/adapter").iterdir()] == ["adapter_config.json"]
 
 
 def test_a_summary_is_written_whole_or_not_at_all() -> None:
@@ -179,6 +164,19 @@ def test_a_summary_is_written_whole_or_not_at_all() -> None:
         with pytest.raises(TypeError):
             run.write("summary.json", {"steps": object()})
         assert read_json(Path("run/summary.json")) == {"steps": 1}
+
+
+def test_a_file_is_complete_before_it_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one stays until the new one is on the disk."""
+    write_json(Path("summary.json"), {"steps": 1})
+
+    def refuse(handle: int) -> None:
+        raise full()
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_json(Path("summary.json"), {"steps": 2})
+    assert read_json(Path("summary.json")) == {"steps": 1}
 
 
 def test_a_json_file_is_replaced_and_ends_with_a_line_break() -> None:
@@ -217,25 +215,3 @@ def test_a_file_system_without_links_goes_without(monkeypatch: pytest.MonkeyPatc
     with folder() as run:
         run.log({"step": 1})
     assert list(Path("runs").iterdir()) == []
-
-
-# Reading back
-
-
-def test_open_run() -> None:
-    with pytest.raises(RunError, match="run=runs/last points nowhere; train one with `dppo train`"):
-        open_run("runs/last")
-    Path("runs/a").mkdir(parents=True)
-    with pytest.raises(RunError, match="run=runs/b points nowhere; there are: runs/a"):
-        open_run("runs/b")
-    with pytest.raises(RunError, match="run=runs/a is not a finished run: it has no config"):
-        open_run("runs/a")
-    Path("runs/a/config.yaml").write_text("")
-    with pytest.raises(RunError, match="it has no summary"):
-        open_run("runs/a")
-    Path("runs/a/summary.json").write_text("{}")
-    with pytest.raises(RunError, match="it has no adapter/adapter_config"):
-        open_run("runs/a")
-    Path("runs/a/adapter").mkdir()
-    Path("runs/a/adapter/adapter_config.json").write_text("{}")
-    assert open_run("runs/a") == Path("runs/a")

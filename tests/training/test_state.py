@@ -22,6 +22,7 @@ from dppo_cli.telemetry.watch import GROWTH, Watch
 from dppo_cli.training.batches import PromptOrder
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.training.state import RunState, Snapshot
+from dppo_cli.training.stopping import Stopping
 from dppo_cli.types import Completion, Prompt, Score
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -83,9 +84,21 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
         config.seed,
     )
     listeners = Listeners([run.masked, run.watch])
-    with RunFolder(folder, "", run.policy.save_adapter, run.policy.adapter_bytes, adapters=1) as opened, engine:
+    saved: list[int] = []
+    with RunFolder(folder, "", run.policy.adapter_bytes) as opened, engine, Stopping(60.0, make.fail) as stopping:
         engine.sync(run.state.step)
-        train(run.state, config, collector, engine, lambda: 0.0, opened, listeners)
+        train(
+            run.state,
+            config,
+            collector,
+            engine,
+            lambda step: 0.0,
+            lambda: saved.append(run.state.step),
+            opened,
+            listeners,
+            stopping,
+        )
+    assert saved == [], "checkpoint.every is more than these steps"
     assert len(listeners.listening) == 2, "no listener failed"
     return [{key: value for key, value in row.items() if key != "time"} for row in read_lines(folder / "metrics.jsonl")]
 

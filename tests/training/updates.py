@@ -11,7 +11,7 @@ from torch import Tensor
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.training.learner import Learner, UpdateResult
-from dppo_cli.types import Completion, Group
+from dppo_cli.types import Completion, Group, PolicyReport
 
 ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 2.0, -1.0, 0.5)
 """Of two samples of each of the four prompts of `make.MIXED`."""
@@ -38,6 +38,13 @@ def off_policy(
     groups = rollout(policy, config, advantages, samples_per_prompt)
     make.move_adapter(policy, 0.08, seed=2)
     return policy, groups
+
+
+def broken(groups: Sequence[Group], g: int, i: int, logp_N: Tensor) -> list[Group]:
+    """The groups with other log-probs and an advantage of 1 for one sample."""
+    completions, advantages = list(groups[g].completions), list(groups[g].advantages)
+    completions[i], advantages[i] = replace(completions[i], mu=PolicyReport(logp_N)), 1.0
+    return [*groups[:g], replace(groups[g], completions=completions, advantages=advantages), *groups[g + 1 :]]
 
 
 def completions(groups: Sequence[Group]) -> list[Completion]:

@@ -1,0 +1,164 @@
+"""`dppo train resume=...`: the config of a run that goes on.
+
+`resume=RUN` takes the run's own config. What is set besides may change how the run goes on, not what a step computes.
+`run_dir=FOLDER resume=auto` starts a run, or goes on with the one in FOLDER if it is of the same config.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import absolute
+from dppo_cli.errors import ConfigError, RunError
+from dppo_cli.training.checkpoint import check, installed, newest_good, step_of
+from dppo_cli.training.run_folder import check_free
+
+MAY_CHANGE = ("steps", "checkpoint", "resume", "run_dir")
+"""Keys that do not change what a step computes (`steps` only where the learning rate does not depend on it)."""
+
+
+def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
+    """The config to build: `node` as composed, or that of the run which `resume` names, with what was `typed` besides.
+
+    Raises ConfigError, naming the key, for what would make it another run, RunError if there is no run.
+    """
+    run = node.get("resume")
+    if run == "auto" and node.get("run_dir") is None:
+        raise ConfigError("resume=auto needs the folder to start or go on in; add run_dir=...")
+    if run is None or run == "auto":
+        return node
+    saved = saved_config(Path(str(run)))
+    if saved is None:
+        raise RunError(f"resume={run} is not a run: it has no config.yaml; runs/last is the newest run")
+    folder = node.get("run_dir")
+    if folder is not None and Path(str(folder)).resolve() != Path(str(run)).resolve():
+        raise ConfigError(f"resume={run} goes on in its own folder; leave run_dir={folder} out")
+    for word in typed:
+        key = OverridesParser.create().parse_override(word).key_or_group
+        if key.startswith("recipes/"):
+            raise ConfigError(f"resume={run} goes on with the run's own config; leave recipe out")
+        for leaf, new in _flat(OmegaConf.select(node, key), key).items():
+            old = OmegaConf.select(saved, leaf)
+            # The run's own config names files by absolute paths.
+            if leaf not in ("resume", "run_dir") and old not in (new, absolute(new)):
+                _check_may_change(str(run), leaf, old, new)
+                OmegaConf.update(saved, leaf, new)
+    saved.run_dir, saved.resume = _name_of(Path(str(run))), str(run)
+    return saved
+
+
+def _name_of(run: Path) -> str:
+    """The folder itself, which runs/last points to, relative to the working directory if it is in there."""
+    path, here = run.resolve(), Path.cwd().resolve()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def saved_config(run: Path) -> DictConfig | None:
+    """The config.yaml of a run folder, if there is one."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    node = OmegaConf.load(path)
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def changes(run: Path, config_yaml: str) -> dict[str, Any]:
+    """What is set differently now than in the run in a folder, by dotted key: [then, now].
+
+    Raises ConfigError, naming the key, if a difference changes what a step computes.
+    """
+    saved, now = saved_config(run), OmegaConf.create(config_yaml)
+    old, new = _flat(saved), _flat(now)
+    found = {}
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) == new.get(key) or key in ("resume", "run_dir"):
+            continue
+        _check_may_change(str(run), key, old.get(key), new.get(key))
+        if key == "steps" and now.optim.schedule == "cosine":
+            raise ConfigError(
+                f"steps={new[key]} cannot replace the run's steps={old[key]}: under optim.schedule=cosine every step's "
+                "learning rate depends on it; start a new run"
+            )
+        found[key] = [old.get(key), new.get(key)]
+    return found
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What there is of a run. `summary`: it has finished, and nothing is left to do."""
+
+    goes_on: bool = False
+    checkpoint: Path | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+
+
+def find_earlier(run: Path, config: TrainConfig, config_yaml: str, warn: Callable[[str], None]) -> Earlier:
+    """What there is to go on with in a run folder. Raises RunError or ConfigError for a folder that cannot be used."""
+    if config.resume is None or not (run / "config.yaml").is_file():
+        check_free(run, "run_dir")
+        return Earlier()
+    changed = changes(run, config_yaml)
+    summary = _summary(run)
+    if summary is not None and not summary["interrupted"] and summary["steps"] >= config.steps:
+        if config.resume != "auto":
+            raise RunError(f"resume={run}: all {summary['steps']} steps of this run are done; to go on, raise steps")
+        print(f"{run}: all {summary['steps']} steps are done")
+        return Earlier(goes_on=True, summary=summary)
+    checkpoint = newest_good(run, warn)
+    if checkpoint is None:
+        warn("the run has no complete checkpoint; it starts anew")
+        return Earlier(goes_on=True, changes=changed)
+    manifest = check(checkpoint)
+    if manifest["config_sha256"] != method_hash(config_yaml):
+        raise RunError(f"{run}/config.yaml was changed after {checkpoint} was written; a resume would be another run")
+    step = step_of(checkpoint) or 0
+    if step > config.steps:
+        raise ConfigError(f"steps={config.steps} is less than the {step} steps that the run has done")
+    for name, then in manifest["versions"].items():
+        if installed().get(name) != then:
+            warn(f"the run was made with {name} {then}, and this is {installed().get(name)}: results may differ")
+    return Earlier(goes_on=True, checkpoint=checkpoint, changes=changed)
+
+
+def method_hash(config_yaml: str) -> str:
+    """SHA-256 of the part of a config that says what a step computes."""
+    flat = _flat(OmegaConf.create(config_yaml))
+    method = {key: value for key, value in flat.items() if key.partition(".")[0] not in MAY_CHANGE}
+    return sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+def _summary(run: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _check_may_change(run: str, key: str, old: Any, new: Any) -> None:
+    if key.partition(".")[0] not in MAY_CHANGE:
+        raise ConfigError(
+            f"{key}={new} cannot replace {key}={old} of the run in {run}: it would be another run. Leave it out to go "
+            "on, or start a new run"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values; lists are values."""
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    if not isinstance(node, dict):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for name in node:
+        found |= _flat(node[name], ".".join(filter(None, (prefix, str(name)))))
+    return found

@@ -1,0 +1,145 @@
+"""A small pool of warm processes that call a user's reward function, and can be killed."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+from dppo_cli.errors import RewardError
+from dppo_cli.reward.worker import receive, send
+
+LOADING = 120.0
+"""Seconds that importing the function's module may take."""
+
+Call = tuple[list[str], list[str], dict[str, list[Any]]]
+"""Prompts, completions and columns, as the function gets them."""
+
+
+class CallError(Exception):
+    """A call that had to be killed, or killed its process. The text says how."""
+
+
+class Worker:
+    """One process. Killed, with all its children, when it is closed or forgotten."""
+
+    def __init__(self, path: str, memory_gib: float) -> None:
+        """Raises RewardError if the function cannot be imported."""
+        self.connection, theirs = socket.socketpair()
+        # -P: nothing from the working folder, where a file may be called like a library. -u: prints are seen at once.
+        command = [sys.executable, "-P", "-u", "-m", "dppo_cli.reward.worker", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+        )
+        theirs.close()
+        self.close = weakref.finalize(self, _kill, self.process, self.connection)
+        try:
+            found = self._ask(pickle.dumps((path, sys.path, memory_gib)), LOADING)
+        except CallError as error:
+            raise RewardError(f"reward.path={path} cannot be imported: {error}") from None
+        if "error" in found:
+            self.close()
+            raise RewardError(found["error"])
+        self.whole_groups: bool = found["whole_groups"]
+
+    def call(self, call: Call, timeout: float) -> dict[str, Any]:
+        """What the call gave; see `dppo_cli.reward.worker.call`. Raises CallError, with the process gone."""
+        answer = self._ask(pickle.dumps(call), timeout)
+        if "died" in answer:
+            self.close()
+            raise CallError(answer["died"])
+        return answer
+
+    def _ask(self, request: bytes, timeout: float) -> dict[str, Any]:
+        try:
+            self.connection.settimeout(timeout)
+            send(self.connection, request)
+            answer: dict[str, Any] = json.loads(receive(self.connection))
+        except TimeoutError:
+            self.close()
+            raise CallError(f"it did not answer within {timeout:g} seconds") from None
+        except (EOFError, ConnectionError):
+            try:
+                status = self.process.wait(timeout)
+                how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+                raise CallError(f"its process ended ({how})") from None
+            except subprocess.TimeoutExpired:
+                raise CallError("it closed its connection") from None
+            finally:
+                self.close()
+        return answer
+
+
+class Pool:
+    """`count` workers of one function. A worker that was killed is replaced when it is needed."""
+
+    def __init__(self, path: str, count: int, timeout: float, memory_gib: float) -> None:
+        self.path, self.timeout, self.memory_gib = path, timeout, memory_gib
+        first = Worker(path, memory_gib)
+        self.whole_groups = first.whole_groups
+        # The first one takes all calls as long as none fails, so that a function may keep a state.
+        self.first: Worker | None = first
+        self.others: list[Worker | None] = [None] * count
+        self.free: SimpleQueue[int] = SimpleQueue()
+        for number in range(count):
+            self.free.put(number)
+        self.count = count
+        self.threads = ThreadPoolExecutor(count)
+
+    def call(self, call: Call) -> dict[str, Any]:
+        """One call, by the first worker. Raises CallError."""
+        self.first = self.first or Worker(self.path, self.memory_gib)
+        try:
+            return self.first.call(call, self.timeout)
+        except CallError:
+            self.first = None
+            raise
+
+    def call_each(self, calls: Sequence[Call]) -> list[dict[str, Any] | CallError]:
+        """Several calls, as many side by side as there are workers; what each gave, or how it failed."""
+        ended = Event()
+
+        def one(call: Call) -> dict[str, Any] | CallError:
+            number = self.free.get()
+            try:
+                worker = self.others[number] = self.others[number] or Worker(self.path, self.memory_gib)
+                if ended.is_set():
+                    raise CallError("it was not called any more")
+                return worker.call(call, self.timeout)
+            except CallError as error:
+                self.others[number] = None
+                return error
+            finally:
+                self.free.put(number)
+
+        try:
+            return list(self.threads.map(one, calls))
+        except BaseException:
+            # Ctrl-C, for one: the interpreter waits for its threads when it exits, and they for their workers.
+            ended.set()
+            for number, worker in enumerate(self.others):
+                if worker is not None:
+                    worker.close()
+                    self.others[number] = None
+            raise
+
+
+def _kill(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None:
+    """The process and what it has started."""
+    connection.close()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # Reaped, so that no zombie is left.
+    deadline = time.monotonic() + 5
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)

@@ -1,0 +1,117 @@
+"""What the commands that read a run find: a finished run, one that was stopped or killed, one of its checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import make
+import pytest
+from helpers import read_json, train, write_rewards
+
+from dppo_cli.commands.trained import open_run
+from dppo_cli.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def made(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of steps 2 and 3. Shared: read, never written."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_rewards(folder)
+        assert train(tiny_models["llama3"], "steps=3", "checkpoint.every=2", "run_dir=run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made: Path, work: Path) -> Path:
+    """A copy of it in the working folder."""
+    shutil.copytree(made, work / "runs/a")
+    return Path("runs/a")
+
+
+@pytest.fixture
+def killed(run: Path) -> Path:
+    """The same, as if it had been killed after step 3."""
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    return run
+
+
+def refused(run: str, match: str) -> None:
+    with pytest.raises(RunError, match=match):
+        open_run(run, make.fail)
+
+
+def test_a_finished_run(run: Path) -> None:
+    found = open_run("runs/a", make.fail)
+    assert (found.folder, found.adapter) == (run, run / "adapter")
+    assert found.summary == read_json(run / "summary.json")
+    assert (found.config.steps, found.config.adapter.r) == (3, 4)
+    assert open_run("runs/a/", make.fail) == found
+
+
+def test_a_run_that_was_stopped_is_told_by_its_summary(run: Path) -> None:
+    summary = {**read_json(run / "summary.json"), "interrupted": True, "eval_after": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = open_run("runs/a", make.fail)
+    assert (found.adapter, found.summary) == (run / "adapter", summary)
+
+
+def test_of_a_run_that_was_killed_the_newest_checkpoint_is_used(killed: Path) -> None:
+    warned: list[str] = []
+    found = open_run("runs/a", warned.append)
+    assert (found.folder, found.adapter, found.summary) == (killed, killed / "checkpoints/step-3/adapter", None)
+    assert warned == ["runs/a was not finished; using its checkpoint of step 3"]
+
+
+def test_of_a_run_that_was_killed_the_newest_complete_checkpoint_is_used(killed: Path) -> None:
+    (killed / "checkpoints/step-3/state.json").unlink()
+    warned: list[str] = []
+    assert open_run("runs/a", warned.append).adapter == killed / "checkpoints/step-2/adapter"
+    assert warned == [
+        "runs/a/checkpoints/step-3 is incomplete: it has no state.json; using an older checkpoint",
+        "runs/a was not finished; using its checkpoint of step 2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["runs/a/checkpoints/step-2", "runs/a/checkpoints/step-2/"])
+def test_a_checkpoint_of_a_finished_run(name: str, run: Path) -> None:
+    """What the run reached is not what this adapter reached."""
+    found = open_run(name, make.fail)
+    assert (found.folder, found.adapter, found.summary) == (run, run / "checkpoints/step-2/adapter", None)
+    assert found.config == open_run("runs/a", make.fail).config
+
+
+# Not a run
+
+
+def test_nothing_there(work: Path) -> None:
+    refused("runs/last", "run=runs/last points nowhere; train one with `dppo train`")
+    Path("runs/a").mkdir(parents=True)
+    refused("runs/b", "run=runs/b points nowhere; there are: runs/a")
+
+
+def test_a_folder_that_is_no_run(work: Path) -> None:
+    Path("runs/a").mkdir(parents=True)
+    refused("runs/a", r"run=runs/a is not a run: it has no config\.yaml")
+    Path("runs/a/summary.json").write_text("{}")
+    refused("runs/a", r"run=runs/a is not a run: it has no config\.yaml")
+
+
+def test_a_run_without_a_checkpoint(work: Path) -> None:
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").write_text("")
+    refused("runs/a", "run=runs/a was not finished, and it has no complete checkpoint")
+
+
+def test_a_run_that_has_lost_its_adapter(run: Path) -> None:
+    (run / "adapter/adapter_config.json").unlink()
+    refused("runs/a", r"run=runs/a has lost its adapter: there is no adapter/adapter_config\.json in it")
+
+
+def test_a_checkpoint_that_is_damaged_or_gone(run: Path) -> None:
+    """The one that was named, or none."""
+    (run / "checkpoints/step-2/state.json").write_text("{}")
+    refused("runs/a/checkpoints/step-2", r"runs/a/checkpoints/step-2 is damaged: state\.json is not what was written")
+    refused("runs/a/checkpoints/step-9", "run=runs/a/checkpoints/step-9 points nowhere; there are: runs/a/checkpoints/")
