@@ -17,7 +17,7 @@ from torch import Tensor
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import LoRA, Sampling
-from dppo_cli.errors import ConfigError
+from dppo_cli.errors import ConfigError, NumericalError
 from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.kernels.top_k import top_k
@@ -176,6 +176,10 @@ class LocalEngine:
     def _completion(self, token_T: Tensor, mu: PolicyReport) -> Completion:
         assert self.version is not None
         token_T, mu = token_T.cpu(), mu.to(torch.device("cpu"))
+        if not torch.isfinite(mu.logp_N).all():
+            raise NumericalError(
+                "the log-probs of a sampled response are not finite: the policy is broken. Try a lower optim.lr"
+            )
         ids = token_T.tolist()
         return Completion(
             token_ids_T=token_T,

@@ -16,7 +16,8 @@ def draw(mu_BV: Tensor, uniform_B: Tensor) -> Tensor:
     total_B1 = cdf_BV[:, -1:]
     # u * total may round up to total, which no token exceeds; just below it there always is one with mass.
     threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1)
+    # Past the end only where the probabilities are NaN, which shows in the token's log-prob.
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1).clamp_(max=cdf_BV.shape[-1] - 1)
 
 
 def truncate(log_mu_BV: Tensor, sampling: Sampling) -> Tensor:

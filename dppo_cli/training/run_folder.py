@@ -72,6 +72,8 @@ class RunFolder:
         self, path: Path, config_yaml: str, needed_bytes: int, *, named: bool = True, goes_on: bool = False
     ) -> None:
         """`named`: the user chose the path; if not, a path that is taken is replaced. `goes_on`: it holds a run."""
+        if not named and path.exists():
+            path = default_run_dir(str(path.parent))
         if not goes_on:
             check_free(path, "run_dir")
         check_disk(path, needed_bytes + SPARE_BYTES)

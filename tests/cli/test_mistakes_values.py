@@ -42,6 +42,7 @@ pytestmark = pytest.mark.usefixtures("work")
         (["objective.ratio_cap=0.5"], ["objective.ratio_cap=0.5", "at least 1"]),
         (["objective=ppo", "objective.eps_low=0"], ["objective.eps_low=0", "positive"]),
         (["optim.lr=-1"], ["optim.lr=-1", "lr > 0"]),
+        (["optim.lr=inf"], ["optim.lr=inf", "lr < inf"]),
         (["optim.schedule=linear"], ["optim.schedule=linear", "constant, cosine"]),
         (["steps=0"], ["steps=0", "dppo eval"]),
         (["anchor=pi_old"], ["anchor=pi_old", "recompute, rollout"]),

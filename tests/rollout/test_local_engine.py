@@ -15,7 +15,7 @@ from engines import opened, sampling
 from transformers import PreTrainedModel, masking_utils
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
-from dppo_cli.errors import ConfigError
+from dppo_cli.errors import ConfigError, NumericalError
 from dppo_cli.policy import loading
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import local
@@ -186,3 +186,14 @@ def test_sampling_in_bfloat16_on_a_processor_without_it_warns(train_config, monk
     assert all("rollout.dtype=bfloat16 on a processor without bfloat16" in text for text in warnings)
     monkeypatch.setattr(local, "emulates_bfloat16", lambda *_: False)
     LocalRollout(True, sampled, 8, 8).load(policy, make.fail)
+
+
+def test_a_broken_policy_is_told_in_words(train_config):
+    """Weights of NaN give no distribution to sample from, nor log-probs to train on."""
+    policy = make.policy(train_config())
+    make.move_adapter(policy, float("nan"))
+    with (
+        opened(policy) as engine,
+        pytest.raises(NumericalError, match="log-probs of a sampled response are not finite"),
+    ):
+        engine.generate(make.prompts(policy), 2, sampling(), 0, seed=1)

@@ -131,3 +131,14 @@ def test_a_name_that_nobody_chose_changes_until_it_is_free(monkeypatch: pytest.M
     assert (run.path, late.path) == (chosen, Path("runs/2026-03-04_05-06-07_2"))
     assert (chosen / "config.yaml").read_text() == "steps: 1\n"
     assert Path("runs/last").resolve() == late.path.resolve()
+
+
+def test_an_unnamed_folder_that_was_filled_while_the_model_was_loading_gets_another(work: Path) -> None:
+    chosen = Path("runs/2026-03-04_05-06-07")
+    with RunFolder(chosen, "steps: 1\n", 0, named=False) as first:
+        first.log({"step": 1})
+    second = RunFolder(chosen, "steps: 2\n", 0, named=False)
+    assert second.path != chosen
+    with second:
+        second.log({"step": 1})
+    assert (chosen / "config.yaml").read_text() == "steps: 1\n"
