@@ -63,6 +63,10 @@ class Stopped(BaseException):
         super().__init__(text)
         self.signum = signum
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[int, str]]:
+        """Launchers hand it from one process to another."""
+        return Stopped, (self.signum, str(self))
+
     @property
     def exit_status(self) -> int:
         return 128 + self.signum

@@ -1,6 +1,7 @@
 """Signals: the first asks, grace has an end, the second stops at once, and nothing is left of it afterwards."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -258,3 +259,9 @@ def test_in_another_thread_nothing_happens() -> None:
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+def test_what_stopped_a_run_reaches_other_processes() -> None:
+    """Launchers pickle it."""
+    again = pickle.loads(pickle.dumps(Stopped(15, "the state is saved")))
+    assert (again.signum, again.exit_status, str(again)) == (15, 143, "the state is saved")
