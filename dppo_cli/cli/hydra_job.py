@@ -1,5 +1,6 @@
 """What Hydra calls for each job, in this process or, under a launcher, in another."""
 
+import gc
 import importlib
 import os
 import sys
@@ -70,6 +71,8 @@ class HydraJob:
             traceback.print_exc()
         finally:
             record.write(folder)
+            # A run's parts know each other; the next job needs the memory of this one's model.
+            gc.collect()
         return _accuracy(record.summary)
 
     def _run(self, node: DictConfig) -> dict[str, Any]:
