@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +139,5 @@ def _kill(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     # Reaped, so that no zombie is left.
-    deadline = time.monotonic() + 5
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(5)
