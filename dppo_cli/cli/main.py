@@ -4,7 +4,9 @@ Hydra composes the config; this module finds the command, prints help, and turns
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +33,7 @@ SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _ignore_until_there_is_a_run()
     if "--version" in args:
         print(f"dppo {__version__}")
         return 0
@@ -56,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         _flush()
+
+
+def _ignore_until_there_is_a_run() -> None:
+    """SIGUSR1, which asks a run for a checkpoint, would kill a process that is still loading."""
+    if not hasattr(signal, "SIGUSR1") or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        # A handler, not SIG_IGN, which the processes of a reward would inherit.
+        signal.signal(signal.SIGUSR1, lambda *_: None)
 
 
 def help_text() -> str:

@@ -173,7 +173,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             "peak_memory_gib": peak_memory_gib(policy.device),
             "trained_parameters": sum(p.numel() for p in policy.parameters),
             "warnings": state.warnings,
-            "resumes": state.resumes,
+            "resumes": folder.resumes(),
             "run_dir": str(folder.path),
             "adapter": str(folder.save_adapter(policy.save_adapter)),
         }
@@ -204,7 +204,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         with folder, engine, stopping:
             if earlier.checkpoint is not None:
                 state.load(read_checkpoint(earlier.checkpoint))
-                state.resumes.append({"step": state.step, "changes": earlier.changes})
+                folder.resumed(state.step, earlier.changes)
             if earlier.goes_on:
                 folder.cut(state.step)
             listeners.started(run_info(folder.path, config, policy, state.step))

@@ -1,5 +1,5 @@
-"""A run's folder: config.yaml, metrics.jsonl (a line per step), summary.json, masked_tokens.json, adapter/,
-checkpoints/step-N/.
+"""A run's folder: config.yaml, metrics.jsonl (a line per step), resumes.json (where it went on), summary.json,
+masked_tokens.json, adapter/, checkpoints/step-N/.
 
 It appears on the disk only when everything that can be refused has been checked and loaded. Every file but
 metrics.jsonl is complete or not there. Imports no torch.
@@ -19,9 +19,10 @@ from dppo_cli.errors import RunError
 
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
+RESUMES = "resumes.json"
 NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 """What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
-RESULTS = ("config.yaml", METRICS, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
+RESULTS = ("config.yaml", METRICS, RESUMES, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
 SPARE_BYTES = 64 * 2**20
 """Room for logs and metrics beside the adapters."""
 
@@ -128,6 +129,24 @@ class RunFolder:
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
         write_json(self.path / name, content)
+
+    def resumed(self, step: int, changes: Mapping[str, Any]) -> None:
+        """Note that the run goes on after `step`, with `changes` in its config: [then, now] by key.
+
+        It has a file of its own, because a resume that finishes no step writes no checkpoint.
+        """
+        self.write(RESUMES, [*self.resumes(), {"step": step, "changes": dict(changes)}])
+
+    def resumes(self) -> list[dict[str, Any]]:
+        """All that were noted."""
+        path = self.path / RESUMES
+        if not path.is_file():
+            return []
+        try:
+            found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise RunError(f"{path} is damaged; it only says where the run went on before: delete it") from None
+        return found
 
     def save_adapter(self, write_adapter: Callable[[Path], None]) -> Path:
         """Write adapter/, complete or not at all. `write_adapter` fills a folder."""

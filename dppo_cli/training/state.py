@@ -46,7 +46,6 @@ class RunState:
     eval_before: float | None = None  # accuracy before the first step
     best: tuple[int, float] | None = None  # step and accuracy of the best evaluation in between
     warnings: list[str] = field(default_factory=list)
-    resumes: list[dict[str, Any]] = field(default_factory=list)  # after which step, with which changes
     mark: Snapshot | None = field(default=None, init=False)  # before the step in progress
 
     def begin_step(self) -> None:
@@ -80,7 +79,6 @@ class RunState:
             "eval_before": self.eval_before,
             "best": self.best,
             "warnings": list(self.warnings),
-            "resumes": list(self.resumes),
             "tallies": {name: tally.state() for name, tally in self.tallies.items()},
         }
         return Snapshot(changing.tensors, {**plain, **changing.plain})
@@ -90,7 +88,7 @@ class RunState:
         plain = snapshot.plain
         self.step, self.seconds, self.eval_before = plain["step"], plain["seconds"], plain["eval_before"]
         self.best = None if plain["best"] is None else (plain["best"][0], plain["best"][1])
-        self.warnings, self.resumes = list(plain["warnings"]), list(plain["resumes"])
+        self.warnings = list(plain["warnings"])
         for name, tally in self.tallies.items():
             tally.load_state(plain["tallies"][name])
         self._restore(snapshot)

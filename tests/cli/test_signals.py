@@ -151,3 +151,25 @@ def test_a_signal_to_the_command_itself(model: Path, work: Path, undisturbed: di
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
     check_saved_and_go_on(work, 2, undisturbed)
+
+
+def test_sigusr1_while_the_model_is_loading_is_no_reason_to_die(
+    model: Path, work: Path, undisturbed: dict[str, Any]
+) -> None:
+    (work / "mine.py").write_text(REWARD)
+    with popen(model, *WORDS) as process:
+        # From where Python hears signals to the first evaluation, which is when the run has handlers of its own.
+        wait_for(lambda: _hears(process.pid, signal.SIGUSR1), "the handler")
+        while not (work / "call-1").exists():
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+            assert process.poll() is None
+        assert process.wait(60) == 0, (work / "errors.txt").read_text()
+    assert outcome(work / "run") == undisturbed
+
+
+def _hears(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signum - 1) & 1)

@@ -215,6 +215,57 @@ def test_a_disk_that_stays_full(
     assert outcome(work / "run") == undisturbed
 
 
+@pytest.fixture
+def read_only(work: Path) -> Iterator[Callable[[], None]]:
+    """`read_only()`: from here on the run folder is a read-only mount."""
+    run = str(work / "run")
+    mounted = []
+
+    def mount() -> None:
+        for options in (["--bind"], ["-o", "remount,bind,ro"]):
+            done = subprocess.run(["mount", *options, run, run], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+            mounted.append(run)
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", run], check=True)
+
+
+def test_a_mount_that_becomes_read_only(
+    model: Path,
+    work: Path,
+    read_only: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    undisturbed: dict[str, Any],
+) -> None:
+    write_reward(work)
+    real = RunFolder.log
+
+    def log(folder: RunFolder, metrics: Any) -> None:
+        real(folder, metrics)
+        if metrics["step"] == 3:
+            read_only()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log)
+        assert train(model, *WORDS, "run_dir=run", "checkpoint.every=1") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dppo: run cannot be written any more: Read-only file system; ") and said.count("\n") == 1
+    assert "the state after step 3 could not be saved (" in said
+    assert (
+        "the newest checkpoint is run/checkpoints/step-2. When it can be written again: dppo train resume=run" in said
+    )
+    (work / "broken").unlink()
+    assert main(["train", "resume=run"]) == 2
+    assert "Read-only file system" in capsys.readouterr().err
+    subprocess.run(["mount", "-o", "remount,bind,rw", str(work / "run")], check=True)
+    assert main(["train", "resume=run"]) == 0
+    assert outcome(work / "run") == undisturbed
+
+
 @pytest.mark.parametrize(("name", "after"), [("save_adapter", False), ("save_adapter", True), ("write", False)])
 def test_a_disk_that_is_full_at_the_end(
     name: str, after: bool, model: Path, work: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, Any]
