@@ -29,7 +29,7 @@ from dppo_cli.types import Prompt
 def main(max_new_tokens: int, rounds: int = 4) -> None:
     hardware = Hardware("cpu", "float32", 2048, 256, False)
     adapter = LoRA(r=16, alpha=32, dropout=0.0, target_modules="all-linear", quantization=None)
-    policy = load_policy(str(smollm2()), None, hardware, warn=print, new_adapter=adapter)
+    policy = load_policy(str(smollm2()), None, hardware, warn=print, adapter=adapter)
     data = JsonLines(str(sums()), None, 8, "prompt", "answer", None)
     prompts = policy.encode(data.load().train[:8], Prompting("chat", None))
     sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens)

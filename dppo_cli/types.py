@@ -315,11 +315,11 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """An evaluation after `step` steps. Accuracy and its standard error in [0, 1]."""
+    """An evaluation after `step` steps. Accuracy and its standard error in [0, 1], None if not measured."""
 
     step: int
-    accuracy: float
-    standard_error: float
+    accuracy: float | None
+    standard_error: float | None
     groups: Sequence[Group]
 
 

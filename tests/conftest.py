@@ -1,7 +1,7 @@
 """What all tests share: the tiny models in folders, and configs composed from the real YAML tree."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +35,15 @@ ComposeTrain = Callable[..., TrainConfig]
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and a machine that runs the tests has other work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_config_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the key is that signs runs: not that of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("config")
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def policy(config: TrainConfig, *, adapter_scale: float = 0.0, seed: int = 0) ->
         config.model.revision,
         config.hardware,
         warn=fail,
-        new_adapter=config.adapter,
+        adapter=config.adapter,
         seed=config.seed,
     )
     if adapter_scale:

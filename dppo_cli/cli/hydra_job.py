@@ -3,7 +3,6 @@
 import gc
 import importlib
 import os
-import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from dppo_cli.cli.sweep import JobRecord
 from dppo_cli.cli.table import COMMANDS
@@ -34,9 +33,6 @@ class HydraJob:
     def __call__(self, node: DictConfig) -> float | None:
         """The held-out accuracy, for sweepers that search; None where there is none."""
         self.composed = True
-        # The user's own modules (`_target_: my_module.MyDivergence`) are looked for where dppo was started.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             return self._job(node)
         try:
@@ -58,7 +54,7 @@ class HydraJob:
         if os.getpid() != self.process:
             # Live displays of jobs that share a terminal would overwrite each other.
             os.environ["TTY_COMPATIBLE"] = "0"
-        record = JobRecord(number=hydra.job.num, overrides=list(hydra.overrides.task))
+        record = JobRecord(number=hydra.job.num, overrides=[word.lstrip("+") for word in hydra.overrides.task])
         try:
             record.summary = self._run(node)
         except DppoError as error:
@@ -79,17 +75,17 @@ class HydraJob:
         # These import torch, which help and typing errors do without.
         from dppo_cli.commands import schemas
         from dppo_cli.config.build import build
+        from dppo_cli.config.saved import to_yaml
 
         with open_dict(node):
             # Hydra leaves the recipe's choices here.
             node.pop("recipes", None)
         command = COMMANDS[self.command]
-        if command.prepare is not None:
-            prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
-            node = prepare(node, HydraConfig.get().overrides.task)
+        prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
+        node = prepare(node, HydraConfig.get().overrides.task)
         config = build(getattr(schemas, command.schema), node)
         module = importlib.import_module(f"dppo_cli.commands.{command.module}")
-        summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, OmegaConf.to_yaml(node, resolve=True))
+        summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, to_yaml(node))
         return summary
 
 

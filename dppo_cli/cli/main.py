@@ -14,7 +14,7 @@ from dppo_cli import __version__
 from dppo_cli.cli.mistakes import check_words, explain
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
-from dppo_cli.config.checks import did_you_mean
+from dppo_cli.config.checks import check_no_secrets, did_you_mean
 from dppo_cli.config.conf_tree import config_dir, groups, recipes_dir
 from dppo_cli.errors import ConfigError, DppoError, Stopped
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, overrides = split_options(args[1:])
         if "--config-dir" not in options:
             check_words(command, overrides)
-        return _run_hydra(command, options, [recipe_override(word) for word in overrides])
+        return _run_hydra(command, options, [as_hydra_has_it(command, word) for word in overrides])
     except DppoError as error:
         print(f"dppo: {error}", file=sys.stderr)
         return error.exit_status
@@ -103,9 +103,11 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def recipe_override(word: str) -> str:
-    """`recipe=NAME` as Hydra finds it: the group option recipes/NAME/recipe.yaml."""
+def as_hydra_has_it(command: str, word: str) -> str:
+    """`recipe=NAME` as the group option recipes/NAME/recipe.yaml; a key of a section that is the run's as a new key."""
     key, _, name = word.partition("=")
+    if key.partition(".")[0] in COMMANDS[command].of_the_run and "." in key:
+        return f"++{word}"
     if key != "recipe":
         return word
     known = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
@@ -129,8 +131,10 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from dppo_cli.cli.hydra_job import HydraJob
+    from dppo_cli.cli.hydra_keys import check_hydra
     from dppo_cli.training.run_folder import check_free
 
+    check_no_secrets(" ".join(overrides))
     job = HydraJob(command)
     sweep_dir = _sweep_dir(overrides)
     shows_only = {"--cfg", "--info"} & {option.partition("=")[0] for option in options}
@@ -142,12 +146,18 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             raise ConfigError(f"run_dir={sweep_dir} holds a run; a sweep (-m) needs a folder of its own")
         for record in sweep_dir.glob(f"*/{RECORD}"):
             record.unlink()
-    own = [f"hydra.searchpath=[file://{recipes_dir().parent}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
+    searchpath = f"file://{recipes_dir().parent}"
+    own = [f"hydra.searchpath=[{searchpath}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
     started_with = sys.argv
     if OPTUNA in overrides:
         overrides = [OPTUNA, *SEARCH, *overrides]
     sys.argv = ["dppo", *options, "--", *overrides, *own]
     try:
+        config_dirs = [
+            f"file://{os.path.abspath(options[i + 1])}" for i, o in enumerate(options) if o == "--config-dir"
+        ]
+        if config_dirs or any(word.lstrip("+~").startswith("hydra") for word in overrides):
+            check_hydra(command, overrides, [searchpath, *config_dirs])
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # A search of which every job failed ends in an error of the sweeper's; the records say why.

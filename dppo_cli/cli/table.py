@@ -11,7 +11,8 @@ class Command:
     module: str  # in dppo_cli.commands
     schema: str  # in dppo_cli.commands.schemas
     job_key: str | None  # the key that takes a job's own folder under -m
-    prepare: str | None = None  # in dppo_cli.commands: a module whose prepare() gives the config to build
+    prepare: str  # in dppo_cli.commands: the module whose prepare() gives the config to build
+    of_the_run: tuple[str, ...] = ()  # groups that are the run's; of each, the user may set a key alone
 
 
 COMMANDS = {
@@ -22,6 +23,20 @@ COMMANDS = {
         "run_dir",
         "resume",
     ),
-    "eval": Command("measure a finished run or a plain model on held-out problems", "evaluate", "EvalConfig", "out"),
-    "export": Command("take the adapter, or the merged model, somewhere else", "export", "ExportConfig", None),
+    "eval": Command(
+        "measure a finished run or a plain model on held-out problems",
+        "evaluate",
+        "EvalConfig",
+        "out",
+        "evaluate",
+        ("data", "reward", "rollout", "hardware"),
+    ),
+    "export": Command(
+        "take the adapter, or the merged model, somewhere else",
+        "export",
+        "ExportConfig",
+        None,
+        "export",
+        ("data", "hardware"),
+    ),
 }

@@ -2,66 +2,113 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf, open_dict
+
 from dppo_cli.commands.schemas import EvalConfig
-from dppo_cli.commands.trained import open_run
-from dppo_cli.config.sections import Sampling
-from dppo_cli.errors import RunError
+from dppo_cli.commands.trained import folder_of, open_run, run_config
+from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.loading import load_policy
-from dppo_cli.reward.exact import Exact
-from dppo_cli.telemetry.table import print_table, print_warning
+from dppo_cli.telemetry.table import percent, print_table, print_warning
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Status
 
-PLAIN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=256)
-"""How a plain model is sampled where `dppo eval` does not say."""
+OF_THE_RUN = ("data", "reward", "rollout", "hardware")
+"""Sections that are the run's, apart from the keys that the user sets."""
+OF_A_PLAIN_MODEL = {"reward": "exact", "rollout": "local", "hardware": "auto"}
+PLAIN: dict[str, Any] = {
+    "adapter": None,
+    "prompt": {"template": "plain", "system": None},
+    "sampling": {"max_new_tokens": 256},
+    "eval": {"temperature": 1.0, "success_reward": 1.0},
+}
+"""How a plain model is sampled where the user does not say."""
+
+
+def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
+    """The config to build: what `node` leaves open is the run's, or that of a plain model.
+
+    Raises ConfigError unless there is one thing to evaluate, RunError if the run cannot be used.
+    """
+    run, path = node.run, node.model.path
+    if (run is None) == (path is None):
+        raise ConfigError("name what to evaluate: a run (run=runs/last) or a plain model (model.path=...), one of them")
+    own = OmegaConf.masked_copy(node, list(OF_THE_RUN))
+    base = _plain_model(own, node) if run is None else run_config(folder_of(str(run)), own, typed, bool(node.trust))
+    with open_dict(node):
+        for name in (*OF_THE_RUN, "model", "adapter"):
+            node[name] = base[name]
+        if node.prompt.template is None:
+            node.prompt.template = base.prompt.template
+            node.prompt.system = node.prompt.system or base.prompt.system
+        if node.sampling.temperature is None:
+            node.sampling.temperature = base.eval.temperature
+        if node.sampling.max_new_tokens is None:
+            node.sampling.max_new_tokens = base.sampling.max_new_tokens
+        if node.success_reward is None:
+            node.success_reward = base.eval.success_reward
+    return node
+
+
+def _plain_model(own: DictConfig, node: DictConfig) -> DictConfig:
+    if own.data is None or "_target_" not in own.data:
+        raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")
+    defaults = {
+        name: OmegaConf.load(config_dir() / name / f"{choice}.yaml") for name, choice in OF_A_PLAIN_MODEL.items()
+    }
+    chosen = {name: section for name, section in own.items() if section is not None}
+    for name in OF_A_PLAIN_MODEL:
+        if "_target_" in (chosen.get(name) or {}):
+            del defaults[name]
+    base = OmegaConf.merge(PLAIN, {"model": node.model}, defaults, chosen)
+    assert isinstance(base, DictConfig)
+    return base
 
 
 def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     """`dppo eval`: writes summary.json and samples.jsonl, prints a table, returns the summary."""
     started = time.perf_counter()
-    run = open_run(config.run, print_warning) if config.run is not None else None
-    trained = run.config if run else None
+    run = None if config.run is None else open_run(config.run, print_warning)
     out = Path(config.out) if config.out else default_run_dir(str(run.folder / "eval") if run else "evals")
     check_free(out, "out")
-    data = config.data or (trained.data if trained else None)
-    reward = config.reward or (trained.reward if trained else Exact(pattern=None))
-    assert data is not None
-    prompting = config.prompt.over(trained.prompt if trained else None)
-    sampling = config.sampling.over(trained.eval_sampling if trained else PLAIN_SAMPLING)
-    success_reward = config.success_reward
-    if success_reward is None:
-        success_reward = trained.eval.success_reward if trained else 1.0
-    task, scorer = data.load(), reward.load(print_warning)
-    model = trained.model if trained else config.model
-    adapter = trained.adapter if trained else None
+    task, scorer = config.data.load(), config.reward.load(print_warning)
     policy = load_policy(
-        str(model.path),
-        model.revision,
+        config.model.path,
+        config.model.revision,
         config.hardware,
         warn=print_warning,
-        new_adapter=adapter,
+        adapter=config.adapter,
         saved_adapter=run.adapter if run else None,
     )
-    prompts = policy.encode(task.heldout, prompting)
-    policy.check_length(prompts, sampling.max_new_tokens)
+    prompts = policy.encode(task.heldout, config.prompt)
+    policy.check_length(prompts, config.sampling.max_new_tokens)
     with config.rollout.load(policy, print_warning) as engine:
         engine.sync(version=0)
-        result = evaluate(engine, prompts, scorer, sampling, config.samples_per_prompt, success_reward, config.seed)
+        result = evaluate(
+            engine,
+            prompts,
+            scorer,
+            config.sampling,
+            config.samples_per_prompt,
+            config.success_reward,
+            config.seed,
+        )
     pass_at = {str(k): result.pass_at(k) for k in config.pass_k}
     summary: dict[str, Any] = {
-        "model": str(model.path),
+        "model": config.model.path,
         "run": config.run,
         "problems": len(prompts),
         "samples_per_prompt": config.samples_per_prompt,
         "accuracy": result.accuracy,
         "standard_error": result.standard_error(),
         "pass_at": pass_at,
-        "sampling": asdict(sampling),
+        "sampling": asdict(config.sampling),
         "finished": result.finished,
         "seconds": time.perf_counter() - started,
         "out": str(out),
@@ -73,8 +120,8 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
         write_samples(out / "samples.jsonl", result)
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {error.strerror}") from None
-    rows = [("accuracy", f"{result.accuracy:.1%} ± {summary['standard_error']:.1%} (standard error)")]
-    rows += [(f"pass@{k}", f"{value:.1%}") for k, value in pass_at.items()]
+    rows = [("accuracy", f"{percent(result.accuracy)} ± {percent(summary['standard_error'])} (standard error)")]
+    rows += [(f"pass@{k}", percent(value)) for k, value in pass_at.items()]
     rows += [("problems x samples", f"{len(prompts)} x {config.samples_per_prompt}"), ("written to", str(out))]
     print_table(f"eval {config.run or config.model.path}", rows)
     return summary

@@ -6,21 +6,25 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.commands.trained import CONFIG, key_of, read_summary, run_config
 from dppo_cli.config.build import absolute
+from dppo_cli.config.saved import read_config
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.training.checkpoint import check, installed, newest_good, step_of
 from dppo_cli.training.run_folder import check_free
 
-MAY_CHANGE = ("steps", "checkpoint", "resume", "run_dir")
+OF_THE_COMMAND = ("resume", "run_dir", "trust")
+"""Keys that say where and whether to go on."""
+MAY_CHANGE = ("steps", "checkpoint", *OF_THE_COMMAND)
 """Keys that do not change what a step computes (`steps` only where the learning rate does not depend on it)."""
 
 
@@ -34,20 +38,20 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
         raise ConfigError("resume=auto needs the folder to start or go on in; add run_dir=...")
     if run is None or run == "auto":
         return node
-    saved = saved_config(Path(str(run)))
-    if saved is None:
+    if not (Path(str(run)) / CONFIG).is_file():
         raise RunError(f"resume={run} is not a run: it has no config.yaml; runs/last is the newest run")
+    saved = run_config(Path(str(run)), OmegaConf.create({}), (), bool(node.trust))
     folder = node.get("run_dir")
     if folder is not None and Path(str(folder)).resolve() != Path(str(run)).resolve():
         raise ConfigError(f"resume={run} goes on in its own folder; leave run_dir={folder} out")
     for word in typed:
-        key = OverridesParser.create().parse_override(word).key_or_group
+        key = key_of(word)
         if key.startswith("recipes/"):
             raise ConfigError(f"resume={run} goes on with the run's own config; leave recipe out")
         for leaf, new in _flat(OmegaConf.select(node, key), key).items():
             old = OmegaConf.select(saved, leaf)
             # The run's own config names files by absolute paths.
-            if leaf not in ("resume", "run_dir") and old not in (new, absolute(new)):
+            if leaf not in OF_THE_COMMAND and old not in (new, absolute(new)):
                 _check_may_change(str(run), leaf, old, new)
                 OmegaConf.update(saved, leaf, new)
     saved.run_dir, saved.resume = _name_of(Path(str(run))), str(run)
@@ -60,26 +64,18 @@ def _name_of(run: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def saved_config(run: Path) -> DictConfig | None:
-    """The config.yaml of a run folder, if there is one."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        return None
-    node = OmegaConf.load(path)
-    assert isinstance(node, DictConfig)
-    return node
-
-
 def changes(run: Path, config_yaml: str) -> dict[str, Any]:
     """What is set differently now than in the run in a folder, by dotted key: [then, now].
 
     Raises ConfigError, naming the key, if a difference changes what a step computes.
     """
-    saved, now = saved_config(run), OmegaConf.create(config_yaml)
-    old, new = _flat(saved), _flat(now)
+    # Only compared, and with its interpolations as they are: it need not be trusted.
+    saved, _ = read_config(run / CONFIG, trust=True)
+    now = OmegaConf.create(config_yaml)
+    old, new = _flat(saved, resolve=False), _flat(now, resolve=False)
     found = {}
     for key in dict.fromkeys([*old, *new]):
-        if old.get(key) == new.get(key) or key in ("resume", "run_dir"):
+        if old.get(key) == new.get(key) or key in OF_THE_COMMAND:
             continue
         _check_may_change(str(run), key, old.get(key), new.get(key))
         if key == "steps" and now.optim.schedule == "cosine":
@@ -103,11 +99,14 @@ class Earlier:
 
 def find_earlier(run: Path, config: TrainConfig, config_yaml: str, warn: Callable[[str], None]) -> Earlier:
     """What there is to go on with in a run folder. Raises RunError or ConfigError for a folder that cannot be used."""
-    if config.resume is None or not (run / "config.yaml").is_file():
+    if config.resume is None or not (run / CONFIG).is_file():
         check_free(run, "run_dir")
         return Earlier()
     changed = changes(run, config_yaml)
-    summary = _summary(run)
+    summary = None
+    # A damaged one is written anew at the end.
+    with suppress(RunError):
+        summary = read_summary(run)
     if summary is not None and not summary["interrupted"] and summary["steps"] >= config.steps:
         if config.resume != "auto":
             raise RunError(f"resume={run}: all {summary['steps']} steps of this run are done; to go on, raise steps")
@@ -136,14 +135,6 @@ def method_hash(config_yaml: str) -> str:
     return sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(run: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
-
-
 def _check_may_change(run: str, key: str, old: Any, new: Any) -> None:
     if key.partition(".")[0] not in MAY_CHANGE:
         raise ConfigError(
@@ -152,10 +143,10 @@ def _check_may_change(run: str, key: str, old: Any, new: Any) -> None:
         )
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(node: Any, prefix: str = "", *, resolve: bool = True) -> dict[str, Any]:
     """Dotted keys and values; lists are values."""
     if OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=True)
+        node = OmegaConf.to_container(node, resolve=resolve)
     if not isinstance(node, dict):
         return {prefix: node}
     found: dict[str, Any] = {}

@@ -13,13 +13,10 @@ from dppo_cli.config.sections import (
     AdamW,
     BatchPlan,
     Checkpointing,
-    EvalPrompting,
-    EvalSampling,
     Evaluation,
     Hardware,
     LoRA,
     Model,
-    PlainModel,
     Prompting,
     Sampling,
 )
@@ -52,6 +49,7 @@ class TrainConfig:
     checkpoint: Checkpointing
     run_dir: str | None
     resume: str | None
+    trust: bool
     seed: int
     steps: int
     anchor: str
@@ -101,43 +99,50 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Everything `dppo eval` needs. What is None comes from the run."""
+    """Everything `dppo eval` needs. What the user has not set comes from the run (`evaluate.prepare`)."""
 
     run: str | None
-    model: PlainModel
-    data: DataSource | None
-    reward: RewardSource | None
+    trust: bool
+    model: Model
+    adapter: LoRA | None
+    data: DataSource
+    reward: RewardSource
     rollout: RolloutSource
     hardware: Hardware
-    prompt: EvalPrompting
-    sampling: EvalSampling
+    prompt: Prompting
+    sampling: Sampling
     samples_per_prompt: int
     pass_k: list[int]
-    success_reward: float | None
+    success_reward: float
     seed: int
     out: str | None
 
     def __post_init__(self) -> None:
-        if (self.run is None) == (self.model.path is None):
-            raise ConfigError(
-                "name what to evaluate: a run (run=runs/last) or a plain model (model.path=...), one of them"
-            )
-        if self.run is None and self.data is None:
-            raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")
+        check_rules("", self, {"samples_per_prompt >= 1": self.samples_per_prompt >= 1})
         for k in self.pass_k:
             if not 1 <= k <= self.samples_per_prompt:
                 raise ConfigError(f"pass_k={k} needs between 1 and samples_per_prompt={self.samples_per_prompt}")
 
 
+FORMATS = ("adapter", "merged")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class ExportConfig:
-    """Everything `dppo export` needs."""
+    """Everything `dppo export` needs. What the user has not set comes from the run (`export.prepare`)."""
 
     run: str
+    trust: bool
     format: str
     out: str | None
     dtype: str
+    model: Model
+    adapter: LoRA
+    data: DataSource
+    prompt: Prompting
+    hardware: Hardware
 
     def __post_init__(self) -> None:
-        check_choice("format", self.format, ("adapter", "merged"))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("format", self.format, FORMATS)
+        check_choice("dtype", self.dtype, DTYPES)

@@ -5,11 +5,13 @@ prompts -> completions -> scores -> groups -> updates, `steps` times, between tw
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from dppo_cli.commands.resume import find_earlier, method_hash
@@ -25,8 +27,9 @@ from dppo_cli.telemetry.table import print_warning
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
 from dppo_cli.training.batches import PromptOrder, mini_batches
+from dppo_cli.training.card import card
 from dppo_cli.training.checkpoint import newest_good, prune, read_checkpoint, write_checkpoint
-from dppo_cli.training.evaluation import evaluate
+from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.failures import describe
 from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.training.metrics import PhaseTimer, peak_memory_gib, rollout_metrics, update_metrics
@@ -42,7 +45,7 @@ def train(
     config: TrainConfig,
     collector: Collector,
     engine: RolloutEngine,
-    evaluate_now: Callable[[int], float],
+    evaluate_now: Callable[[int], EvalResult],
     save: Callable[[], object],
     folder: RunFolder,
     listeners: Listeners,
@@ -50,7 +53,7 @@ def train(
 ) -> None:
     """Take `state` from the step it is at to `config.steps`.
 
-    `evaluate_now` gives the held-out accuracy after a step, `save` writes a checkpoint. Raises Stopped when a signal
+    `evaluate_now` measures the held-out accuracy after a step, `save` writes a checkpoint. Raises Stopped when a signal
     asks for it.
     """
     learner, every = state.learner, config.checkpoint.every
@@ -71,7 +74,7 @@ def train(
         metrics = {"step": step, **rollout_metrics(groups, config.eval.success_reward), **update_metrics(updates)}
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             with timer.phase("eval"):
-                metrics["eval_accuracy"] = evaluate_now(step)
+                metrics["eval_accuracy"] = evaluate_now(step).accuracy
         metrics["time"] = timer.seconds_and_rates(groups)
         is_best = state.is_best(metrics.get("eval_accuracy"))
         # A step is finished when its line is written and everybody has heard of it, all or nothing.
@@ -120,7 +123,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         config.model.revision,
         config.hardware,
         warn=early.append,
-        new_adapter=config.adapter,
+        adapter=config.adapter,
         seed=config.seed,
     )
     train_prompts = policy.encode(task.train, config.prompt)
@@ -137,11 +140,13 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         config.seed,
     )
 
+    described: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
+
     def warn(text: str) -> None:
         state.warnings.append(text)
         listeners.warned(text)
 
-    def evaluate_now(step: int) -> float:
+    def evaluate_now(step: int) -> EvalResult:
         result = evaluate(
             engine,
             heldout_prompts,
@@ -152,21 +157,31 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             config.seed,
         )
         listeners.evaluated(EvalReport(step, result.accuracy, result.standard_error(), result.groups))
-        return result.accuracy
+        return result
+
+    def write_adapter(path: Path, results: Mapping[str, Any] | None = None) -> None:
+        """The adapter, and what there is to say of it."""
+        policy.save_adapter(path)
+        before = {"eval_before": state.eval_before, "eval_before_error": state.eval_before_error}
+        so_far = {**before, "eval_problems": len(heldout_prompts), "steps": state.step}
+        (path / "README.md").write_text(card(described, results or so_far, "adapter"), encoding="utf-8")
 
     def save() -> Path:
         snapshot = state.snapshot()
         snapshot.plain["seconds"] += time.perf_counter() - started
-        path = write_checkpoint(folder.path, snapshot, policy.save_adapter, method_hash(config_yaml))
+        path = write_checkpoint(folder.path, snapshot, write_adapter, method_hash(config_yaml))
         prune(folder.path, state.step, config.checkpoint.keep, also=[state.best[0]] if state.best else [])
         return path
 
-    def finish(after: float | None) -> dict[str, Any]:
+    def finish(after: EvalResult | None) -> dict[str, Any]:
         """Save the state as it is, and say what the run was."""
         save()
-        summary = {
+        results = {
             "eval_before": state.eval_before,
-            "eval_after": after,
+            "eval_before_error": state.eval_before_error,
+            "eval_after": None if after is None else after.accuracy,
+            "eval_after_error": None if after is None else after.standard_error(),
+            "eval_problems": len(heldout_prompts),
             "steps": state.step,
             "interrupted": after is None,
             "seconds": state.seconds + time.perf_counter() - started,
@@ -175,8 +190,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             "warnings": state.warnings,
             "resumes": folder.resumes(),
             "run_dir": str(folder.path),
-            "adapter": str(folder.save_adapter(policy.save_adapter)),
         }
+        summary = {**results, "adapter": str(folder.save_adapter(partial(write_adapter, results=results)))}
         # The summary comes last: a run that has one is not taken up again.
         masked.finished(summary)
         folder.write("summary.json", summary)
@@ -214,7 +229,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             engine.sync(version=state.step)
             try:
                 if state.eval_before is None:
-                    state.eval_before = evaluate_now(0)
+                    before = evaluate_now(0)
+                    state.eval_before, state.eval_before_error = before.accuracy, before.standard_error()
                 train(state, config, collector, engine, evaluate_now, save, folder, listeners, stopping)
                 summary = finish(evaluate_now(state.step))
             except BaseException as error:

@@ -1,17 +1,22 @@
 """What the commands that read a run share: where it is, its config, the adapter to take."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
+from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
 from dppo_cli.training.checkpoint import FOLDER, check, newest_good, step_of
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,6 @@ class TrainedRun:
 
     folder: Path
     adapter: Path
-    config: TrainConfig
     summary: dict[str, Any] | None
 
 
@@ -29,33 +33,92 @@ def open_run(run: str, warn: Callable[[str], None]) -> TrainedRun:
 
     Raises RunError, saying what is there, if it is neither.
     """
+    path = folder_of(run)
+    checkpoint = Path(run) if Path(run).parent.name == FOLDER and step_of(Path(run)) is not None else None
+    summary = None
+    if checkpoint is not None:
+        check(checkpoint)
+    elif (path / "summary.json").is_file():
+        summary = read_summary(path)
+        if not (path / "adapter/adapter_config.json").is_file():
+            raise RunError(f"run={run} has lost its adapter: there is no adapter/adapter_config.json in it")
+    else:
+        checkpoint = newest_good(path, warn)
+        if checkpoint is None:
+            raise RunError(f"run={run} was not finished, and it has no complete checkpoint")
+        warn(f"{run} was not finished; using its checkpoint of step {step_of(checkpoint)}")
+    return TrainedRun(path, path / "adapter" if checkpoint is None else checkpoint / "adapter", summary)
+
+
+def folder_of(run: str) -> Path:
+    """The folder of a run, or of the run that a checkpoint is of. Raises RunError if there is none."""
     path = Path(run)
     if not path.is_dir():
         near = [str(p) for p in sorted(path.parent.glob("*")) if p.is_dir()] if path.parent.is_dir() else []
         known = f"; there are: {', '.join(near[-5:])}" if near else "; train one with `dppo train`"
         raise RunError(f"run={run} points nowhere{known}")
-    checkpoint = None
     if path.parent.name == FOLDER and step_of(path) is not None:
-        check(path)
-        checkpoint, path = path, path.parent.parent
-    if not (path / "config.yaml").is_file():
-        raise RunError(f"run={run} is not a run: it has no config.yaml")
-    summary = None
-    if checkpoint is None and (path / "summary.json").is_file():
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        if not (path / "adapter/adapter_config.json").is_file():
-            raise RunError(f"run={run} has lost its adapter: there is no adapter/adapter_config.json in it")
-    elif checkpoint is None:
-        checkpoint = newest_good(path, warn)
-        if checkpoint is None:
-            raise RunError(f"run={run} was not finished, and it has no complete checkpoint")
-        warn(f"{run} was not finished; using its checkpoint of step {step_of(checkpoint)}")
-    adapter = path / "adapter" if checkpoint is None else checkpoint / "adapter"
-    return TrainedRun(path, adapter, read_run_config(path), summary)
+        path = path.parent.parent
+    if not (path / CONFIG).is_file():
+        raise RunError(f"run={run} is not a run: it has no {CONFIG}")
+    return path
+
+
+def run_config(folder: Path, own: DictConfig, typed: Sequence[str], trust: bool) -> DictConfig:
+    """The config of a run, with the sections of `own` that the user has set in place of the run's.
+
+    A section with a `_target_` takes the place of the run's; other keys are set one by one. `typed`: the words of the
+    command line. Raises RunError if the run was made by somebody else and names code that the user did not, unless
+    `trust`.
+    """
+    config, trusted = read_config(folder / CONFIG, trust)
+    lacking = [f.name for f in fields(TrainConfig) if f.name not in config]
+    if lacking:
+        raise RunError(f"{folder / CONFIG} is not the config of a run of this version: it has no {lacking[0]}")
+    for name, section in own.items():
+        if section is not None:
+            replaced = name not in config or not OmegaConf.is_config(section) or "_target_" in section
+            OmegaConf.update(config, str(name), section, merge=not replaced, force_add=True)
+    names = [key_of(word) for word in typed]
+
+    def refuse(key: str, value: str) -> None:
+        if not trusted and not any(key == name or key.startswith(f"{name}.") for name in names):
+            raise RunError(
+                f"{folder / CONFIG} was written by somebody else, or edited, and names code that would run: {key}={value}. "
+                "Read it, then add trust=true"
+            )
+
+    build(TrainConfig, config, refuse)
+    return config
+
+
+def key_of(word: str) -> str:
+    """The key that a word of the command line sets."""
+    return str(OverridesParser.create().parse_override(word).key_or_group)
 
 
 def read_run_config(run: Path) -> TrainConfig:
-    """The config a run was trained with."""
-    node = OmegaConf.load(run / "config.yaml")
-    assert isinstance(node, DictConfig)
-    return build(TrainConfig, node)
+    """The config that a run of this user's was trained with."""
+    return build(TrainConfig, run_config(run, OmegaConf.create({}), (), trust=False))
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """A run's summary.json. Raises RunError unless it holds what a run writes."""
+    path = run / "summary.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    numbers = ("steps", "seconds", "peak_memory_gib")
+    if (
+        not isinstance(found, dict)
+        or not all(_is_number(found.get(name)) for name in numbers)
+        or not all(found.get(name, "") is None or _is_number(found[name]) for name in ("eval_before", "eval_after"))
+        or not isinstance(found.get("interrupted"), bool)
+    ):
+        raise RunError(f"{path} is damaged; without it the newest checkpoint is used: delete it")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,10 +7,14 @@ and combinations. YAML is the only home of defaults.
 """
 
 import importlib
+import math
+import os
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -27,11 +31,22 @@ FilePath = Annotated[str, FILE]
 """The hint of an option that names a file or folder: `path` or `path:function`. Becomes absolute if it exists, because
 a run folder is read from anywhere."""
 
+CODE = "code"
+CodePath = Annotated[str, FILE, CODE]
+"""The hint of a `FilePath` that names code, such as the function of a reward."""
+
+OPTIONS = tuple(f"dppo_cli.{room}." for room in ("algorithm", "data", "reward", "rollout"))
+"""Where our own option classes are. A `_target_` anywhere else names the user's code."""
+
 MISSING = "???"
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 3.4028234e38
 
 
-def build(schema: type[T], node: DictConfig) -> T:
+def build(schema: type[T], node: DictConfig, check_code: Callable[[str, str], None] | None = None) -> T:
     """The frozen object of class `schema` that `node` describes; options hinted as `FilePath` become absolute in both.
+
+    `check_code(key, value)` is called for whatever names code that is not ours, before it is imported; it may refuse.
 
     Raises ConfigError for unknown keys, wrong types, unset mandatory values, values out of range, combinations that
     cannot work, and a `_target_` that is not a dataclass or lacks what its field needs. The text names the key as the
@@ -44,7 +59,7 @@ def build(schema: type[T], node: DictConfig) -> T:
     assert isinstance(plain, dict)
     if "_target_" in plain:
         raise ConfigError("there is no key _target_")
-    builder = _Builder()
+    builder = _Builder(check_code or (lambda key, value: None))
     built: T = builder.dataclass(schema, plain, "")
     for key, value in builder.files.items():
         OmegaConf.update(node, key, value)
@@ -54,7 +69,8 @@ def build(schema: type[T], node: DictConfig) -> T:
 class _Builder:
     """`files`: what was made absolute, by its dotted key."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_code: Callable[[str, str], None]) -> None:
+        self.check_code = check_code
         self.files: dict[str, str] = {}
 
     def dataclass(self, cls: type, node: Any, where: str) -> Any:
@@ -97,7 +113,10 @@ class _Builder:
         if "_target_" in node:
             if hint is not Any and not (isinstance(hint, type) and _is_object(hint)):
                 raise ConfigError(f"{where} cannot be an object (_target_); see `dppo --help`")
-            return self.dataclass(_located(where, node["_target_"], hint), node, where)
+            target = str(node["_target_"])
+            if not target.startswith(OPTIONS):
+                self.check_code(f"{where}._target_", target)
+            return self.dataclass(_located(where, target, hint), node, where)
         if is_dataclass(hint):
             return self.dataclass(typing.cast(type, hint), node, where)
         if origin in (dict, Mapping) or hint in (Any, dict):
@@ -107,13 +126,16 @@ class _Builder:
 
     def leaf(self, hint: Any, node: Any, where: str) -> Any:
         """Numbers, text, and lists and mappings of them, converted and checked by OmegaConf."""
-        is_file = FILE in getattr(hint, "__metadata__", ())
-        is_file = is_file or any(FILE in getattr(h, "__metadata__", ()) for h in typing.get_args(hint))
-        leaf = make_dataclass("Leaf", [("value", _without_annotations(hint))])
+        marks = {mark for h in (hint, *typing.get_args(hint)) for mark in getattr(h, "__metadata__", ())}
+        is_file = FILE in marks
         try:
-            value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(leaf), {"value": node})).value  # type: ignore[union-attr]
-        except OmegaConfBaseException as error:
+            leaf = OmegaConf.structured(_leaf(_without_annotations(hint)))
+            value = OmegaConf.to_object(OmegaConf.merge(leaf, {"value": node})).value  # type: ignore[union-attr]
+        except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+        _check_size(value, where)
+        if CODE in marks:
+            self.check_code(where, str(value))
         if is_file and isinstance(value, str):
             value = self.files[where] = absolute(value)
         elif is_file and isinstance(value, list):
@@ -122,12 +144,26 @@ class _Builder:
         return value
 
 
-def _located(where: str, target: Any, hint: Any) -> type:
+@cache
+def _leaf(hint: Any) -> type:
+    return make_dataclass("Leaf", [("value", hint)])
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Refuse numbers that tensors cannot hold."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) > LARGEST_INT:
+            raise ConfigError(f"{where}={number} is larger than 2^63, the largest whole number that can be used")
+        if isinstance(number, float) and LARGEST_FLOAT < abs(number) < math.inf:
+            raise ConfigError(f"{where}={number} is larger than {LARGEST_FLOAT:.2g}, the largest float32")
+
+
+def _located(where: str, target: str, hint: Any) -> type:
     """The class that `_target_` names, if it has what `hint` asks for."""
-    module_name, _, class_name = str(target).rpartition(".")
+    module_name, _, class_name = target.rpartition(".")
     try:
-        cls: Any = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # whatever the user's own module raises
+        cls: Any = getattr(_imported(module_name), class_name)
+    except (Exception, SystemExit) as error:  # whatever the user's own module does
         raise ConfigError(f"{where}._target_={target} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{where}._target_={target} is not a dataclass")
@@ -138,6 +174,21 @@ def _located(where: str, target: Any, hint: Any) -> type:
             why = f": it lacks {', '.join(lacking)}" if lacking else ""
             raise ConfigError(f"{where}._target_={target} cannot be used as {hint.__name__}{why}")
     return cls
+
+
+def _imported(name: str) -> types.ModuleType:
+    """A module; one of the user's own is looked for where dppo was started, first."""
+    if name in sys.modules or name.startswith("dppo_cli."):
+        return importlib.import_module(name)
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            # For what it imports later. Last, so that no file here takes the place of a library.
+            sys.path.append(here)
 
 
 def _members(hint: type) -> list[str]:

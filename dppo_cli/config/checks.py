@@ -1,10 +1,13 @@
 """Checks of option values, and messages with the nearest right word. Imports no torch."""
 
 import difflib
+import re
 from dataclasses import fields
 from typing import Any
 
 from dppo_cli.errors import ConfigError
+
+SECRET = re.compile(r"oc\.env:\s*(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY)\w*)", re.I)
 
 
 def did_you_mean(word: str, choices: Any) -> str:
@@ -28,3 +31,15 @@ def check_rules(where: str, of: Any, rules: dict[str, bool]) -> None:
         if not holds:
             name = next(f.name for f in fields(of) if f.name in rule.split())
             raise ConfigError(f"{where + '.' if where else ''}{name}={getattr(of, name)} breaks the rule {rule}")
+
+
+def check_no_secrets(text: str) -> None:
+    """Raise ConfigError if a config, or a word of the command line, takes a secret from the environment.
+
+    What is in a config is shown and written. Libraries that need a secret read it from the environment themselves.
+    """
+    if match := SECRET.search(text):
+        raise ConfigError(
+            f"${{oc.env:{match[1]}}} would put a secret into files; leave it out: libraries that need {match[1]} read "
+            "it from the environment"
+        )

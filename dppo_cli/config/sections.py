@@ -157,36 +157,3 @@ class Checkpointing:
     def __post_init__(self) -> None:
         rules = {"every >= 0": self.every >= 0, "keep >= 1": self.keep >= 1, "grace >= 0": self.grace >= 0}
         check_rules("checkpoint", self, rules)
-
-
-@dataclass(frozen=True)
-class PlainModel:
-    path: FilePath | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class EvalSampling:
-    temperature: float | None
-    top_p: float
-    top_k: int
-    min_p: float
-    max_new_tokens: int | None
-
-    def over(self, base: Sampling) -> Sampling:
-        """The sampling of an evaluation; `base` serves where nothing was set."""
-        temperature = base.temperature if self.temperature is None else self.temperature
-        return Sampling(temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens or base.max_new_tokens)
-
-
-@dataclass(frozen=True)
-class EvalPrompting:
-    template: str | None
-    system: str | None
-
-    def over(self, trained: Prompting | None) -> Prompting:
-        """The prompting of an evaluation; that of the run, or plain, serves where nothing was set."""
-        base = trained or Prompting("plain", None)
-        if self.template is None:
-            return Prompting(base.template, self.system or base.system)
-        return Prompting(self.template, self.system)

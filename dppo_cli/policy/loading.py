@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_session
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dppo_cli.config.sections import Hardware, LoRA
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
+from dppo_cli.policy.adapter import add_adapter, load_adapter
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 
@@ -41,15 +39,15 @@ def load_policy(
     hardware: Hardware,
     *,
     warn: Callable[[str], None],
-    new_adapter: LoRA | None = None,
+    adapter: LoRA | None = None,
     saved_adapter: Path | None = None,
     seed: int = 0,
 ) -> Policy:
-    """A plain model, one with a fresh adapter (weights drawn from `seed`), or one with a saved adapter.
+    """A plain model, or one with an adapter: a fresh one to train (weights drawn from `seed`), or a saved one to read.
 
-    `new_adapter` also says whether the base is quantised, so it goes with `saved_adapter` to read a QLoRA run back.
-    `warn` is told what works but is unusual. Raises ModelError for missing or unusable weights and tokenizers,
-    ConfigError for a device that is not there.
+    `adapter` also says whether the base is quantised, and what the saved one has to be. `warn` is told what works but
+    is unusual. Code that comes with a model is never run. Raises ModelError for missing or unusable weights and
+    tokenizers, ConfigError for a device that is not there.
     """
     _quiet()
     device, dtype = resolve_device(hardware)
@@ -61,15 +59,15 @@ def load_policy(
     location = resolve_path(path)
     offline = Path(location).is_dir() or not _hub_answers()
     tokenizer = _load_tokenizer(location, path, revision, offline)
-    quantization = new_adapter.quantization if new_adapter else None
+    quantization = adapter.quantization if adapter else None
     model = _load_model(location, path, revision, offline, dtype, device, quantization)
     peft = None
-    if saved_adapter is not None:
-        peft = PeftModel.from_pretrained(model, str(saved_adapter))
-    elif new_adapter is not None:
+    if adapter is not None:
         torch.manual_seed(seed)
-        peft = _add_adapter(model, new_adapter, location)
-    if new_adapter is None:
+        peft = add_adapter(model, adapter, location)
+        if saved_adapter is not None:
+            load_adapter(peft, saved_adapter)
+    if adapter is None or saved_adapter is not None:
         model.requires_grad_(False)
     if hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -78,7 +76,8 @@ def load_policy(
         make_lean(model)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
-    model.train(hardware.gradient_checkpointing or (new_adapter is not None and new_adapter.dropout > 0))
+    dropout = 0.0 if adapter is None else adapter.dropout
+    model.train(saved_adapter is None and (hardware.gradient_checkpointing or dropout > 0))
     eos_ids = _eos_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     policy = Policy(model, peft, tokenizer, location, device, dtype, eos_ids, pad_id)
@@ -117,6 +116,9 @@ def resolve_path(path: str) -> str:
 
 def _check_folder(folder: Path) -> None:
     has = {p.name for p in folder.iterdir()}
+    for name in sorted(has):
+        if not (folder / name).is_file() and not (folder / name).is_dir():
+            raise ModelError(f"{folder / name} is not a file (a pipe, or a link to nothing); a model's files are")
     if "config.json" not in has:
         raise ModelError(f"{folder} has no config.json; model.path must be a Hugging Face model folder")
     if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in has):
@@ -141,8 +143,10 @@ def _hub_answers() -> bool:
 
 def _load_tokenizer(location: str, path: str, revision: str | None, offline: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(location, revision=revision, local_files_only=offline)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(
+            location, revision=revision, local_files_only=offline, trust_remote_code=False
+        )
+    except Exception as error:  # Broken files raise errors of many kinds.
         raise _unavailable(location, path, "tokenizer", error) from error
 
 
@@ -155,10 +159,10 @@ def _load_model(
     device: torch.device,
     quantization: str | None,
 ) -> PreTrainedModel:
+    source: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     options: dict[str, Any] = {
         "dtype": dtype,
-        "revision": revision,
-        "local_files_only": offline,
+        **source,
         "use_safetensors": True,
         "device_map": {"": device},
         "output_loading_info": True,
@@ -171,8 +175,17 @@ def _load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        config = AutoConfig.from_pretrained(location, **source)
+    except Exception as error:  # Broken files raise errors of many kinds.
+        raise _unavailable(location, path, "config.json", error) from error
+    if "/" in str(config._attn_implementation):
+        raise ModelError(
+            f"the config.json of {path} asks for the attention code {config._attn_implementation} from the hub; code "
+            "that comes with a model is not run: remove attn_implementation from it"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
+    except Exception as error:  # The same, and too little memory.
         raise _unavailable(location, path, "weights", error) from error
     model, report = loaded
     if quantization is not None:
@@ -197,7 +210,7 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 
 def _unavailable(location: str, path: str, what: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if Path(location).is_dir() or not isinstance(error, OSError):
         return ModelError(f"the {what} in {path} cannot be loaded: {reason}")
     name = path.split("/")[-1]
@@ -205,29 +218,6 @@ def _unavailable(location: str, path: str, what: str, error: Exception) -> Model
         f"found no {what} of {path}, neither in the local cache nor on the hub now; with a network, "
         f"`hf download {path} --local-dir {name}`, then add model.path={name}  ({reason})"
     )
-
-
-def _add_adapter(model: PreTrainedModel, adapter: LoRA, location: str) -> PeftModel:
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=location,
-    )
-    try:
-        peft = get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"adapter.target_modules={adapter.target_modules}: {str(error).splitlines()[0]}") from None
-    head = model.get_output_embeddings()
-    if any(p.requires_grad for p in head.parameters()):
-        raise ConfigError("adapter.target_modules includes the output layer, which must stay frozen; leave it out")
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-            kind = type(layer.get_base_layer()).__name__
-            raise ConfigError(f"adapter.target_modules includes {name}, a layer of kind {kind}; name linear ones only")
-    return peft
 
 
 def _remove_base_dropout(model: PreTrainedModel) -> None:

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dppo_cli.config.sections import Prompting
-from dppo_cli.errors import ConfigError, ModelError
+from dppo_cli.errors import ConfigError, DataError, ModelError
 from dppo_cli.policy.head import Head
 from dppo_cli.types import Example, Prompt
+
+BATCH = 256
+"""Prompts tokenised at once. The fast tokenizers share a batch among their threads."""
+
+BATCH_CHARACTERS = 2**20
+"""Characters tokenised at once. A tokenizer may need 350 bytes for each, and ends the process when it gets none."""
+
+UNKNOWN_POSITIONS = 2**20
+"""The limit of a model that does not name one: more than can be trained on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +67,33 @@ class Policy:
         with self.peft.disable_adapter():
             yield
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can hold; None if its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def encode(self, examples: Sequence[Example], prompting: Prompting) -> list[Prompt]:
-        """Prompts as token ids; the only place where text is tokenised. Raises ModelError without a chat template."""
-        return [Prompt(i, e, self._token_ids(e.prompt, prompting)) for i, e in enumerate(examples)]
+        """Prompts as token ids; the only place where text is tokenised.
+
+        Raises ModelError if there is no chat template or it refuses a prompt, and DataError for a prompt that gives no
+        token, or so many that tokenising all of it could take all memory.
+        """
+        prompts: list[Prompt] = []
+        for batch in _batches(examples):
+            if len(batch[0].prompt) > BATCH_CHARACTERS:
+                self._check_beginning(len(prompts), batch[0].prompt, prompting)
+            for example, token_ids in zip(batch, self._token_ids([e.prompt for e in batch], prompting), strict=True):
+                if not token_ids:
+                    raise DataError(
+                        f"problem {len(prompts)} ({example.prompt[:60]!r}) gives no token; the tokenizer of "
+                        f"{self.path} drops all of it"
+                    )
+                prompts.append(Prompt(len(prompts), example, tuple(token_ids)))
+        return prompts
 
     def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Raise ConfigError if a prompt with its longest response does not fit into the model's positions."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.positions
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         if limit is not None and len(longest.token_ids) + max_new_tokens > limit:
             raise ConfigError(
@@ -83,21 +111,52 @@ class Policy:
         # The embeddings are the base's; asked to find out by itself, PEFT looks on the hub, at every save.
         self.peft.save_pretrained(str(path), save_embedding_layers=False)
 
-    def _token_ids(self, text: str, prompting: Prompting) -> tuple[int, ...]:
+    def _check_beginning(self, index: int, text: str, prompting: Prompting) -> None:
+        """Raise DataError for a long prompt whose beginning alone has more tokens than the model can hold.
+
+        A bound on characters would be wrong: normalisation drops any number of them, and an unknown word of any length
+        can be one token.
+        """
+        limit = self.positions or UNKNOWN_POSITIONS
+        beginning = text[: max(BATCH_CHARACTERS, 8 * limit)]
+        (token_ids,) = self._token_ids([beginning], prompting)
+        # Cut in the middle of a word, it may have some tokens more than the same characters have in the whole prompt.
+        if len(token_ids) > limit + 1000:
+            raise DataError(
+                f"problem {index} has {len(text):,} characters, and the first {len(beginning):,} of them alone have "
+                f"{len(token_ids):,} tokens; that is more than the {limit:,} positions of {self.path}; shorten it"
+            )
+
+    def _token_ids(self, texts: list[str], prompting: Prompting) -> list[list[int]]:
         if prompting.template == "plain":
-            return tuple(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer(texts)["input_ids"])
         if self.tokenizer.chat_template is None:
             raise ModelError(f"the tokenizer of {self.path} has no chat template; use prompt.template=plain")
-        messages = [{"role": "user", "content": text}]
-        if prompting.system is not None:
-            messages.insert(0, {"role": "system", "content": prompting.system})
+        system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
+        chats = [[*system, {"role": "user", "content": text}] for text in texts]
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=True
+                chats, tokenize=True, add_generation_prompt=True, return_dict=True
             )
-        except TemplateError as error:
-            raise ModelError(f"the chat template of {self.path} refuses the prompt: {error}") from None
-        return tuple(rendered["input_ids"])
+        except Exception as error:  # A template is a program.
+            raise ModelError(
+                f"the chat template of {self.path} refuses the prompt: {' '.join(str(error).split())}"
+            ) from None
+        return list(rendered["input_ids"])
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in order, many short ones or few long ones at a time; one that is too long for a batch alone."""
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        if batch and (len(batch) == BATCH or size + len(example.prompt) > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(example)
+        size += len(example.prompt)
+    if batch:
+        yield batch
 
 
 def model_head(model: PreTrainedModel) -> Head:

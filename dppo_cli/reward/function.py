@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dppo_cli.config.build import FilePath
+from dppo_cli.config.build import CodePath
 from dppo_cli.config.checks import check_rules
 from dppo_cli.errors import RewardError
 from dppo_cli.reward.pool import Call, CallError, Pool
@@ -24,7 +24,7 @@ Pair = tuple[Prompt, Completion]
 class Function:
     """See conf/reward/function.yaml for the fields."""
 
-    path: FilePath
+    path: CodePath
     timeout: float
     default: float | None
     max_failures: int

@@ -43,7 +43,7 @@ class Worker:
         theirs.close()
         self.close = weakref.finalize(self, _kill, self.process, self.connection)
         try:
-            found = self._ask(pickle.dumps((path, sys.path, memory_gib)), LOADING)
+            found = self._ask(pickle.dumps((path, [os.getcwd(), *sys.path], memory_gib)), LOADING)
         except CallError as error:
             raise RewardError(f"reward.path={path} cannot be imported: {error}") from None
         if "error" in found:

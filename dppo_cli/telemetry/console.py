@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dppo_cli.telemetry.table import RichConsole, print_table
+from dppo_cli.telemetry.table import RichConsole, percent, print_table
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
@@ -56,8 +56,8 @@ class Console:
     def evaluated(self, report: EvalReport) -> None:
         samples = sum(len(group.completions) for group in report.groups)
         self._say(
-            f"step {report.step}: {report.accuracy:.1%} ± {report.standard_error:.1%} of {samples} held-out samples "
-            "right"
+            f"step {report.step}: {percent(report.accuracy)} ± {percent(report.standard_error)} of {samples} held-out "
+            "samples right"
         )
 
     def stepped(self, report: StepReport) -> None:
@@ -90,8 +90,8 @@ class Console:
         print_table(
             "train",
             [
-                ("accuracy before", f"{before:.1%}"),
-                ("accuracy after", "not measured" if after is None else f"{after:.1%}"),
+                ("accuracy before", percent(before)),
+                ("accuracy after", percent(after)),
                 ("steps", f"{summary['steps']} of {self.steps}"),
                 ("seconds", f"{summary['seconds']:.0f}"),
                 ("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"),

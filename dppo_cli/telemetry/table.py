@@ -24,6 +24,10 @@ def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsol
     (console or RichConsole(highlight=False)).print(table)
 
 
+def percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{share:.1%}"
+
+
 def print_warning(text: str) -> None:
     """What a command without a live display warns of."""
     RichConsole(highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)

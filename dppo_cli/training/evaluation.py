@@ -31,28 +31,31 @@ class EvalResult:
         return sum(len(group.completions) for group in self.groups)
 
     @property
-    def finished(self) -> float:
-        """Share of samples that ended by themselves; NaN if there are none."""
+    def finished(self) -> float | None:
+        """Share of samples that ended by themselves; None if there are none."""
         return _mean([float(c.status is Status.FINISHED) for group in self.groups for c in group.completions])
 
     @property
-    def accuracy(self) -> float:
-        """Share of right samples among those judged, in [0, 1]."""
+    def accuracy(self) -> float | None:
+        """Share of right samples among those judged, in [0, 1]; None if there are none."""
         return _mean([float(c) for problem in self.judged for c in problem])
 
-    def pass_at(self, k: int) -> float:
+    def pass_at(self, k: int) -> float | None:
         """Mean over problems of the unbiased estimate of "at least one of k samples is right".
 
-        Over the problems with at least k judged samples; NaN if there are none.
+        Over the problems with at least k judged samples; None if there are none.
         """
         return _mean([pass_at_k(len(p), sum(p), k) for p in self.judged if len(p) >= k])
 
-    def standard_error(self) -> float:
-        """Of the accuracy, from the spread over problems: samples of one problem are not independent."""
+    def standard_error(self) -> float | None:
+        """Of the accuracy, from the spread over problems: samples of one problem are not independent.
+
+        None if fewer than two problems were judged.
+        """
         means = [sum(problem) / len(problem) for problem in self.judged]
         if len(means) < 2:
-            return math.nan
-        mean = _mean(means)
+            return None
+        mean = sum(means) / len(means)
         return math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
 
 
@@ -76,5 +79,5 @@ def evaluate(
     return EvalResult([Group(*row) for row in zip(prompts, completions, scores, strict=True)], success_reward)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from dppo_cli.config.saved import sign
 from dppo_cli.errors import RunError
 
 METRICS = "metrics.jsonl"
@@ -92,7 +93,7 @@ class RunFolder:
                     check_free(self.path, "run_dir")  # Another run may have come and ended since it was found free.
                 undo.callback(self._remove)
                 self._clean()
-                write_text(self.path / "config.yaml", self.config_yaml)
+                write_text(self.path / "config.yaml", sign(self.config_yaml))
                 undo.pop_all()
         except OSError as error:
             raise RunError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from None

@@ -44,6 +44,7 @@ class RunState:
     step: int = 0
     seconds: float = 0.0  # of processes that ended before this one
     eval_before: float | None = None  # accuracy before the first step
+    eval_before_error: float | None = None  # its standard error
     best: tuple[int, float] | None = None  # step and accuracy of the best evaluation in between
     warnings: list[str] = field(default_factory=list)
     mark: Snapshot | None = field(default=None, init=False)  # before the step in progress
@@ -77,6 +78,7 @@ class RunState:
             "step": self.step,
             "seconds": self.seconds,
             "eval_before": self.eval_before,
+            "eval_before_error": self.eval_before_error,
             "best": self.best,
             "warnings": list(self.warnings),
             "tallies": {name: tally.state() for name, tally in self.tallies.items()},
@@ -86,7 +88,8 @@ class RunState:
     def load(self, snapshot: Snapshot) -> None:
         """Become the state that `snapshot` was taken of, in a run of the same config."""
         plain = snapshot.plain
-        self.step, self.seconds, self.eval_before = plain["step"], plain["seconds"], plain["eval_before"]
+        self.step, self.seconds = plain["step"], plain["seconds"]
+        self.eval_before, self.eval_before_error = plain["eval_before"], plain["eval_before_error"]
         self.best = None if plain["best"] is None else (plain["best"][0], plain["best"][1])
         self.warnings = list(plain["warnings"])
         for name, tally in self.tallies.items():

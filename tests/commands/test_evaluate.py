@@ -181,8 +181,9 @@ def test_what_to_evaluate_is_named_once(refused: Callable[..., str], work: Path)
 
 
 def test_pass_k_needs_as_many_samples(refused: Callable[..., str], work: Path) -> None:
-    assert "pass_k=8" in refused("run=run", "pass_k=[1,8]", "samples_per_prompt=4")
-    assert "pass_k=0" in refused("run=run", "pass_k=[0]")
+    plain = ("model.path=m", "data=arithmetic")
+    assert "pass_k=8" in refused(*plain, "pass_k=[1,8]", "samples_per_prompt=4")
+    assert "pass_k=0" in refused(*plain, "pass_k=[0]")
 
 
 def test_a_run_that_is_not_there(refused: Callable[..., str], work: Path) -> None:

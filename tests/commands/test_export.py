@@ -65,7 +65,7 @@ def policy_logits(run: Path) -> Tensor:
         None,
         PLAIN_CPU,
         warn=make.fail,
-        new_adapter=config.adapter,
+        adapter=config.adapter,
         saved_adapter=run / "adapter",
     )
     return policy.model(input_ids=torch.tensor(IDS)).logits.float()
@@ -198,10 +198,13 @@ def test_a_target_that_exists(trained: Path, work: Path, refused: Callable[..., 
     assert list((work / "taken").iterdir()) == []
 
 
-def test_a_run_that_is_not_there_or_not_finished(work: Path, refused: Callable[..., str]) -> None:
+def test_a_run_that_is_not_there_or_not_finished(model: Path, work: Path, refused: Callable[..., str]) -> None:
     assert "run=runs/last points nowhere" in refused()
     (work / "half").mkdir()
     (work / "half/config.yaml").write_text("steps: 1\n")
+    assert "half/config.yaml is not the config of a run of this version: it has no model" in refused("run=half")
+    assert train(model, "steps=1", "run_dir=whole") == 0
+    shutil.copy(work / "whole/config.yaml", work / "half/config.yaml")
     assert "run=half was not finished, and it has no complete checkpoint" in refused("run=half")
 
 

@@ -146,7 +146,9 @@ def test_a_config_that_was_edited_after_the_checkpoint_is_refused(run: Path, ref
     config = run / "config.yaml"
     assert "lr: 0.01" in config.read_text()
     config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.02"))
-    text = refused("resume=run")
+    # The user's signature is no longer right, and the run has a reward function.
+    assert "names code that would run: reward.path=" in refused("resume=run")
+    text = refused("resume=run", "trust=true")
     assert text.startswith("run/config.yaml was changed after run/checkpoints/step-2 was written")
     assert refused("run_dir=run", "resume=auto", auto=True).startswith("optim.lr=0.01 cannot replace optim.lr=0.02")
 

@@ -1,15 +1,23 @@
 """What the tests of the YAML files share: every choice, what has to be given with it, and the names of keys."""
 
+import atexit
 import dataclasses
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 from helpers import composed
 from omegaconf import DictConfig, OmegaConf
 
+from dppo_cli.cli.main import as_hydra_has_it
+from dppo_cli.commands import evaluate, export, resume
 from dppo_cli.commands.schemas import EvalConfig, ExportConfig, TrainConfig
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir, groups
+from dppo_cli.config.saved import to_yaml
 
 MANDATORY = {
     ("data", "file"): ["data.path=problems.jsonl"],
@@ -19,13 +27,33 @@ MANDATORY = {
 """What has to be given with a choice whose YAML says ???."""
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
 ROOTS = {"train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
-REQUIRED = {"train": [], "eval": ["run=runs/last"], "export": []}
+PREPARE = {"train": resume.prepare, "eval": evaluate.prepare, "export": export.prepare}
+
+
+@cache
+def a_run() -> str:
+    """`run=FOLDER` of a run that has a config."""
+    folder = Path(tempfile.mkdtemp(prefix="dppo-test-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "config.yaml").write_text(to_yaml(composed("train")), encoding="utf-8")
+    return f"run={folder}"
+
+
+def required(command: str) -> list[str]:
+    """What has to be given to a command."""
+    return [] if command == "train" else [a_run()]
+
+
+def prepared(command: str, *overrides: str) -> DictConfig:
+    """What `dppo <command> <overrides>` makes of YAML, command line and run."""
+    words = [as_hydra_has_it(command, word) for word in overrides]
+    # `composed` is shared.
+    return PREPARE[command](OmegaConf.create(OmegaConf.to_container(composed(command, *words))), overrides)
 
 
 def built(command: str, *overrides: str) -> Any:
     """What `dppo <command> <overrides>` builds."""
-    # Building writes absolute paths into the config, and `composed` is shared.
-    return build(ROOTS[command], OmegaConf.create(OmegaConf.to_container(composed(command, *overrides))))
+    return build(ROOTS[command], prepared(command, *overrides))
 
 
 def train_config(*overrides: str) -> TrainConfig:

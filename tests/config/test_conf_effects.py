@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from config_cases import ROOTS, key_names
+from config_cases import ROOTS, key_names, prepared, required
 from helpers import composed
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +20,6 @@ OTHER_VALUES = {
     "model.revision": "main",
     "adapter.target_modules": "[q_proj]",
     "adapter.quantization": "nf4",
-    "hardware.device": "cpu",
     "hardware.dtype": "bfloat16",
     "hardware.gradient_checkpointing": "true",
     "rollout.merge": "false",
@@ -58,6 +57,8 @@ others."""
 
 
 def another_value(key: str, value: Any) -> str:
+    if key == "hardware.device":
+        return "auto" if value == "cpu" else "cpu"
     if key in OTHER_VALUES:
         return OTHER_VALUES[key]
     if isinstance(value, float):
@@ -83,7 +84,7 @@ def check_every_key_has_an_effect(command: str, node: DictConfig, keys: set[str]
     """Every one of `keys` changes its own field of the built config, and no other."""
     everything, unchanged = key_names(node), build_with(command, node)
     for key in sorted(keys - set(groups())):  # A group is a key of its own where its choice has none: approx=binary.
-        needed = TOGETHER.get(key, [])
+        needed = [word for word in TOGETHER.get(key, []) if word.partition("=")[0] in everything]
         base = build_with(command, node, *needed) if needed else unchanged
         changed = build_with(command, node, *needed, f"{key}={another_value(key, OmegaConf.select(node, key))}")
         differs = {name for name in everything if at(changed, name) != at(base, name)}
@@ -119,12 +120,10 @@ def test_every_key_of_a_choice_changes_the_config(choices: tuple[str, ...]) -> N
 
 
 def test_every_key_of_evaluation_changes_the_config() -> None:
-    """`run` and `model.path` exclude each other, so the one is changed where the other is not set."""
-    run, model = composed("eval", "run=runs/last"), composed("eval", "model.path=m", "data=arithmetic")
-    check_every_key_has_an_effect("eval", run, key_names(run) - {"model.path"})
-    check_every_key_has_an_effect("eval", model, {"model.path"})
+    node = prepared("eval", *required("eval"))
+    check_every_key_has_an_effect("eval", node, key_names(node))
 
 
 def test_every_key_of_export_changes_the_config() -> None:
-    node = composed("export")
+    node = prepared("export", *required("export"))
     check_every_key_has_an_effect("export", node, key_names(node))

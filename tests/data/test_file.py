@@ -134,7 +134,9 @@ def test_relative_paths_are_absolute_in_the_built_config(tmp_path, monkeypatch):
 def test_a_file_that_holds_no_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}')
-    with pytest.raises(DataError, match=r"train\.jsonl cannot be read as UTF-8 text"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 1: it is not UTF-8 text \(invalid start byte at byte 13\)"
+    ):
         source().load()
 
 

@@ -28,6 +28,6 @@ def load(train_config: Callable[..., TrainConfig]) -> Callable[..., Policy]:
     def loaded(
         path: Path | str, adapter: LoRA | None = None, *, warn: Callable[[str], None] = make.fail, **hardware
     ) -> Policy:
-        return load_policy(str(path), None, replace(config.hardware, **hardware), warn=warn, new_adapter=adapter)
+        return load_policy(str(path), None, replace(config.hardware, **hardware), warn=warn, adapter=adapter)
 
     return loaded

@@ -22,9 +22,7 @@ def test_a_fresh_adapter_changes_nothing_and_follows_the_seed(load, tiny_models,
     plain = load(tiny_models["llama3"])
 
     def adapted(seed: int) -> Policy:
-        return load_policy(
-            config.model.path, None, config.hardware, warn=make.fail, new_adapter=config.adapter, seed=seed
-        )
+        return load_policy(config.model.path, None, config.hardware, warn=make.fail, adapter=config.adapter, seed=seed)
 
     one, again, other = adapted(1), adapted(1), adapted(2)
     assert torch.equal(hidden_states(one, IDS), hidden_states(plain, IDS))
@@ -46,7 +44,14 @@ def test_a_saved_adapter_comes_back(tiny_models, train_config, tmp_path, archite
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(saved) == len(trained.parameters)
     assert all("lora_" in name for name in saved), "only the adapter travels"
-    back = load_policy(config.model.path, None, config.hardware, warn=make.fail, saved_adapter=tmp_path / "adapter")
+    back = load_policy(
+        config.model.path,
+        None,
+        config.hardware,
+        warn=make.fail,
+        adapter=config.adapter,
+        saved_adapter=tmp_path / "adapter",
+    )
     assert torch.equal(hidden_states(back, IDS), hidden_states(trained, IDS))
     assert back.parameters == []
 

@@ -59,13 +59,13 @@ def test_what_counts_as_right_is_the_users_choice() -> None:
 
 def test_samples_that_were_not_judged_count_for_nothing() -> None:
     assert evaluation([1.0, None, 0.0, None], 1).accuracy == 0.5
-    assert math.isnan(evaluation([None], 1).accuracy)
+    assert evaluation([None], 1).accuracy is None
     part = evaluation([1.0, None, 0.0, 0.0, None, None], 2)
     assert part.accuracy == pytest.approx(1 / 3)
     assert part.pass_at(1) == pytest.approx(1 / 2), "the first problem by its one judged sample, the second by two"
     assert part.pass_at(2) == 0.0, "only the second problem has two judged samples"
     assert part.standard_error() == pytest.approx(stdev([1, 0]) / math.sqrt(2))
-    assert math.isnan(evaluation([1.0, None], 2).pass_at(2))
+    assert evaluation([1.0, None], 2).pass_at(2) is None
 
 
 def test_a_sample_that_was_not_judged_is_not_right_whatever_is_asked() -> None:
@@ -85,7 +85,7 @@ def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
     """Four copies of each sample say no more than one."""
     once, often = evaluation([1.0, 0.0, 0.0], 1), evaluation([1.0] * 4 + [0.0] * 8, 4)
     assert often.standard_error() == pytest.approx(once.standard_error()) == pytest.approx(1 / 3)
-    assert math.isnan(evaluation([1.0], 1).standard_error())
+    assert evaluation([1.0], 1).standard_error() is None
 
 
 def test_each_problem_keeps_its_samples_and_scores() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers import read_json, read_lines
 
+from dppo_cli.config.saved import is_ours
 from dppo_cli.errors import RunError
 from dppo_cli.training.run_folder import (
     SPARE_BYTES,
@@ -125,7 +126,8 @@ def names() -> set[str]:
 
 def test_a_run_that_goes_well() -> None:
     with folder() as run:
-        assert Path("run/config.yaml").read_text() == "steps: 1\n"
+        text = Path("run/config.yaml").read_text()
+        assert text.startswith("steps: 1\n# signature: ") and is_ours(text)
         run.log({"step": 1, "reward": 0.5})
         run.log({"step": 2, "reward": None})
         assert run.save_adapter(write_adapter) == Path("run/adapter")

@@ -1,0 +1,147 @@
+"""config.yaml of a run folder: how it is written, signed, and read back. Imports no torch.
+
+A config can name code: classes, and the file of a reward function. The last line of a config.yaml is therefore a
+signature, HMAC-SHA256 with a key in the user's config folder. It tells the runs that this user made on this machine
+from those that came from somebody else, whose code runs only if the user says so.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
+
+from dppo_cli.config.checks import check_no_secrets
+from dppo_cli.errors import RunError
+
+SIGNATURE = "# signature: "
+KEY_BYTES = 32
+MAX_BYTES = 2**18
+MAX_DEPTH = 32
+INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+
+
+def to_yaml(node: DictConfig) -> str:
+    """A config as text, resolved, except for what comes from the environment: values of that go into no file."""
+    check_no_secrets(OmegaConf.to_yaml(node))
+    return OmegaConf.to_yaml(OmegaConf.create(_resolved(OmegaConf.to_container(node), node)))
+
+
+def sign(text: str) -> str:
+    """The text with a last line that says who wrote it; without one where no key can be kept."""
+    key = _key(make=True)
+    return text if key is None else f"{text}{SIGNATURE}{_digest(key, text)}\n"
+
+
+def is_ours(text: str) -> bool:
+    """Whether this user signed it on this machine."""
+    body, found, signature = text.rpartition(SIGNATURE)
+    key = _key(make=False)
+    return bool(found) and key is not None and hmac.compare_digest(_digest(key, body), signature.strip())
+
+
+def read_config(path: Path, trust: bool = False) -> tuple[DictConfig, bool]:
+    """A config.yaml, and whether the code that it names may run.
+
+    Raises RunError if it cannot be read, or if it is somebody else's and asks for values of the environment.
+    """
+    try:
+        if not path.is_file():  # A pipe would never end.
+            raise RunError(f"{path} is not a file")
+        if path.stat().st_size > MAX_BYTES:
+            raise RunError(f"{path} has {path.stat().st_size} bytes; no config is as long")
+        text = path.read_text(encoding="utf-8")
+        _check_simple(path, text)
+        node = OmegaConf.create(text)
+    except RunError:
+        raise
+    except Exception as error:  # YAML and OmegaConf raise errors of many kinds, RecursionError among them.
+        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    if not isinstance(node, DictConfig) or not node:
+        raise RunError(f"{path} is not a config: it holds no keys")
+    trusted = trust or is_ours(text)
+    if not trusted and (match := INTERPOLATION.search(yaml.safe_dump(OmegaConf.to_container(node), width=10**6))):
+        raise RunError(
+            f"{path} was not written by you, and has an interpolation ({match[0]}...); replace it by its value"
+        )
+    return node, trusted
+
+
+def _check_simple(path: Path, text: str) -> None:
+    """Refuse what makes a short YAML text a huge object."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise RunError(f"{path} has an alias (*{event.anchor}); dppo writes none")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise RunError(f"{path} is nested more than {MAX_DEPTH} levels deep; no config is")
+
+
+def _resolved(raw: Any, node: Any) -> Any:
+    """`raw`, the unresolved content of `node`, with the values of its interpolations."""
+    if not isinstance(raw, dict | list):
+        return raw
+    found = {}
+    for key, child in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        if isinstance(child, str) and "${" in child:
+            found[key] = _value(child, node, key)
+        else:
+            found[key] = _resolved(child, node[key]) if isinstance(child, dict | list) else child
+    return found if isinstance(raw, dict) else list(found.values())
+
+
+def _value(raw: str, node: Any, key: Any) -> Any:
+    asked = []
+
+    def env(name: str, default: Any = "_DEFAULT_MARKER_") -> Any:
+        asked.append(name)
+        return oc.env(name) if default == "_DEFAULT_MARKER_" else oc.env(name, default)
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    try:
+        value = node[key]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return raw if asked else _escaped(value)
+
+
+def _escaped(value: Any) -> Any:
+    """Text that looks like an interpolation and is none, as OmegaConf reads it back."""
+    if isinstance(value, dict):
+        return {key: _escaped(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_escaped(child) for child in value]
+    return re.sub(r"(\\*)\$\{", lambda m: f"{m[1] * 2}\\${{", value) if isinstance(value, str) else value
+
+
+def _digest(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode("utf-8"), hashlib.sha256).hexdigest()
+
+
+def _key(make: bool) -> bytes | None:
+    """The user's key. None if there is none, or if none can be kept."""
+    with suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dppo"
+        path = folder / "key"
+        if make and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".key-{os.getpid()}"
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
+            # A link, because of two processes that make a key at once the second must take that of the first.
+            with suppress(FileExistsError):
+                path.hardlink_to(temporary)
+            temporary.unlink()
+        key = path.read_bytes()
+        return key if len(key) == KEY_BYTES else None
+    return None
