@@ -84,8 +84,8 @@ def run_config(folder: Path, own: DictConfig, typed: Sequence[str], trust: bool)
     def refuse(key: str, value: str) -> None:
         if not trusted and not any(key == name or key.startswith(f"{name}.") for name in names):
             raise RunError(
-                f"{folder / CONFIG} was written by somebody else, or edited, and names code that would run: {key}={value}. "
-                "Read it, then add trust=true"
+                f"{folder / CONFIG} was written by somebody else, or edited, and names code that would run: "
+                f"{key}={value}. Read it, then add trust=true"
             )
 
     build(TrainConfig, config, refuse)
