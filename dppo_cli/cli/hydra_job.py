@@ -42,6 +42,8 @@ class HydraJob:
             return None
 
     def _job(self, node: DictConfig) -> float | None:
+        from dppo_cli.kernels.memory import return_freed_memory  # needs torch, like the job itself
+
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         if (folder.parent / "config.yaml").is_file():
@@ -67,11 +69,22 @@ class HydraJob:
             traceback.print_exc()
         finally:
             record.write(folder)
-            # A run's parts know each other; the next job needs the memory of this one's model.
+            # A run's parts know each other; the next job needs the memory of this one's model, in other pieces.
             gc.collect()
+            return_freed_memory(worth_it=0)
         return _accuracy(record.summary)
 
     def _run(self, node: DictConfig) -> dict[str, Any]:
+        try:
+            return self._command(node)
+        except OSError as error:
+            raise RunError(f"{error.filename}: {error.strerror or error}") from error
+        except (RuntimeError, MemoryError) as error:
+            from dppo_cli.training.failures import out_of_memory
+
+            raise out_of_memory(error) or error from None
+
+    def _command(self, node: DictConfig) -> dict[str, Any]:
         # These import torch, which help and typing errors do without.
         from dppo_cli.commands import schemas
         from dppo_cli.config.build import build

@@ -3,6 +3,7 @@
 Hydra composes the config; this module finds the command, prints help, and turns a user's error into one line.
 """
 
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remo
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.config.checks import check_no_secrets, did_you_mean
 from dppo_cli.config.conf_tree import config_dir, groups, recipes_dir
-from dppo_cli.errors import ConfigError, DppoError, Stopped
+from dppo_cli.errors import ConfigError, DppoError, RunError, Stopped
 
 EXAMPLES = """\
   dppo train
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
     _ignore_until_there_is_a_run()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character is no reason to stop.
     if "--version" in args:
         print(f"dppo {__version__}")
         return 0
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DppoError as error:
         print(f"dppo: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"dppo: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return RunError.exit_status
     except Stopped as error:
         print(f"dppo: stopped: {error}", file=sys.stderr)
         return error.exit_status
@@ -127,8 +133,6 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
     # Those of one token or one micro-batch, which repeat from layer to layer, are a few dozen.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from dppo_cli.cli.hydra_job import HydraJob
     from dppo_cli.cli.hydra_keys import check_hydra
@@ -159,7 +163,9 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         if config_dirs or any(word.lstrip("+~").startswith("hydra") for word in overrides):
             check_hydra(command, overrides, [searchpath, *config_dirs])
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (DppoError, OSError):
+        raise
+    except Exception as error:  # Of odd words Hydra raises errors of many kinds.
         # A search of which every job failed ends in an error of the sweeper's; the records say why.
         if not exit_status(read_records(sweep_dir)):
             if job.composed:

@@ -32,10 +32,13 @@ def check_words(command: str, overrides: Sequence[str]) -> None:
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """Hydra's error message in one line, with the nearest valid word."""
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
 
     message = str(error)
-    first = message.strip().splitlines()[0].rstrip(".")
+    first = next(iter(message.strip().splitlines()), type(error).__name__).rstrip(".")
+    if not message.strip() or not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+        return f"Hydra cannot make a config of these words: {' '.join(overrides)} ({first})"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
     if match := re.search(r"Could not override '([^']+)'", message):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.errors import ConfigError, DppoError, NumericalError, RunError, Stopped
+from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import Collector, InStepCollector
@@ -28,7 +29,7 @@ from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
 from dppo_cli.training.batches import PromptOrder, mini_batches
 from dppo_cli.training.card import card
-from dppo_cli.training.checkpoint import newest_good, prune, read_checkpoint, write_checkpoint
+from dppo_cli.training.checkpoint import newest_good, prune, read_checkpoint, sha256_of, write_checkpoint
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.failures import describe
 from dppo_cli.training.learner import Learner, UpdateResult
@@ -191,7 +192,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             "resumes": folder.resumes(),
             "run_dir": str(folder.path),
         }
-        summary = {**results, "adapter": str(folder.save_adapter(partial(write_adapter, results=results)))}
+        adapter = folder.save_adapter(partial(write_adapter, results=results))
+        summary = {**results, "adapter": str(adapter), "adapter_sha256": sha256_of(adapter / WEIGHTS)}
         # The summary comes last: a run that has one is not taken up again.
         masked.finished(summary)
         folder.write("summary.json", summary)

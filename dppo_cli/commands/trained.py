@@ -14,7 +14,8 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
 from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
-from dppo_cli.training.checkpoint import FOLDER, check, newest_good, step_of
+from dppo_cli.policy.adapter import WEIGHTS
+from dppo_cli.training.checkpoint import FOLDER, check, newest_good, sha256_of, step_of
 
 CONFIG = "config.yaml"
 
@@ -42,6 +43,9 @@ def open_run(run: str, warn: Callable[[str], None]) -> TrainedRun:
         summary = read_summary(path)
         if not (path / "adapter/adapter_config.json").is_file():
             raise RunError(f"run={run} has lost its adapter: there is no adapter/adapter_config.json in it")
+        weights = path / "adapter" / WEIGHTS
+        if not weights.is_file() or sha256_of(weights) != summary["adapter_sha256"]:
+            raise RunError(f"{weights} is not what the run wrote (its SHA-256 in summary.json is another)")
     else:
         checkpoint = newest_good(path, warn)
         if checkpoint is None:
@@ -115,6 +119,7 @@ def read_summary(run: Path) -> dict[str, Any]:
         or not all(_is_number(found.get(name)) for name in numbers)
         or not all(found.get(name, "") is None or _is_number(found[name]) for name in ("eval_before", "eval_after"))
         or not isinstance(found.get("interrupted"), bool)
+        or not isinstance(found.get("adapter_sha256"), str)
     ):
         raise RunError(f"{path} is damaged; without it the newest checkpoint is used: delete it")
     return found

@@ -133,7 +133,7 @@ class _Builder:
             value = OmegaConf.to_object(OmegaConf.merge(leaf, {"value": node})).value  # type: ignore[union-attr]
         except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
-        _check_size(value, where)
+        _check_number(hint, node, value, where)
         if CODE in marks:
             self.check_code(where, str(value))
         if is_file and isinstance(value, str):
@@ -149,8 +149,12 @@ def _leaf(hint: Any) -> type:
     return make_dataclass("Leaf", [("value", hint)])
 
 
-def _check_size(value: Any, where: str) -> None:
-    """Refuse numbers that tensors cannot hold."""
+def _check_number(hint: Any, node: Any, value: Any, where: str) -> None:
+    """Refuse numbers that tensors cannot hold, and conversions by OmegaConf that nobody means: 7 to true, true to 1."""
+    if isinstance(value, bool) and not isinstance(node, bool | str):
+        raise ConfigError(f"{where}={node} must be true or false")
+    if isinstance(node, bool) and not isinstance(value, bool) and hint is not Any:
+        raise ConfigError(f"{where}={str(node).lower()} cannot be true or false")
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int) and abs(number) > LARGEST_INT:
             raise ConfigError(f"{where}={number} is larger than 2^63, the largest whole number that can be used")

@@ -1,12 +1,16 @@
 """Checks of option values, and messages with the nearest right word. Imports no torch."""
 
 import difflib
+import os
 import re
+import sys
 from dataclasses import fields
 from typing import Any
 
 from dppo_cli.errors import ConfigError
 
+SAMPLE_BYTES = 2048
+"""Memory of a sample of one token, with all that is kept of it: measured 3 to 4 KiB."""
 SECRET = re.compile(r"oc\.env:\s*(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY)\w*)", re.I)
 
 
@@ -23,6 +27,16 @@ def check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         names = ["null" if c is None else str(c) for c in choices]
         raise ConfigError(f"{key}={value} is an invalid value{did_you_mean(str(value), names)}")
+
+
+def check_fits(key: str, value: int, samples: int) -> None:
+    """Raise ConfigError if so many samples cannot fit into the memory of this machine, however short they are."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    if samples * SAMPLE_BYTES > memory:
+        raise ConfigError(
+            f"{key}={value} makes {samples:,} samples at once, {samples * SAMPLE_BYTES / 2**30:,.0f} GiB or more, and "
+            f"this machine has {memory / 2**30:.0f} GiB; lower it"
+        )
 
 
 def check_rules(where: str, of: Any, rules: dict[str, bool]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dppo_cli.config.build import FilePath
-from dppo_cli.config.checks import check_choice, check_rules
+from dppo_cli.config.checks import check_choice, check_fits, check_rules
 from dppo_cli.errors import ConfigError
 
 
@@ -29,6 +29,12 @@ class LoRA:
     def __post_init__(self) -> None:
         rules = {"r >= 1": self.r >= 1, "alpha > 0": self.alpha > 0, "0 <= dropout < 1": 0 <= self.dropout < 1}
         check_rules("adapter", self, rules)
+        names = self.target_modules if isinstance(self.target_modules, list) else [self.target_modules]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ConfigError(
+                f"adapter.target_modules={self.target_modules} must be all-linear or a list of names, such as "
+                "[q_proj,v_proj]"
+            )
         check_choice("adapter.quantization", self.quantization, (None, "nf4"))
 
 
@@ -90,6 +96,8 @@ class BatchPlan:
                 f"batch.prompts_per_update={self.prompts_per_update} does not divide "
                 f"batch.prompts_per_step={self.prompts_per_step}"
             )
+        samples = self.prompts_per_step * self.samples_per_prompt
+        check_fits("batch.prompts_per_step", self.prompts_per_step, samples)
 
     @property
     def updates_per_step(self) -> int:

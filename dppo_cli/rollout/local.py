@@ -23,6 +23,7 @@ from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.kernels.top_k import top_k
 from dppo_cli.policy.head import Head, masses
 from dppo_cli.policy.policy import Policy, model_head
+from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.merged import MergedCopy, Sampler
 from dppo_cli.rollout.sampling import draw, truncate
@@ -100,7 +101,6 @@ class LocalEngine:
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
     ) -> list[list[Completion]]:
         assert self.version is not None, "sync the engine before its first use"
-        generator = torch.Generator().manual_seed(seed)
         at_once = max(1, self.concurrent_sequences // samples_per_prompt)
         found: list[list[Completion]] = []
         return_freed_memory()  # what training has freed, and at the end what sampling has
@@ -108,7 +108,8 @@ class LocalEngine:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
-                record = self._sample(sampler, part, samples_per_prompt, sampling, num_logprobs, generator)
+                seeds = [derive_seed(seed, start + number) for number in range(len(part))]
+                record = self._sample(sampler, part, samples_per_prompt, sampling, num_logprobs, seeds)
                 reports = record.reports()
                 found += [[self._completion(*next(reports)) for _ in range(samples_per_prompt)] for _ in part]
         return_freed_memory()
@@ -136,17 +137,19 @@ class LocalEngine:
         group: int,
         sampling: Sampling,
         num_logprobs: int,
-        generator: torch.Generator,
+        seeds: Sequence[int],
     ) -> "Record":
-        """One sub-batch, from its prompts to the last token."""
+        """One sub-batch, from its prompts, with a seed each, to the last token."""
         head, device = sampler.head, self.policy.device
         record = Record(len(prompts) * group, sampling.max_new_tokens, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
         decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
-        # One for every sequence at every step, so that a token does not depend on which others have finished; all at
-        # once, because sending them to the device waits for it.
-        uniform_TB = torch.rand(sampling.max_new_tokens, record.size, generator=generator).to(device)
+        # One for every sequence at every step, so that a token does not depend on which others have finished or are in
+        # the sub-batch; all at once, because sending them to the device waits for it.
+        shape = (sampling.max_new_tokens, group)
+        uniforms = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        uniform_TB = torch.cat(uniforms, 1).to(device)
         hidden_AH = decoder.prefill()
         # Allocated once: the system would have to find and clear this much memory for every token.
         buffer_BV = hidden_AH.new_empty(record.size, head.weight_VH.shape[0], dtype=torch.float32)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dppo_cli.config.checks import check_fits
 from dppo_cli.config.sections import Sampling
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.rollout.engine import RolloutEngine
@@ -74,6 +75,7 @@ def evaluate(
     seed: int,
 ) -> EvalResult:
     """Sample, score and count. The engine samples from whatever version it was last synced to."""
+    check_fits("samples_per_prompt", samples_per_prompt, len(prompts) * samples_per_prompt)
     completions = engine.generate(prompts, samples_per_prompt, sampling, 0, seed)
     scores = scorer(prompts, completions)
     return EvalResult([Group(*row) for row in zip(prompts, completions, scores, strict=True)], success_reward)

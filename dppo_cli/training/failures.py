@@ -1,12 +1,13 @@
 """What goes wrong in an update, in words: values that are not finite, memory that does not suffice."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dppo_cli.errors import NumericalError
+from dppo_cli.errors import NumericalError, RunError
 from dppo_cli.types import Batch, Group, Sample
 
 
@@ -18,9 +19,23 @@ def check_finite(loss_N: Tensor) -> None:
         raise NumericalError(f"the loss of {len(broken)} of {loss_N.numel()} tokens is not finite ({values})", broken)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, or of torch's allocator on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of torch's allocator on a CPU, or of Python."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException) -> RunError | None:
+    """The error in words, with its notes, if it is of that kind."""
+    if not is_out_of_memory(error):
+        return None
+    asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    notes = [note.removeprefix("dppo: ") for note in getattr(error, "__notes__", [])]
+    words = [
+        f"out of memory{f' ({asked[0].lower()})' if asked else ''}; lower rollout.concurrent_sequences, "
+        "hardware.tokens_per_micro_batch, hardware.head_chunk or adapter.r",
+        *notes,
+    ]
+    return RunError("; ".join(words))
 
 
 def named(error: NumericalError, batch: Batch, samples: Sequence[Sample], groups: Sequence[Group]) -> NumericalError:

@@ -267,7 +267,10 @@ class Learner:
 
 
 def lr_factor(update: int, total_updates: int, optim: AdamW) -> float:
-    """What the learning rate is multiplied by at update 0, 1, ...: linear warm-up, then constant or cosine to 0."""
+    """What the learning rate is multiplied by at update 0, 1, ...: linear warm-up, then constant, or a cosine.
+
+    The cosine would be 0 at update `total_updates`, one after the last: an update with a rate of 0 would be wasted.
+    """
     if update < optim.warmup_updates:
         return (update + 1) / optim.warmup_updates
     if optim.schedule == "constant":

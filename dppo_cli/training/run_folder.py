@@ -24,6 +24,8 @@ RESUMES = "resumes.json"
 NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 """What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
 RESULTS = ("config.yaml", METRICS, RESUMES, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
+TEMPORARY = (*(f".{name}.tmp" for name in RESULTS), ".nonfinite-*.tmp", "checkpoints/.step-*.tmp")
+"""What a process that was killed may have left unfinished."""
 SPARE_BYTES = 64 * 2**20
 """Room for logs and metrics beside the adapters."""
 
@@ -119,7 +121,10 @@ class RunFolder:
         """Keep the lines of the first `steps` steps in metrics.jsonl: the steps after them run again."""
         path = self.path / METRICS
         # What follows the last line break is a line that was not written whole.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1][:steps] if path.is_file() else []
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1][:steps] if path.is_file() else []
+        except ValueError:
+            raise RunError(f"{path} is damaged: it is not UTF-8 text") from None
         if len(lines) < steps:
             raise RunError(f"{path} has {len(lines)} lines, but the checkpoint is of step {steps}: lines were lost")
         write_text(path, "".join(f"{line}\n" for line in lines))
@@ -174,8 +179,9 @@ class RunFolder:
         """Remove all that this run has written."""
         if self.goes_on:
             return
-        for path in (*(self.path / name for name in RESULTS), *self.path.glob(".*.tmp")):
-            _remove(path)
+        for pattern in (*RESULTS, *TEMPORARY):
+            for path in self.path.glob(pattern):
+                _remove(path)
         with suppress(OSError):
             (self.path / LOCK).unlink()
             if self.made_folder:
@@ -183,8 +189,9 @@ class RunFolder:
 
     def _clean(self) -> None:
         """Remove what a process that was killed left unfinished, and results that the run will write anew."""
-        for path in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
-            _remove(path)
+        for pattern in TEMPORARY:
+            for path in self.path.glob(pattern):
+                _remove(path)
         if self.goes_on:
             for name in ("summary.json", "masked_tokens.json", "adapter"):
                 _remove(self.path / name)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dppo_cli.errors import RunError
 from dppo_cli.training.batches import PromptOrder
 from dppo_cli.training.learner import Learner
 
@@ -86,7 +87,15 @@ class RunState:
         return Snapshot(changing.tensors, {**plain, **changing.plain})
 
     def load(self, snapshot: Snapshot) -> None:
-        """Become the state that `snapshot` was taken of, in a run of the same config."""
+        """Become the state that `snapshot` was taken of, in a run of the same config. Raises RunError for any other."""
+        try:
+            self._load(snapshot)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError(
+                f"the checkpoint of step {snapshot.plain.get('step')} is of another run: {error!r}"
+            ) from error
+
+    def _load(self, snapshot: Snapshot) -> None:
         plain = snapshot.plain
         self.step, self.seconds = plain["step"], plain["seconds"]
         self.eval_before, self.eval_before_error = plain["eval_before"], plain["eval_before_error"]

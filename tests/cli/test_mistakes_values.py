@@ -1,10 +1,15 @@
 """Values, and combinations of them, that cannot work: one line that names the key."""
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disturbed import fail_at
 from helpers import read_json, train
+
+from dppo_cli.rollout.collect import InStepCollector
 
 pytestmark = pytest.mark.usefixtures("work")
 
@@ -54,6 +59,25 @@ pytestmark = pytest.mark.usefixtures("work")
         (["divergence._target_=dppo_cli.reward.exact.Exact"], ["Exact cannot be used as Divergence", "delta_low"]),
         (["divergence._target_=.mine.Mine"], ["divergence._target_=.mine.Mine cannot be imported"]),
         (["adapter.target_modules={a: 1}"], ["adapter.target_modules"]),
+        (["adapter.target_modules=[1,2]"], ["adapter.target_modules=[1, 2]", "a list of names", "[q_proj,v_proj]"]),
+        (["adapter.target_modules=[]"], ["adapter.target_modules=[]", "a list of names"]),
+        (["seed=99999999999999999999999999"], ["seed=99999999999999999999999999 is larger than 2^63"]),
+        (["objective.ratio_cap=1e300"], ["objective.ratio_cap=1e+300 is larger than 3.4e+38"]),
+        (["optim.betas=[0.9,1e300]"], ["optim.betas=1e+300 is larger than 3.4e+38"]),
+        (["rollout.merge=2147483648"], ["rollout.merge=2147483648 must be true or false"]),
+        (["seed=true"], ["seed", "True", "Integer"]),
+        (["optim.lr=true"], ["optim.lr", "rue"]),
+        (["run_dir=true"], ["run_dir=true cannot be true or false"]),
+        (
+            ["batch.prompts_per_step=1000000000", "batch.prompts_per_update=1000000000"],
+            ["batch.prompts_per_step=1000000000 makes 8,000,000,000 samples at once", "this machine has"],
+        ),
+        (["data=${.}"], ["Hydra cannot make a config of these words: data=${.}"]),
+        (["rollout=[[1]]"], ["Hydra cannot make a config of these words: rollout=[[1]]"]),
+        (["run_dir=" + "x" * 256], ["x" * 256 + ": File name too long"]),
+        (["divergence._target_=.."], ["divergence._target_=.. cannot be imported"]),
+        (["run_dir='${oc.env:HF_TOKEN}'"], ["${oc.env:HF_TOKEN} would put a secret into files"]),
+        (["run_dir='${oc.env:NO_SUCH_VARIABLE}'"], ["run_dir", "NO_SUCH_VARIABLE"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] and len(value) < 3 else None,
 )
@@ -71,3 +95,36 @@ def test_a_kl_threshold_on_the_scale_of_tv_is_warned_of_but_runs(
     assert "warning: divergence.delta_high=0.2 lies outside 0.05 to 0.15" in said
     (warning,) = read_json(work / "run/summary.json")["warnings"][:1]
     assert warning.startswith("divergence.delta_high=0.2 lies outside 0.05 to 0.15")
+
+
+def test_memory_that_does_not_suffice_is_a_line(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the model is loading; in a sampled step, where what was saved is told, too."""
+    assert train(model, "adapter.r=100000000000") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dppo: out of memory (tried to allocate ") and error.count("\n") == 1
+    assert "lower rollout.concurrent_sequences, hardware.tokens_per_micro_batch" in error
+    fail_at(2, InStepCollector, "collect", monkeypatch, MemoryError())
+    assert train(model, "run_dir=run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dppo: out of memory; lower ") and error.count("\n") == 1
+    assert error.endswith("; the state after step 1 is saved; to go on: dppo train resume=run\n")
+
+
+def test_more_evaluation_samples_than_memory_holds(model: Path, refused: Callable[..., str]) -> None:
+    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=4", "samples_per_prompt=1000000000"]
+    line = refused("eval", *words)
+    assert line.startswith("samples_per_prompt=1000000000 makes 4,000,000,000 samples at once, 7,629 GiB or more")
+
+
+def test_an_output_that_shows_no_boxes(
+    model: Path, work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYTHONIOENCODING=ascii, as in some containers."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert train(model, "steps=1", "run_dir='ü'") == 0
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "run folder: ?" in said and "held-out samples right" in said
+    assert (work / "ü/summary.json").is_file()

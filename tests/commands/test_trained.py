@@ -116,3 +116,17 @@ def test_a_checkpoint_that_is_damaged_or_gone(run: Path) -> None:
     (run / "checkpoints/step-2/state.json").write_text("{}")
     refused("runs/a/checkpoints/step-2", r"runs/a/checkpoints/step-2 is damaged: state\.json is not what was written")
     refused("runs/a/checkpoints/step-9", "run=runs/a/checkpoints/step-9 points nowhere; there are: runs/a/checkpoints/")
+
+
+def test_an_adapter_that_the_run_did_not_write(run: Path) -> None:
+    """Of the same shape and finite, so nothing else could tell."""
+    shutil.copy(run / "checkpoints/step-2/adapter/adapter_model.safetensors", run / "adapter")
+    refused("runs/a", r"runs/a/adapter/adapter_model\.safetensors is not what the run wrote")
+    (run / "adapter/adapter_model.safetensors").unlink()
+    refused("runs/a", r"runs/a/adapter/adapter_model\.safetensors is not what the run wrote")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"steps": 3}', '{"steps": NaN}', "[" * 100_000])
+def test_a_summary_that_is_damaged(text: str, run: Path) -> None:
+    (run / "summary.json").write_text(text)
+    refused("runs/a", r"runs/a/summary\.json is damaged; without it the newest checkpoint is used: delete it")

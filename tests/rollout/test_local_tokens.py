@@ -11,6 +11,7 @@ import torch
 from engines import ROUNDING, TEMPERATURE, generate, opened, sampling
 
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.types import Prompt, Status
 
 NO_EOS = (-1,)
@@ -18,13 +19,12 @@ architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 
 
 @torch.no_grad()
-def naive_generate(
-    policy: Policy, prompts: Sequence[Prompt], group: int, length: int, generator: torch.Generator
-) -> list[list[int]]:
-    """One sub-batch without cache, padding or batch: the whole sequence again for every token."""
+def naive_generate(policy: Policy, prompts: Sequence[Prompt], group: int, length: int, seed: int) -> list[list[int]]:
+    """Without cache, padding or batch: the whole sequence again for every token."""
     size = len(prompts) * group
     responses: list[list[int]] = [[] for _ in range(size)]
-    for uniform_B in torch.rand(length, size, generator=generator):
+    generators = [torch.Generator().manual_seed(derive_seed(seed, number)) for number in range(len(prompts))]
+    for uniform_B in torch.cat([torch.rand(length, group, generator=g) for g in generators], 1):
         writing = [b for b in range(size) if not responses[b] or responses[b][-1] not in policy.eos_ids]
         if not writing:
             break
@@ -41,20 +41,32 @@ def test_tokens_are_those_of_a_naive_sampler(train_config, architecture):
     policy = replace(make.policy(train_config(model=architecture), adapter_scale=0.1), eos_ids=(1, *range(5, 20)))
     prompts = make.prompts(policy)[:3]
     found = generate(policy, prompts, 2, sampling(12), seed=11)
-    expected = naive_generate(policy, prompts, 2, 12, torch.Generator().manual_seed(11))
+    expected = naive_generate(policy, prompts, 2, 12, seed=11)
     assert make.tokens(found) == expected
     assert len({len(response) for response in expected}) > 1, "sequences should end at different times here"
 
 
-def test_sub_batches_are_sampled_one_after_the_other_from_one_generator(train_config):
+@pytest.mark.parametrize("concurrent_sequences", [1, 5, 512])
+def test_tokens_do_not_depend_on_the_sub_batches(train_config, concurrent_sequences):
     policy = make.policy(train_config())
     prompts = make.prompts(policy)[:3]
-    found = generate(policy, prompts, 2, sampling(6), seed=11, concurrent_sequences=5)
-    generator = torch.Generator().manual_seed(11)
-    expected = naive_generate(policy, prompts[:2], 2, 6, generator)
-    expected += naive_generate(policy, prompts[2:], 2, 6, generator)
-    assert make.tokens(found) == expected
+    found = generate(policy, prompts, 2, sampling(6), seed=11, concurrent_sequences=concurrent_sequences)
+    assert make.tokens(found) == naive_generate(policy, prompts, 2, 6, seed=11)
     assert [len(row) for row in found] == [2, 2, 2]
+
+
+def test_the_same_prompt_twice_gets_other_tokens(train_config):
+    policy = make.policy(train_config())
+    prompt = make.prompts(policy)[0]
+    first, second = generate(policy, [prompt, prompt], 2, sampling(6), seed=11)
+    assert make.tokens([first]) != make.tokens([second])
+
+
+def test_fewer_problems_get_the_same_tokens(train_config):
+    policy = make.policy(train_config())
+    prompts = make.prompts(policy)
+    few = generate(policy, prompts[:2], 2, sampling(6), seed=11)
+    assert make.tokens(few) == make.tokens(generate(policy, prompts, 2, sampling(6), seed=11)[:2])
 
 
 @architectures
