@@ -33,7 +33,7 @@ def main(max_new_tokens: int, rounds: int = 4) -> None:
     data = JsonLines(str(sums()), None, 8, "prompt", "answer", None)
     prompts = policy.encode(data.load().train[:8], Prompting("chat", None))
     sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens)
-    engine = LocalRollout(merge=True, dtype=None, concurrent_sequences=512, max_logprobs=1024).load(policy, print)
+    engine = LocalRollout(weights="merged", dtype=None, concurrent_sequences=512, max_logprobs=1024).load(policy, print)
     with engine:
         engine.sync(version=0)
         compare(engine, policy, prompts, sampling, rounds)

@@ -311,6 +311,7 @@ class RunInfo:
     trained_parameters: int
     device: str
     dtype: str
+    samples_with: str  # the rollout engine's weights, in words
 
 
 @dataclass(frozen=True)

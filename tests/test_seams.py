@@ -44,6 +44,8 @@ class Transformers:
 
 
 class Engine:
+    samples_with = "transformers' generate"
+
     def __init__(self, policy):
         self.policy = policy
 

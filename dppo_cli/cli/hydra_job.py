@@ -11,10 +11,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from dppo_cli.cli.sweep import JobRecord
 from dppo_cli.cli.table import COMMANDS
-from dppo_cli.errors import DppoError, RunError, Stopped
+from dppo_cli.errors import ConfigError, DppoError, RunError, Stopped
 
 
 @dataclass
@@ -95,10 +96,14 @@ class HydraJob:
             node.pop("recipes", None)
         command = COMMANDS[self.command]
         prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
-        node = prepare(node, HydraConfig.get().overrides.task)
-        config = build(getattr(schemas, command.schema), node)
+        try:
+            node = prepare(node, HydraConfig.get().overrides.task)
+            config = build(getattr(schemas, command.schema), node)
+            text = to_yaml(node)
+        except OmegaConfBaseException as error:  # An interpolation that fails does so when it is read.
+            raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
         module = importlib.import_module(f"dppo_cli.commands.{command.module}")
-        summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, to_yaml(node))
+        summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, text)
         return summary
 
 

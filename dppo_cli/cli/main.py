@@ -5,6 +5,7 @@ Hydra composes the config; this module finds the command, prints help, and turns
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,8 +25,13 @@ EXAMPLES = """\
   dppo train model=llama3_8b adapter=qlora divergence=tv approx=topk hardware=gpu_24gb
   dppo train -m divergence=tv,kl approx=binary,topk seed=1,2,3"""
 OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--config-dir", "-h", "--help", "--version")
-TAKE_A_VALUE = ("--cfg", "--info", "--config-dir")
+TAKE_A_VALUE: dict[str, tuple[str, ...] | None] = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "--config-dir": None,
+}
 INTERRUPTED = 130
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 OPTUNA = "hydra/sweeper=optuna"
 SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1")
 """What Optuna is told unless the user says otherwise: a job's value is an accuracy, and a failed job ends no search."""
@@ -52,19 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_words(command, overrides)
         return _run_hydra(command, options, [as_hydra_has_it(command, word) for word in overrides])
     except DppoError as error:
-        print(f"dppo: {error}", file=sys.stderr)
+        _say(str(error))
         return error.exit_status
     except OSError as error:
-        print(f"dppo: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        _say(f"{error.filename}: {error.strerror or error}")
         return RunError.exit_status
     except Stopped as error:
-        print(f"dppo: stopped: {error}", file=sys.stderr)
+        _say(f"stopped: {error}")
         return error.exit_status
     except KeyboardInterrupt:
-        print("dppo: interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     finally:
         _flush()
+
+
+def _say(text: str) -> None:
+    """A line, whatever a value or a name in it holds."""
+    text = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    print(f"dppo: {text}", file=sys.stderr)
 
 
 def _ignore_until_there_is_a_run() -> None:
@@ -97,15 +109,21 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
     options: list[str] = []
     overrides: list[str] = []
     for word in words:
-        name = word.partition("=")[0]
-        if name in OPTIONS or (options[-1:] and options[-1] in TAKE_A_VALUE and "=" not in word):
+        name, has_value, value = word.partition("=")
+        if options[-1:] and options[-1] in TAKE_A_VALUE:
             options.append(word)
+        elif name in OPTIONS:
+            options += [name, value] if has_value else [name]
         elif name and not name.startswith("-"):
             overrides.append(word)
         else:
             raise ConfigError(f"there is no option {word!r}; options: {', '.join(OPTIONS)}; keys are set as key=value")
-    if "--cfg" in options and not {"job", "hydra", "all"} & set(options):
-        raise ConfigError("--cfg shows a config: --cfg job, --cfg hydra or --cfg all")
+    for name, value in zip(options, [*options, ""][1:], strict=True):
+        known = TAKE_A_VALUE.get(name, (value,))
+        if known is not None and value not in known:
+            raise ConfigError(f"{name} {value} is an invalid value. Choices: {', '.join(known)}")
+        if known is None and not os.path.isdir(value):
+            raise ConfigError(f"{name} {value}: there is no such folder")
     return options, overrides
 
 
@@ -132,7 +150,10 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
     # oneDNN keeps machine code for every number of rows it meets, by default of 1,024 products: 0.2 GiB in ten steps.
     # Those of one token or one micro-batch, which repeat from layer to layer, are a few dozen.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # Torch keeps what describes them in a cache of its own, 1,024 of 0.15 MiB; what it finds in oneDNN's costs no time.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     import hydra
+    from hydra.errors import HydraException
 
     from dppo_cli.cli.hydra_job import HydraJob
     from dppo_cli.cli.hydra_keys import check_hydra
@@ -163,12 +184,12 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         if config_dirs or any(word.lstrip("+~").startswith("hydra") for word in overrides):
             check_hydra(command, overrides, [searchpath, *config_dirs])
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
-    except (DppoError, OSError):
+    except DppoError:
         raise
     except Exception as error:  # Of odd words Hydra raises errors of many kinds.
         # A search of which every job failed ends in an error of the sweeper's; the records say why.
         if not exit_status(read_records(sweep_dir)):
-            if job.composed:
+            if job.composed or (isinstance(error, OSError) and not isinstance(error, HydraException)):
                 raise
             raise ConfigError(explain(error, command, overrides)) from error
     finally:
@@ -184,7 +205,7 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             job.failure = None  # Its trace holds this frame, and everything that the command has loaded.
     status = exit_status(records)
     if status:
-        print(f"dppo: {failures(records)}", file=sys.stderr)
+        _say(failures(records))
     return status
 
 

@@ -224,7 +224,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
                 folder.resumed(state.step, earlier.changes)
             if earlier.goes_on:
                 folder.cut(state.step)
-            listeners.started(run_info(folder.path, config, policy, state.step))
+            listeners.started(run_info(folder.path, config, policy, engine, state.step))
             for text in early:
                 # A run that goes on has warned of it before.
                 (listeners.warned if text in state.warnings else warn)(text)
@@ -298,7 +298,7 @@ def rescue(
     return error, summary
 
 
-def run_info(run_dir: Path, config: TrainConfig, policy: Policy, step: int) -> RunInfo:
+def run_info(run_dir: Path, config: TrainConfig, policy: Policy, engine: RolloutEngine, step: int) -> RunInfo:
     return RunInfo(
         run_dir=run_dir,
         step=step,
@@ -308,4 +308,5 @@ def run_info(run_dir: Path, config: TrainConfig, policy: Policy, step: int) -> R
         trained_parameters=sum(p.numel() for p in policy.parameters),
         device=str(policy.device),
         dtype=str(policy.dtype).removeprefix("torch."),
+        samples_with=engine.samples_with,
     )

@@ -11,7 +11,9 @@ from dppo_cli.errors import ConfigError
 
 SAMPLE_BYTES = 2048
 """Memory of a sample of one token, with all that is kept of it: measured 3 to 4 KiB."""
-SECRET = re.compile(r"oc\.env:\s*(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY)\w*)", re.I)
+SECRET = re.compile(
+    r"oc\.env:\s*['\"]?(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY)\w*)", re.I
+)
 
 
 def did_you_mean(word: str, choices: Any) -> str:

@@ -139,9 +139,13 @@ def _key(make: bool) -> bytes | None:
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
             # A link, because of two processes that make a key at once the second must take that of the first.
-            with suppress(FileExistsError):
+            try:
                 path.hardlink_to(temporary)
-            temporary.unlink()
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                temporary.replace(path)
+            temporary.unlink(missing_ok=True)
         key = path.read_bytes()
         return key if len(key) == KEY_BYTES else None
     return None

@@ -98,6 +98,8 @@ class BatchPlan:
             )
         samples = self.prompts_per_step * self.samples_per_prompt
         check_fits("batch.prompts_per_step", self.prompts_per_step, samples)
+        # What each update has seen is kept until the step ends.
+        check_fits("batch.epochs", self.epochs, samples * self.epochs)
 
     @property
     def updates_per_step(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 WORTH_IT = 512 * 2**20
-"""Bytes. Less is not returned, because a small model would lose too much time by requesting the same pages again."""
+"""Bytes. A run does not return less, because a small model would lose too much time by requesting the pages again."""
 FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
 WORTH_RELEASING = 64 * 2**20
@@ -24,14 +24,14 @@ class _HeapInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
-def return_freed_memory() -> None:
-    """Return freed memory to the system if there is much of it and the C library is glibc.
+def return_freed_memory(worth_it: int | None = None) -> None:
+    """Return freed memory to the system if it is more than `worth_it` bytes and the C library is glibc.
 
     Sampling and training use tensors of different sizes, so the memory that one has freed is fragmented for the other.
     Returning it takes a tenth of a second per GiB; requesting the same pages again takes up to a second.
     """
     library = _glibc()
-    if library is not None and library.mallinfo2().fordblks > WORTH_IT:
+    if library is not None and library.mallinfo2().fordblks > (WORTH_IT if worth_it is None else worth_it):
         library.malloc_trim(0)
 
 

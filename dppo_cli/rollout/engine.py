@@ -18,6 +18,11 @@ class RolloutEngine(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    @property
+    def samples_with(self) -> str:
+        """The weights and their precision, in words."""
+        ...
+
     def sync(self, version: int) -> None:
         """Take over the policy's adapter as it is now, before the first use, too; completions then carry `version`."""
         ...

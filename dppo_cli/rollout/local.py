@@ -24,9 +24,10 @@ from dppo_cli.kernels.top_k import top_k
 from dppo_cli.policy.head import Head, masses
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
-from dppo_cli.rollout.merged import MergedCopy, Sampler
 from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
 from dppo_cli.types import Completion, PolicyReport, Prompt, Status
 
 
@@ -34,15 +35,14 @@ from dppo_cli.types import Completion, PolicyReport, Prompt, Status
 class LocalRollout:
     """The in-process engine; see conf/rollout/local.yaml for the fields."""
 
-    merge: bool
+    weights: str
     dtype: str | None
     concurrent_sequences: int
     max_logprobs: int
 
     def __post_init__(self) -> None:
         check_choice("rollout.dtype", self.dtype, (None, "float32", "bfloat16", "float16"))
-        if self.dtype is not None and not self.merge:
-            raise ConfigError(f"rollout.dtype={self.dtype} needs a sampling copy of its own; add rollout.merge=true")
+        check_choice("rollout.weights", self.weights, KINDS)
         rules = {
             "concurrent_sequences >= 1": self.concurrent_sequences >= 1,
             "max_logprobs >= 1": self.max_logprobs >= 1,
@@ -55,44 +55,44 @@ class LocalRollout:
                 f"approx.k={num_logprobs} is more than rollout.max_logprobs={self.max_logprobs}, the longest list this "
                 "engine keeps; lower approx.k, or use approx=full, which is exact and needs no list"
             )
-        if self.merge and adapter is not None and adapter.quantization is not None:
-            raise ConfigError(
-                f"rollout.merge=true cannot write into a base quantised to {adapter.quantization}; use "
-                "rollout.merge=false"
-            )
+        check_weights(self.weights, self.dtype, adapter is not None and adapter.quantization is not None)
 
     def load(self, policy: Policy, warn: Callable[[str], None]) -> "LocalEngine":
-        dtype: torch.dtype = getattr(torch, self.dtype) if self.dtype else policy.dtype
-        # `check` refuses merge=true on a quantised base for training; an evaluation of such a run does without.
-        merge = self.merge and policy.peft is not None and not getattr(policy.model, "is_quantized", False)
-        if merge and dtype != policy.dtype and emulates_bfloat16(policy.device, dtype):
+        weights = decide(self.weights, self.dtype, policy)
+        if weights.dtype != policy.dtype and emulates_bfloat16(policy.device, weights.dtype):
             warn(
                 "rollout.dtype=bfloat16 on a processor without bfloat16 is some 300 times slower than float32; leave "
                 "rollout.dtype=null"
             )
-        return LocalEngine(policy, dtype if merge else None, self.concurrent_sequences)
+        if weights.kind == "merged" and weights.dtype != torch.float32:
+            warn(
+                f"rollout.weights=merged in {str(weights.dtype).removeprefix('torch.')} rounds small updates away: the "
+                "sampler is another policy than the one in training; rollout.weights=auto keeps the adapter beside them"
+            )
+        return LocalEngine(policy, weights, self.concurrent_sequences)
 
 
 class LocalEngine:
-    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so a sync only counts the version.
+    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so a sync only counts the version."""
 
-    `merged_dtype`: precision of the sampling copy, None to sample with the adapter beside the weights.
-    """
-
-    def __init__(self, policy: Policy, merged_dtype: torch.dtype | None, concurrent_sequences: int) -> None:
+    def __init__(self, policy: Policy, weights: SamplingWeights, concurrent_sequences: int) -> None:
         self.policy = policy
-        self.merged_dtype = merged_dtype
+        self.weights = weights
         self.concurrent_sequences = concurrent_sequences
-        self.copy: MergedCopy | None = None
+        self.copy: SamplingCopy | None = None
         self.version: int | None = None
 
     def __enter__(self) -> "LocalEngine":
-        if self.merged_dtype is not None:
-            self.copy = MergedCopy(self.policy.model, self.merged_dtype)
+        if self.weights.copied:
+            self.copy = SamplingCopy(self.policy.model, self.weights.dtype, merge=self.weights.kind == "merged")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.copy = self.version = None
+
+    @property
+    def samples_with(self) -> str:
+        return str(self.weights)
 
     def sync(self, version: int) -> None:
         self.version = version
@@ -104,7 +104,7 @@ class LocalEngine:
         at_once = max(1, self.concurrent_sequences // samples_per_prompt)
         found: list[list[Completion]] = []
         return_freed_memory()  # what training has freed, and at the end what sampling has
-        with self.copy.merged() if self.copy else self._policy_itself() as sampler:
+        with self.copy.filled() if self.copy else self._policy_itself() as sampler:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]

@@ -45,6 +45,7 @@ class Console:
             f"{run.model}: {run.parameters:,} parameters, {run.trained_parameters:,} trained, on {run.device}, "
             f"{run.dtype}"
         )
+        self._say(f"sampling from {run.samples_with}")
         self._say(f"run folder: {run.run_dir}")
         if run.step:
             self._say(f"going on after step {run.step} of {run.steps}")

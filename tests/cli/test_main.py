@@ -109,7 +109,10 @@ def test_cfg_job_prints_the_composed_config(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("given", [None, "7"])
-@pytest.mark.parametrize(("name", "default"), [("GOMP_SPINCOUNT", "10000"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")])
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("GOMP_SPINCOUNT", "10000"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"), ("LRU_CACHE_CAPACITY", "32")],
+)
 def test_limits_of_the_libraries_are_set_unless_the_user_has_set_them(
     name: str, default: str, given: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

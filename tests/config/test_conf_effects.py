@@ -22,7 +22,7 @@ OTHER_VALUES = {
     "adapter.quantization": "nf4",
     "hardware.dtype": "bfloat16",
     "hardware.gradient_checkpointing": "true",
-    "rollout.merge": "false",
+    "rollout.weights": "merged",
     "rollout.dtype": "bfloat16",
     "optim.betas": "[0.8,0.99]",
     "optim.schedule": "cosine",
@@ -47,7 +47,6 @@ OTHER_VALUES = {
 """Another allowed value for each key that is not a number; numbers are changed by rule."""
 TOGETHER = {
     "prompt.system": ["prompt.template=chat"],
-    "adapter.quantization": ["rollout.merge=false"],
     "pass_k": ["samples_per_prompt=2"],
 }
 """Keys whose other value needs another key, too. The effect of `key` alone is still what is looked at."""
@@ -61,6 +60,8 @@ def another_value(key: str, value: Any) -> str:
         return "auto" if value == "cpu" else "cpu"
     if key in OTHER_VALUES:
         return OTHER_VALUES[key]
+    if isinstance(value, bool):
+        return str(not value).lower()
     if isinstance(value, float):
         return str(value * 0.5 if value else 0.25)
     if isinstance(value, int):

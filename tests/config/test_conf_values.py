@@ -67,7 +67,7 @@ def test_the_command_line_wins_over_what_a_choice_sets() -> None:
 
 def test_choices_that_set_keys_of_other_groups() -> None:
     qlora = train_config("adapter=qlora")
-    assert (qlora.adapter.quantization, qlora.rollout.merge) == ("nf4", False)
+    assert (qlora.adapter.quantization, qlora.rollout.weights) == ("nf4", "auto")
     assert qlora.adapter.r == train_config().adapter.r
     minirl = train_config("objective=minirl")
     assert minirl.anchor == "recompute"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dppo_cli.kernels import memory
-from dppo_cli.rollout.merged import MergedCopy
+from dppo_cli.rollout.copies import SamplingCopy
 
 
 def resident_mib() -> float:
@@ -75,7 +75,7 @@ def test_the_base_of_a_sampler_rests(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked: list[int] = []
     unwritten = memory._unwritten_file_mappings
     monkeypatch.setattr(memory, "_unwritten_file_mappings", lambda: asked.append(1) or unwritten())
-    with MergedCopy(policy.model, torch.float32).merged():
+    with SamplingCopy(policy.model, torch.float32, merge=True).filled():
         assert asked == [1]
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(parameter, before[name]), name

@@ -94,7 +94,7 @@ def test_all_linear_leaves_the_output_layer_out(train_config, architecture):
 
 def test_a_4_bit_base_trains(train_config):
     config = train_config("adapter=qlora", "approx=topk", "approx.k=5", "optim.lr=1e-2")
-    assert (config.adapter.quantization, config.rollout.merge) == ("nf4", False)
+    assert config.adapter.quantization == "nf4"
     policy = make.policy(config)
     kinds = {type(m).__name__ for n, m in policy.model.named_modules() if n.endswith("q_proj.base_layer")}
     assert kinds == {"Linear4bit"}

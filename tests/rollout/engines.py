@@ -26,7 +26,9 @@ def sampling(
 @contextmanager
 def opened(of: Policy, *, merge: bool = True, concurrent_sequences: int = 512) -> Iterator[LocalEngine]:
     """An engine that is synced to version 0."""
-    with LocalRollout(merge, None, concurrent_sequences, max_logprobs=1024).load(of, make.fail) as engine:
+    quantised = getattr(of.model, "is_quantized", False)
+    weights = "merged" if merge else "quantized" if quantised else "adapter"
+    with LocalRollout(weights, None, concurrent_sequences, max_logprobs=1024).load(of, make.fail) as engine:
         engine.sync(0)
         yield engine
 

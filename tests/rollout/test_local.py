@@ -90,7 +90,7 @@ def test_a_sampling_copy_in_bfloat16_differs_a_little(train_config, architecture
     prompts = make.prompts(policy)
     before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
     # It warns on a processor without bfloat16.
-    with LocalRollout(True, "bfloat16", 512, 1024).load(policy, lambda _: None) as engine:
+    with LocalRollout("merged", "bfloat16", 512, 1024).load(policy, lambda _: None) as engine:
         engine.sync(0)
         completions = engine.generate(prompts, 4, sampling(), 0, seed=3)
         assert {p.dtype for p in engine.copy.model.parameters()} == {torch.bfloat16}

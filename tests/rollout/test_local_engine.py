@@ -21,6 +21,7 @@ from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import local
 from dppo_cli.rollout.decoder import Decoder
 from dppo_cli.rollout.local import LocalEngine, LocalRollout, Record
+from dppo_cli.rollout.weights import decide
 
 merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
 
@@ -47,7 +48,10 @@ def test_it_samples_from_the_policy_as_it_is(train_config, merge):
 def test_it_is_synced_before_its_first_use(train_config, merge):
     """Each time that it is opened."""
     policy = make.policy(train_config())
-    engine, prompts = LocalRollout(merge, None, 8, 8).load(policy, make.fail), make.prompts(policy)
+    engine, prompts = (
+        LocalRollout("merged" if merge else "adapter", None, 8, 8).load(policy, make.fail),
+        make.prompts(policy),
+    )
     for _ in range(2):
         with engine:
             with pytest.raises(AssertionError, match="sync the engine before its first use"):
@@ -59,7 +63,7 @@ def test_it_is_synced_before_its_first_use(train_config, merge):
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt], ids=["at the end", "after an error"])
 def test_the_copy_exists_while_the_engine_is_open(train_config, error):
     policy = make.policy(train_config())
-    engine = LocalRollout(True, None, 8, 8).load(policy, make.fail)
+    engine = LocalRollout("merged", None, 8, 8).load(policy, make.fail)
     assert engine.copy is None
     with nullcontext() if error is None else pytest.raises(error), engine:
         engine.sync(0)
@@ -102,7 +106,7 @@ def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
     monkeypatch.setattr(Record, "reports", lambda record: steps.append(record.steps) or nothing)
     monkeypatch.setattr(LocalEngine, "_completion", lambda *_: None)
     steps: list[int] = []
-    engine = LocalEngine(policy, None, concurrent_sequences=512)
+    engine = LocalEngine(policy, decide("adapter", None, policy), concurrent_sequences=512)
     engine.sync(0)
     with pytest.raises(NotImplementedError, match="meta"):
         engine.generate(prompts, 2, sampling(), num_logprobs, seed=0)
@@ -143,26 +147,26 @@ def test_the_record_keeps_each_sequence_in_memory_that_is_there_before_the_first
     ("fields", "words"),
     [
         ({"dtype": "float12"}, "rollout.dtype=float12"),
-        ({"dtype": "bfloat16", "merge": False}, "rollout.merge=true"),
+        ({"weights": "merge"}, "rollout.weights=merge is an invalid value; did you mean 'merged'"),
         ({"concurrent_sequences": 0}, "rollout.concurrent_sequences=0"),
         ({"max_logprobs": 0}, "rollout.max_logprobs=0"),
     ],
 )
 def test_fields_that_cannot_work_are_refused(fields, words):
     with pytest.raises(ConfigError, match=words):
-        LocalRollout(**{"merge": True, "dtype": None, "concurrent_sequences": 8, "max_logprobs": 8, **fields})
+        LocalRollout(**{"weights": "auto", "dtype": None, "concurrent_sequences": 8, "max_logprobs": 8, **fields})
 
 
 def test_combinations_that_cannot_work_are_refused(train_config):
-    source = LocalRollout(True, None, 8, max_logprobs=20)
+    source = LocalRollout("auto", None, 8, max_logprobs=20)
     adapter = train_config().adapter
     source.check(20, adapter)
     source.check(WHOLE_VOCABULARY, adapter)
     with pytest.raises(ConfigError, match=r"approx\.k=21 is more than rollout\.max_logprobs=20"):
         source.check(21, adapter)
-    with pytest.raises(ConfigError, match=r"nf4; use rollout\.merge=false"):
-        source.check(0, replace(adapter, quantization="nf4"))
-    replace(source, merge=False).check(0, replace(adapter, quantization="nf4"))
+    source.check(0, replace(adapter, quantization="nf4"))
+    with pytest.raises(ConfigError, match=r"rollout\.weights=dequantized needs a quantised base"):
+        replace(source, weights="dequantized").check(0, adapter)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +185,11 @@ def test_sampling_in_bfloat16_on_a_processor_without_it_warns(train_config, monk
     policy = make.policy(train_config(f"hardware.dtype={trained}"))
     warnings: list[str] = []
     monkeypatch.setattr(local, "emulates_bfloat16", lambda device, dtype: dtype == torch.bfloat16)
-    LocalRollout(True, sampled, 8, 8).load(policy, warnings.append)
+    LocalRollout("auto", sampled, 8, 8).load(policy, warnings.append)
     assert len(warnings) == warns
     assert all("rollout.dtype=bfloat16 on a processor without bfloat16" in text for text in warnings)
     monkeypatch.setattr(local, "emulates_bfloat16", lambda *_: False)
-    LocalRollout(True, sampled, 8, 8).load(policy, make.fail)
+    LocalRollout("auto", sampled, 8, 8).load(policy, make.fail)
 
 
 def test_a_broken_policy_is_told_in_words(train_config):

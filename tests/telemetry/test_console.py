@@ -49,7 +49,7 @@ SUMMARY: dict[str, Any] = {
     "peak_memory_gib": 0.5,
     "adapter": "runs/x/adapter",
 }
-RUN = RunInfo(Path("runs/x"), 0, 6, "some/model", 20, 10, "cpu", "float32")
+RUN = RunInfo(Path("runs/x"), 0, 6, "some/model", 20, 10, "cpu", "float32", "merged weights")
 
 
 def console(**tallies: TokenTally) -> Console:
@@ -105,10 +105,10 @@ def test_without_a_terminal_each_step_is_a_line(capsys: pytest.CaptureFixture[st
         shown.stepped(step(number))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "some/model: 20 parameters, 10 trained, on cpu, float32"
-    assert lines[1] == "run folder: runs/x"
-    assert [line.split()[1] for line in lines[2:]] == [f"{number}/6" for number in range(1, 7)]
+    assert lines[1:3] == ["sampling from merged weights", "run folder: runs/x"]
+    assert [line.split()[1] for line in lines[3:]] == [f"{number}/6" for number in range(1, 7)]
     for figure in FIGURES:
-        assert figure in lines[4]
+        assert figure in lines[5]
     # No escape codes, no carriage returns, no bars.
     assert not {"\x1b", "\r", "━"} & set("".join(lines))
 
@@ -118,8 +118,8 @@ def test_a_run_that_goes_on_says_after_which_step(capsys: pytest.CaptureFixture[
     shown.started(replace(RUN, step=2))
     shown.stepped(step(3))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:3] == ["run folder: runs/x", "going on after step 2 of 6"]
-    assert lines[3].startswith("step 3/6")
+    assert lines[2:4] == ["run folder: runs/x", "going on after step 2 of 6"]
+    assert lines[4].startswith("step 3/6")
 
 
 def test_a_long_run_says_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +217,7 @@ def test_a_run_without_a_summary_has_no_table(capsys: pytest.CaptureFixture[str]
     shown = console(a=TokenTally(1, 1))
     shown.started(RUN)
     shown.finished(None)
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_a_long_path_is_shown_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
-RUN = RunInfo(Path("run"), 0, 3, "some/model", 10, 2, "cpu", "float32")
+RUN = RunInfo(Path("run"), 0, 3, "some/model", 10, 2, "cpu", "float32", "merged weights")
 EVALUATION = EvalReport(0, 0.5, 0.1, [])
 STEP = StepReport({"step": 1}, [], [])
 SUMMARY = {"steps": 1}

@@ -34,7 +34,7 @@ def report(*updates: list[TokenStats]) -> StepReport:
 
 
 def run_info(folder: Path) -> RunInfo:
-    return RunInfo(folder, 0, 1, "some/model", 20, 10, "cpu", "float32")
+    return RunInfo(folder, 0, 1, "some/model", 20, 10, "cpu", "float32", "merged weights")
 
 
 def test_masked_tokens_by_hand():

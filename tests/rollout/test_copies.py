@@ -18,8 +18,8 @@ from dppo_cli.errors import ModelError
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.packed import PackedLinear, Sibling
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import merged
-from dppo_cli.rollout.merged import MergedCopy
+from dppo_cli.rollout import copies
+from dppo_cli.rollout.copies import SamplingCopy
 
 architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
@@ -29,9 +29,9 @@ def weights(of: Policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in of.model.named_parameters()}
 
 
-def merged_weights(copy: MergedCopy) -> dict[str, torch.Tensor]:
+def merged_weights(copy: SamplingCopy) -> dict[str, torch.Tensor]:
     """By the names that plain layers would have."""
-    with copy.merged() as sampler:
+    with copy.filled() as sampler:
         found = dict(sampler.model.named_parameters())
         for name, module in sampler.model.named_modules():
             if isinstance(module, Sibling):
@@ -55,10 +55,10 @@ def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
     """Every linear kind, GPT-2's transposed Conv1D with biases among them."""
     policy = make.policy(train_config(model=architecture), adapter_scale=0.1)
     before = weights(policy)
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     assert not any(isinstance(module, LoraLayer) for module in copy.model.modules())
     assert not any(parameter.requires_grad for parameter in copy.model.parameters())
-    with copy.merged() as sampler:
+    with copy.filled() as sampler:
         head = sampler.head
         found, expected = sampler.model(IDS).logits, policy.model(IDS).logits
         hidden_LH = sampler.model.base_model(IDS).last_hidden_state[0]
@@ -74,7 +74,7 @@ def test_the_copy_computes_what_the_policy_computes(train_config, architecture):
 
 def test_merging_again_does_not_drift(train_config):
     policy = make.policy(train_config(model="gpt2"), adapter_scale=0.1, seed=1)
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     first = merged_weights(copy)
     assert_same(merged_weights(copy), first)
     for seed in (2, 3, 1):
@@ -85,7 +85,7 @@ def test_merging_again_does_not_drift(train_config):
 
 def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
     policy = make.policy(train_config())
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     base = {name.replace(".base_layer", ""): value for name, value in weights(policy).items() if "lora_" not in name}
     assert_same(merged_weights(copy), base)
 
@@ -93,7 +93,7 @@ def test_a_fresh_adapter_leaves_the_base_bit_for_bit(train_config):
 @architectures
 def test_layers_without_adapter_share_memory(train_config, architecture):
     policy = make.policy(train_config(model=architecture))
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     original = dict(policy.model.named_parameters())
     shared = set()
     for name, parameter in copy.model.named_parameters():
@@ -110,9 +110,9 @@ def test_layers_without_adapter_share_memory(train_config, architecture):
 
 def test_layers_of_one_input_are_one_product(train_config):
     policy = make.policy(train_config("adapter.target_modules=[q_proj,v_proj,o_proj,up_proj]"))
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     names = {id(m): name for name, m in policy.model.named_modules()}
-    groups = [[names[id(layer)].removeprefix("model.layers.") for layer in layers] for layers, _ in copy.merges]
+    groups = [[names[id(layer)].removeprefix("model.layers.") for layer in layers] for layers, _ in copy.fills]
     assert [group for group in groups if group[0].startswith("0.")] == [
         ["0.self_attn.q_proj", "0.self_attn.v_proj"],
         ["0.self_attn.o_proj"],
@@ -122,12 +122,12 @@ def test_layers_of_one_input_are_one_product(train_config):
 
 def test_only_the_chosen_layers_are_copied(train_config):
     policy = make.policy(train_config("adapter.target_modules=[q_proj,down_proj]"), adapter_scale=0.1)
-    copy = MergedCopy(policy.model, torch.float32)
+    copy = SamplingCopy(policy.model, torch.float32, merge=True)
     addresses = {parameter.data_ptr() for parameter in policy.model.parameters()}
     assert all(parameter.data_ptr() in addresses for parameter in copy.model.parameters())
     own = {name.split(".")[-1] for name, m in copy.model.named_modules() if isinstance(m, PackedLinear)}
     assert own == {"q_proj", "down_proj"}
-    with copy.merged() as sampler:
+    with copy.filled() as sampler:
         torch.testing.assert_close(sampler.model(IDS).logits, policy.model(IDS).logits, rtol=1e-5, atol=2e-5)
 
 
@@ -139,16 +139,16 @@ def test_nothing_merged_outlives_the_sampling(train_config, architecture, dtype)
     own = {id(p) for p in policy.model.parameters()}
 
     def held() -> int:
-        found = [m.packed if isinstance(m, PackedLinear) else m.weight for _, m in copy.merges]
+        found = [m.packed if isinstance(m, PackedLinear) else m.weight for _, m in copy.fills]
         return sum(w.numel() for w in found if w is not None and id(w) not in own)
 
-    copy = MergedCopy(policy.model, dtype)
-    adapted = sum(layer.get_base_layer().weight.numel() for layers, _ in copy.merges for layer in layers)
+    copy = SamplingCopy(policy.model, dtype, merge=True)
+    adapted = sum(layer.get_base_layer().weight.numel() for layers, _ in copy.fills for layer in layers)
     assert held() == 0
-    with copy.merged():
+    with copy.filled():
         assert held() == adapted > 0
     assert held() == 0
-    with pytest.raises(KeyboardInterrupt), copy.merged():
+    with pytest.raises(KeyboardInterrupt), copy.filled():
         raise KeyboardInterrupt
     assert held() == 0
 
@@ -158,7 +158,7 @@ def test_another_precision_is_a_copy_of_its_own(train_config, architecture):
     policy = make.policy(train_config(model=architecture), adapter_scale=0.1)
     before = weights(policy)
     logits = policy.model(IDS).logits
-    copy = MergedCopy(policy.model, torch.bfloat16)
+    copy = SamplingCopy(policy.model, torch.bfloat16, merge=True)
     assert {p.dtype for p in copy.model.parameters()} == {torch.bfloat16}
     assert_same(weights(policy), before)
     assert torch.equal(policy.model(IDS).logits, logits)
@@ -173,7 +173,7 @@ def test_another_precision_is_a_copy_of_its_own(train_config, architecture):
 def test_weights_are_rounded_once(train_config):
     """To bfloat16 after the sum, not W and delta W each by itself."""
     policy = make.policy(train_config(), adapter_scale=0.3)
-    copy = MergedCopy(policy.model, torch.bfloat16)
+    copy = SamplingCopy(policy.model, torch.bfloat16, merge=True)
     layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
     sum_ = layer.get_base_layer().weight + layer.get_delta_weight("default")
     assert torch.equal(merged_weights(copy)["model.layers.0.self_attn.q_proj.weight"], sum_.bfloat16())
@@ -210,7 +210,7 @@ def test_dora_is_merged_with_its_magnitudes(train_config, tiny_models, monkeypat
     def plain_sum(layer: LoraLinear) -> torch.Tensor:
         return layer.get_base_layer().weight + layer.get_delta_weight("default")
 
-    monkeypatch.setattr(merged, "merged_weight", plain_sum)
+    monkeypatch.setattr(copies, "merged_weight", plain_sum)
     completions = generate(policy, prompts, 3, sampling())
     mismatch_N = (make.reported(completions).logp_N - trained(policy, prompts, completions)).abs()
     assert mismatch_N.max() > 1e-3
@@ -219,7 +219,7 @@ def test_dora_is_merged_with_its_magnitudes(train_config, tiny_models, monkeypat
 def test_an_adapter_with_biases_is_refused(train_config, tiny_models):
     """The sampling copy's layers have the base's biases alone."""
     policy = adapted(tiny_models["llama3"], train_config(), lora_bias=True)
-    with pytest.raises(ModelError, match=r"biases.*use rollout\.merge=false"):
+    with pytest.raises(ModelError, match=r"biases.*use rollout\.weights=adapter"):
         generate(policy, make.prompts(policy), 2, sampling())
     generate(policy, make.prompts(policy), 2, sampling(), merge=False)
 
@@ -235,5 +235,5 @@ def test_an_adapter_that_peft_cannot_merge_is_refused(train_config, monkeypatch)
     policy = make.policy(train_config())
     layer = policy.model.get_submodule("model.layers.1.mlp.down_proj")
     layer.lora_variant["default"] = Unmergeable()
-    with pytest.raises(ModelError, match=r"\(Unmergeable\) cannot be merged into weights; use rollout\.merge=false"):
+    with pytest.raises(ModelError, match=r"\(Unmergeable\) cannot be merged into weights; use rollout\.weights="):
         generate(policy, make.prompts(policy), 2, sampling())
