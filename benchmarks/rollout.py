@@ -28,11 +28,20 @@ from dppo_cli.types import Prompt
 
 def main(max_new_tokens: int, rounds: int = 4) -> None:
     hardware = Hardware("cpu", "float32", 2048, 256, False)
-    adapter = LoRA(r=16, alpha=32, dropout=0.0, target_modules="all-linear", quantization=None)
+    adapter = LoRA(
+        r=16,
+        alpha=32,
+        dropout=0.0,
+        target_modules="all-linear",
+        quantization=None,
+        use_dora=False,
+        use_rslora=False,
+        path=None,
+    )
     policy = load_policy(str(smollm2()), None, hardware, warn=print, adapter=adapter)
     data = JsonLines(str(sums()), None, 8, "prompt", "answer", None)
-    prompts = policy.encode(data.load().train[:8], Prompting("chat", None))
-    sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens)
+    prompts = policy.encode(data.load().train[:8], Prompting("chat", None, {}))
+    sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens, [])
     engine = LocalRollout(weights="merged", dtype=None, concurrent_sequences=512, max_logprobs=1024).load(policy, print)
     with engine:
         engine.sync(version=0)

@@ -7,6 +7,8 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from dppo_cli.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -20,8 +22,17 @@ class World:
 
     @staticmethod
     def current() -> "World":
-        """The processes that a launcher (accelerate launch, torchrun) has started."""
-        state = PartialState(cpu=not torch.cuda.is_available())
+        """The processes that a launcher (accelerate launch, torchrun) has started.
+
+        Raises ConfigError for variables of the environment that Accelerate cannot use.
+        """
+        try:
+            state = PartialState(cpu=not torch.cuda.is_available())
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                "the environment (ACCELERATE_TORCH_DEVICE, RANK, WORLD_SIZE and the like) cannot be used: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         return World(state.process_index, state.num_processes)
 
     @property

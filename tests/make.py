@@ -69,11 +69,12 @@ def completion(
     text: str = "",
     logp: Sequence[float] | None = None,
     sampled: Sequence[bool] | None = None,
+    status: Status = Status.FINISHED,
 ) -> Completion:
     """One made by hand; log mu defaults to -1 for each sampled token."""
     sampled_T = torch.tensor([True] * len(token_ids) if sampled is None else list(sampled))
     logp_N = torch.tensor([-1.0] * int(sampled_T.sum()) if logp is None else list(logp))
-    return Completion(torch.tensor(list(token_ids)), sampled_T, PolicyReport(logp_N), text, Status.FINISHED, (0,))
+    return Completion(torch.tensor(list(token_ids)), sampled_T, PolicyReport(logp_N), text, status, (0,))
 
 
 def groups(

@@ -196,14 +196,14 @@ def test_a_second_collector_and_a_second_listener(
     folder, stopping = RunFolder(tmp_path / "run", "", policy.adapter_bytes), Stopping(60.0, make.fail)
     with folder, config.rollout.load(policy, make.fail) as engine, stopping:
         engine.sync(0)
-        inner = InStepCollector(engine, scorer, config.advantage, 3, config.sampling, 0, seed=1)
+        inner = InStepCollector(engine, scorer, config.advantage, 3, config.sampling, 0, seed=1, mask_truncated=False)
         state = RunState(make_learner(policy, config), PromptOrder(prompts, 1), {})
         collector, listeners = StaleAndUneven(inner), Listeners([recorder])
 
         def save() -> None:
             saved.append(state.step)
 
-        loop(state, config, collector, engine, lambda step: 0.5, save, folder, listeners, stopping)
+        loop(state, config, collector, engine, make.fail, save, lambda: 0.0, folder, listeners, stopping)
     assert state.step == 3 and saved == [2]
     assert [json.loads(line) for line in recorder.heard] == [
         {"step": 1, "versions": [0], "sizes": [3, 2]},

@@ -10,6 +10,7 @@ from helpers import composed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from dppo_cli.errors import ConfigError
 from dppo_cli.world import World
 
 SCRIPT = """
@@ -71,3 +72,9 @@ def test_two_processes_train_what_one_trains(train_config, tmp_path: Path) -> No
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5)
+
+
+def test_an_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dppo_cli.world.PartialState", lambda **_: torch.device("nonsense"))
+    with pytest.raises(ConfigError, match=r"the environment .* cannot be used: Expected one of cpu, cuda"):
+        World.current()

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dppo_cli.cli.sweep import JobRecord
@@ -52,12 +52,14 @@ class HydraJob:
             self.failure = RunError(f"{folder.parent} holds a run; a sweep needs a folder of its own, run_dir=...")
             return None
         key = COMMANDS[self.command].job_key
-        if key is not None and (key == "run_dir" or node[key] is None):
-            node[key] = str(folder)
+        if key is not None:
+            # A folder that the user names for all jobs has one for each.
+            given = None if key == "run_dir" else node[key]
+            node[key] = str(folder) if given is None else str(Path(str(given)) / str(hydra.job.num))
         if os.getpid() != self.process:
             # Live displays of jobs that share a terminal would overwrite each other.
             os.environ["TTY_COMPATIBLE"] = "0"
-        record = JobRecord(number=hydra.job.num, overrides=[word.lstrip("+") for word in hydra.overrides.task])
+        record = JobRecord(number=hydra.job.num, overrides=[word.lstrip("+") for word in _words()])
         try:
             record.summary = self._run(node)
         except DppoError as error:
@@ -86,8 +88,6 @@ class HydraJob:
             raise out_of_memory(error) or error from None
 
     def _command(self, node: DictConfig) -> dict[str, Any]:
-        # These import torch, which help and typing errors do without.
-        from dppo_cli.commands import schemas
         from dppo_cli.config.build import build
         from dppo_cli.config.saved import to_yaml
 
@@ -95,16 +95,23 @@ class HydraJob:
             # Hydra leaves the recipe's choices here.
             node.pop("recipes", None)
         command = COMMANDS[self.command]
+        # Most import torch, which help, typing errors and `dppo doctor` do without.
+        module = importlib.import_module(f"dppo_cli.commands.{command.module}")
         prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
         try:
-            node = prepare(node, HydraConfig.get().overrides.task)
-            config = build(getattr(schemas, command.schema), node)
+            node = prepare(node, _words())
+            config = build(getattr(module, command.schema), node)
             text = to_yaml(node)
         except OmegaConfBaseException as error:  # An interpolation that fails does so when it is read.
-            raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
-        module = importlib.import_module(f"dppo_cli.commands.{command.module}")
+            raise ConfigError(f"{error.full_key or error.key or 'config'}: {str(error).splitlines()[0]}") from None
         summary: dict[str, Any] = getattr(module, f"run_{self.command}")(config, text)
         return summary
+
+
+def _words() -> list[str]:
+    """What was typed, interpolations as they are."""
+    found: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return list(found)
 
 
 def _accuracy(summary: dict[str, Any] | None) -> float | None:

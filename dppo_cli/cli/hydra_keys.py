@@ -11,8 +11,10 @@ from dppo_cli.errors import ConfigError
 
 MAY_BE_SET = ("launcher", "sweeper", "mode")
 """Below `hydra`."""
-OF_A_RUN = ("runtime", "overrides", "searchpath", "job")
+OF_A_RUN = ("runtime", "overrides", "searchpath")
 """Different in every run, and of no consequence."""
+OF_A_JOB = ("chdir", "env_set", "env_copy")
+"""Below hydra.job, what has consequences."""
 PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
 """Where the classes of launchers, sweepers and samplers are."""
 
@@ -23,14 +25,22 @@ def check_hydra(command: str, overrides: Sequence[str], searchpath: Sequence[str
     Composes the config twice to compare, so it is for command lines that could.
     """
     for word in overrides:
-        key = word.partition("=")[0].lstrip("+~").replace("/", ".")
-        part = key.removeprefix("hydra.").partition(".")[0]
-        if key.startswith("hydra.") and part not in MAY_BE_SET:
-            raise ConfigError(f"hydra.{part} cannot be set; of Hydra's own keys, {', '.join(MAY_BE_SET)} can")
+        key, _, package = word.partition("=")[0].lstrip("+~").replace("/", ".").partition("@")
+        for name in (key, package):
+            part = name.removeprefix("hydra").removeprefix(".").partition(".")[0]
+            if name.partition(".")[0] == "hydra" and part not in MAY_BE_SET:
+                what = f"hydra.{part}" if part else "hydra"
+                raise ConfigError(f"{what} cannot be set; of Hydra's own keys, {', '.join(MAY_BE_SET)} can")
     usual = _hydra_config(command, [], [])
     for words in _compositions(overrides):
         for part, value in _hydra_config(command, words, searchpath).items():
-            if part in MAY_BE_SET:
+            if part == "job":
+                value, same = ({name: of[name] for name in OF_A_JOB} for of in (value, usual[part]))
+                if value != same:
+                    raise ConfigError(f"--config-dir sets hydra.job; only {', '.join(MAY_BE_SET)} of hydra can be set")
+            elif part in MAY_BE_SET:
+                if isinstance(value, dict) and value.get("custom_search_space") is not None:
+                    raise ConfigError("hydra.sweeper.custom_search_space names code that would run; leave it out")
                 for target in _targets(value):
                     if not target.startswith(PLUGINS):
                         raise ConfigError(f"hydra.{part} names {target}, which is not a launcher or sweeper of Hydra's")

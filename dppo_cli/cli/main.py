@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo_cli import __version__
-from dppo_cli.cli.mistakes import check_words, explain
+from dppo_cli.cli.mistakes import FREE, check_words, explain
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.config.checks import check_no_secrets, did_you_mean
@@ -128,9 +128,17 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def as_hydra_has_it(command: str, word: str) -> str:
-    """`recipe=NAME` as the group option recipes/NAME/recipe.yaml; a key of a section that is the run's as a new key."""
+    """`recipe=NAME` as the group option recipes/NAME/recipe.yaml; keys that need not be in YAML as new ones.
+
+    These are keys of a section that is the run's, and those below FREE. Text that is taken as it is typed is quoted.
+    """
     key, _, name = word.partition("=")
-    if key.partition(".")[0] in COMMANDS[command].of_the_run and "." in key:
+    if key in COMMANDS[command].verbatim:
+        # What would be an interpolation is text, too.
+        escaped = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", name)
+        return f"{key}={_quoted(escaped)}"
+    of_the_run = key.partition(".")[0] in COMMANDS[command].of_the_run and "." in key
+    if of_the_run or key.startswith(FREE):
         return f"++{word}"
     if key != "recipe":
         return word
@@ -181,8 +189,8 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         config_dirs = [
             f"file://{os.path.abspath(options[i + 1])}" for i, o in enumerate(options) if o == "--config-dir"
         ]
-        if config_dirs or any(word.lstrip("+~").startswith("hydra") for word in overrides):
-            check_hydra(command, overrides, [searchpath, *config_dirs])
+        if config_dirs or any(re.match(r"[+~]*(hydra|[^=]*@)", word) for word in overrides):
+            check_hydra(command, overrides, [*config_dirs, searchpath])  # in the order in which Hydra looks
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
     except DppoError:
         raise
@@ -240,7 +248,9 @@ def _flush() -> None:
 
 def _quoted(text: str) -> str:
     """As a value on Hydra's command line."""
-    return "'" + text.replace("'", "\\'") + "'"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from dppo_cli.config.checks import did_you_mean
 from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
 from dppo_cli.errors import ConfigError
 
+FREE = "prompt.template_kwargs."
+"""Keys below are the template's own, so none is unknown."""
+
 
 def check_words(command: str, overrides: Sequence[str]) -> None:
     """Raise ConfigError for a key that no choice of any group has, or for a choice that its group does not have.
@@ -23,7 +26,7 @@ def check_words(command: str, overrides: Sequence[str]) -> None:
     words = [w for w in plain if w[0] != "recipe" and not w[0].startswith("hydra.") and not w[0].endswith("._target_")]
     known, choosable = (known_keys(command), groups_of(command)) if words else ([], [])
     for key, value in words:
-        if key not in known:
+        if key not in known and not key.startswith(FREE):
             raise ConfigError(_no_such_key(key, known))
         for choice in value.split(",") if key in choosable else []:
             if re.fullmatch(r"[A-Za-z_]\w*", choice) and choice != "null" and choice not in groups()[key]:

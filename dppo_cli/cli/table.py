@@ -13,6 +13,7 @@ class Command:
     job_key: str | None  # the key that takes a job's own folder under -m
     prepare: str  # in dppo_cli.commands: the module whose prepare() gives the config to build
     of_the_run: tuple[str, ...] = ()  # groups that are the run's; of each, the user may set a key alone
+    verbatim: tuple[str, ...] = ()  # keys whose value is text, taken as it is typed
 
 
 COMMANDS = {
@@ -37,6 +38,22 @@ COMMANDS = {
         "ExportConfig",
         None,
         "export",
-        ("data", "hardware"),
+        ("data", "reward", "hardware"),
+    ),
+    "sample": Command(
+        "show what the model writes to a prompt, before and after training",
+        "sample",
+        "SampleConfig",
+        None,
+        "sample",
+        ("hardware",),
+        ("text",),
+    ),
+    "doctor": Command(
+        "say what is installed and whether it works here",
+        "doctor",
+        "DoctorConfig",
+        None,
+        "doctor",
     ),
 }

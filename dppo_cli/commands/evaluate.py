@@ -24,8 +24,8 @@ OF_THE_RUN = ("data", "reward", "rollout", "hardware")
 OF_A_PLAIN_MODEL = {"reward": "exact", "rollout": "local", "hardware": "auto"}
 PLAIN: dict[str, Any] = {
     "adapter": None,
-    "prompt": {"template": "plain", "system": None},
-    "sampling": {"max_new_tokens": 256},
+    "prompt": {"template": "plain", "system": None, "template_kwargs": {}},
+    "sampling": {"max_new_tokens": 256, "stop": []},
     "eval": {"temperature": 1.0, "success_reward": 1.0},
 }
 """How a plain model is sampled where the user does not say."""
@@ -40,19 +40,23 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     if (run is None) == (path is None):
         raise ConfigError("name what to evaluate: a run (run=runs/last) or a plain model (model.path=...), one of them")
     own = OmegaConf.masked_copy(node, list(OF_THE_RUN))
-    base = _plain_model(own, node) if run is None else run_config(folder_of(str(run)), own, typed, bool(node.trust))
+    base = _plain_model(own, node) if run is None else run_config(folder_of(str(run)), own, bool(node.trust))
+    # Unresolved, so that values of the environment stay where they are.
+    given: Any = OmegaConf.to_container(base)
     with open_dict(node):
         for name in (*OF_THE_RUN, "model", "adapter"):
-            node[name] = base[name]
-        if node.prompt.template is None:
-            node.prompt.template = base.prompt.template
-            node.prompt.system = node.prompt.system or base.prompt.system
+            node[name] = given[name]
+        whole = node.prompt.template is None
+        for name, none in (("template", None), ("system", None), ("template_kwargs", {})):
+            if node.prompt[name] is None:
+                node.prompt[name] = given["prompt"][name] if whole else none
         if node.sampling.temperature is None:
-            node.sampling.temperature = base.eval.temperature
-        if node.sampling.max_new_tokens is None:
-            node.sampling.max_new_tokens = base.sampling.max_new_tokens
+            node.sampling.temperature = given["eval"]["temperature"]
+        for name in ("max_new_tokens", "stop"):
+            if node.sampling[name] is None:
+                node.sampling[name] = given["sampling"][name]
         if node.success_reward is None:
-            node.success_reward = base.eval.success_reward
+            node.success_reward = given["eval"]["success_reward"]
     return node
 
 
@@ -74,7 +78,7 @@ def _plain_model(own: DictConfig, node: DictConfig) -> DictConfig:
 def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     """`dppo eval`: writes summary.json and samples.jsonl, prints a table, returns the summary."""
     started = time.perf_counter()
-    run = None if config.run is None else open_run(config.run, print_warning)
+    run = None if config.run is None else open_run(config.run, print_warning, config.checkpoint)
     out = Path(config.out) if config.out else default_run_dir(str(run.folder / "eval") if run else "evals")
     check_free(out, "out")
     task, scorer = config.data.load(), config.reward.load(print_warning)

@@ -1,4 +1,4 @@
-"""`dppo train resume=...`: the config of a run that goes on.
+"""`dppo train resume=... adapter.path=...`: the config of a run that goes on, or of one that starts from an adapter.
 
 `resume=RUN` takes the run's own config. What is set besides may change how the run goes on, not what a step computes.
 `run_dir=FOLDER resume=auto` starts a run, or goes on with the one in FOLDER if it is of the same config.
@@ -16,46 +16,88 @@ from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.trained import CONFIG, key_of, read_summary, run_config
-from dppo_cli.config.build import absolute
+from dppo_cli.config.build import absolute, raw_value
 from dppo_cli.config.saved import read_config
 from dppo_cli.errors import ConfigError, RunError
+from dppo_cli.policy.adapter import SETTINGS, read_settings
 from dppo_cli.training.checkpoint import check, installed, newest_good, step_of
 from dppo_cli.training.run_folder import check_free
 
 OF_THE_COMMAND = ("resume", "run_dir", "trust")
 """Keys that say where and whether to go on."""
-MAY_CHANGE = ("steps", "checkpoint", *OF_THE_COMMAND)
+MAY_CHANGE = ("steps", "checkpoint", "stop", *OF_THE_COMMAND)
 """Keys that do not change what a step computes (`steps` only where the learning rate does not depend on it)."""
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     """The config to build: `node` as composed, or that of the run which `resume` names, with what was `typed` besides.
 
-    Raises ConfigError, naming the key, for what would make it another run, RunError if there is no run.
+    Raises ConfigError, naming the key, for what would make it another run, RunError if there is no run, ModelError for
+    an adapter to start from that cannot be used.
     """
     run = node.get("resume")
     if run == "auto" and node.get("run_dir") is None:
         raise ConfigError("resume=auto needs the folder to start or go on in; add run_dir=...")
     if run is None or run == "auto":
+        earlier = Path(str(node.get("run_dir"))) / CONFIG
+        # Only compared: it need not be trusted.
+        saved = read_config(earlier, trust=True)[0] if run == "auto" and earlier.is_file() else None
+        _take_over_adapter(node, typed, saved)
         return node
     if not (Path(str(run)) / CONFIG).is_file():
         raise RunError(f"resume={run} is not a run: it has no config.yaml; runs/last is the newest run")
-    saved = run_config(Path(str(run)), OmegaConf.create({}), (), bool(node.trust))
+    saved = run_config(Path(str(run)), OmegaConf.create({}), bool(node.trust))
     folder = node.get("run_dir")
     if folder is not None and Path(str(folder)).resolve() != Path(str(run)).resolve():
         raise ConfigError(f"resume={run} goes on in its own folder; leave run_dir={folder} out")
+    _take_over_adapter(node, typed, saved)
     for word in typed:
         key = key_of(word)
         if key.startswith("recipes/"):
             raise ConfigError(f"resume={run} goes on with the run's own config; leave recipe out")
-        for leaf, new in _flat(OmegaConf.select(node, key), key).items():
-            old = OmegaConf.select(saved, leaf)
+        for leaf, new in _flat(raw_value(node, key), key).items():
+            old = raw_value(saved, leaf)
             # The run's own config names files by absolute paths.
             if leaf not in OF_THE_COMMAND and old not in (new, absolute(new)):
                 _check_may_change(str(run), leaf, old, new)
                 OmegaConf.update(saved, leaf, new)
     saved.run_dir, saved.resume = _name_of(Path(str(run))), str(run)
     return saved
+
+
+def _take_over_adapter(node: DictConfig, typed: Sequence[str], saved: DictConfig | None) -> None:
+    """Set in `node` what the adapter in adapter.path is. What was `typed` must agree with it; the YAML need not.
+
+    `saved`: the config of the run that goes on. It holds this already, and the folder may be gone.
+    """
+    path = OmegaConf.select(node, "adapter.path")
+    if path is None:
+        return
+    # As a run's config names it, whether it is still there or not.
+    folder = node.adapter.path = str(Path(str(path)).resolve())
+    composed: Any = OmegaConf.to_container(node.adapter, resolve=True)
+    if saved is not None and OmegaConf.select(saved, "adapter.path") == folder:
+        known: Any = OmegaConf.to_container(saved.adapter, resolve=True)
+        found = {name: known.get(name) for name in SETTINGS}
+    else:
+        found = read_settings(Path(folder))
+    for word in typed:
+        section, _, key = key_of(word).partition(".")
+        # A choice of the group says which kind it is to be.
+        names = (key.partition(".")[0],) if key else ("use_dora", "use_rslora")
+        for name in names if section == "adapter" else ():
+            if name in SETTINGS and _unordered(composed[name]) != _unordered(found[name]):
+                mine, theirs = (f"{name}={json.dumps(values[name])}" for values in (composed, found))
+                raise ConfigError(
+                    f"{word} means {mine}, but the adapter in {folder}, which training goes on with, has {theirs}; "
+                    f"leave {word} out"
+                )
+    for name, value in found.items():
+        node.adapter[name] = value
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def _name_of(run: Path) -> str:

@@ -1,5 +1,7 @@
 """What each command needs, as frozen dataclasses that check what their sections cannot check alone."""
 
+import math
+import re
 from dataclasses import dataclass, replace
 
 from dppo_cli.algorithm.advantage import Advantage
@@ -8,6 +10,7 @@ from dppo_cli.algorithm.approx import Approximation
 from dppo_cli.algorithm.divergence import Divergence
 from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import Objective
+from dppo_cli.commands.doctor import DoctorConfig as DoctorConfig  # there, because it has to load without torch
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import (
     AdamW,
@@ -19,6 +22,7 @@ from dppo_cli.config.sections import (
     Model,
     Prompting,
     Sampling,
+    Stop,
 )
 from dppo_cli.data.task import DataSource
 from dppo_cli.errors import ConfigError
@@ -47,6 +51,7 @@ class TrainConfig:
     prompt: Prompting
     eval: Evaluation
     checkpoint: Checkpointing
+    stop: Stop
     run_dir: str | None
     resume: str | None
     trust: bool
@@ -54,6 +59,7 @@ class TrainConfig:
     steps: int
     anchor: str
     kl_to_reference: float
+    mask_truncated: bool
 
     def __post_init__(self) -> None:
         check_choice("anchor", self.anchor, ("rollout", "recompute"))
@@ -64,6 +70,10 @@ class TrainConfig:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
                 f"this advantage needs at least {self.advantage.min_samples} samples per prompt"
+            )
+        if self.stop.accuracy is not None and self.eval.every == 0:
+            raise ConfigError(
+                f"stop.accuracy={self.stop.accuracy:g} needs evaluations in between; set eval.every=10, for example"
             )
         if self.sampling.temperature == 0:
             raise ConfigError("sampling.temperature=0 is greedy: there is nothing to learn from equal samples")
@@ -102,6 +112,7 @@ class EvalConfig:
     """Everything `dppo eval` needs. What the user has not set comes from the run (`evaluate.prepare`)."""
 
     run: str | None
+    checkpoint: str
     trust: bool
     model: Model
     adapter: LoRA | None
@@ -126,6 +137,7 @@ class EvalConfig:
 
 FORMATS = ("adapter", "merged")
 DTYPES = ("float32", "bfloat16", "float16")
+BASES = ("original", "dequantized")
 
 
 @dataclass(frozen=True)
@@ -137,12 +149,55 @@ class ExportConfig:
     format: str
     out: str | None
     dtype: str
+    base: str
+    checkpoint: str
+    check: str
+    max_shard_size: str
     model: Model
     adapter: LoRA
     data: DataSource
+    reward: RewardSource
+    rollout: RolloutSource
     prompt: Prompting
+    sampling: Sampling
+    eval: Evaluation
     hardware: Hardware
+    seed: int
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, FORMATS)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("base", self.base, BASES)
+        check_choice("check", self.check, ("logits", "accuracy"))
+        if self.base == "dequantized" and (self.format != "merged" or self.adapter.quantization is None):
+            raise ConfigError("base=dequantized is for merging a run with a quantised base (format=merged, QLoRA)")
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", self.max_shard_size):
+            raise ConfigError(f"max_shard_size={self.max_shard_size} is no size; write 500MB or 5GB, for example")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything `dppo sample` needs. What the user has not set comes from the run (`sample.prepare`)."""
+
+    run: str | None
+    trust: bool
+    model: Model
+    adapter: LoRA | None
+    hardware: Hardware
+    prompt: Prompting
+    sampling: Sampling
+    text: str | None
+    samples: int
+    seed: int
+    json: bool
+
+    def __post_init__(self) -> None:
+        check_rules("", self, {"samples >= 1": self.samples >= 1})
+        if not math.isfinite(self.sampling.temperature):
+            raise ConfigError(f"sampling.temperature={self.sampling.temperature} must be finite")
+        if self.text is not None and not self.text.strip():
+            raise ConfigError('text is empty; write text="...", or leave it out to type prompts')
+        if self.text is None and self.prompt.template == "chat" and self.samples > 1:
+            raise ConfigError(
+                f'samples={self.samples} would make a conversation of as many branches; use samples=1, or text="..."'
+            )

@@ -6,6 +6,7 @@ prompts -> completions -> scores -> groups -> updates, `steps` times, between tw
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -48,18 +49,22 @@ def train(
     engine: RolloutEngine,
     evaluate_now: Callable[[int], EvalResult],
     save: Callable[[], object],
+    elapsed: Callable[[], float],
     folder: RunFolder,
     listeners: Listeners,
     stopping: Stopping,
 ) -> None:
     """Take `state` from the step it is at to `config.steps`.
 
-    `evaluate_now` measures the held-out accuracy after a step, `save` writes a checkpoint. Raises Stopped when a signal
-    asks for it.
+    `evaluate_now` measures the held-out accuracy after a step, `save` writes a checkpoint, `elapsed` gives the seconds
+    of the whole run. Raises Stopped when a signal asks for it.
     """
     learner, every = state.learner, config.checkpoint.every
     while state.step < config.steps:
         stopping.check()
+        if (reason := config.stop.reason(elapsed(), state.best and state.best[1])) is not None:
+            listeners.warned(f"after step {state.step}: {reason}")
+            break
         step, timer = state.step + 1, PhaseTimer()
         state.begin_step()
         collected = collector.collect(state.prompts.take(config.batch.prompts_per_step), step)
@@ -124,7 +129,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         config.model.revision,
         config.hardware,
         warn=early.append,
-        adapter=config.adapter,
+        # A checkpoint has the weights; the folder that they started from may be gone.
+        adapter=config.adapter if earlier.checkpoint is None else replace(config.adapter, path=None),
         seed=config.seed,
     )
     train_prompts = policy.encode(task.train, config.prompt)
@@ -139,6 +145,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         config.sampling,
         config.approx.num_logprobs,
         config.seed,
+        config.mask_truncated,
     )
 
     described: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
@@ -146,6 +153,9 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     def warn(text: str) -> None:
         state.warnings.append(text)
         listeners.warned(text)
+
+    def elapsed() -> float:
+        return state.seconds + time.perf_counter() - started
 
     def evaluate_now(step: int) -> EvalResult:
         result = evaluate(
@@ -169,7 +179,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
 
     def save() -> Path:
         snapshot = state.snapshot()
-        snapshot.plain["seconds"] += time.perf_counter() - started
+        snapshot.plain["seconds"] = elapsed()
         path = write_checkpoint(folder.path, snapshot, write_adapter, method_hash(config_yaml))
         prune(folder.path, state.step, config.checkpoint.keep, also=[state.best[0]] if state.best else [])
         return path
@@ -185,7 +195,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             "eval_problems": len(heldout_prompts),
             "steps": state.step,
             "interrupted": after is None,
-            "seconds": state.seconds + time.perf_counter() - started,
+            "seconds": elapsed(),
             "peak_memory_gib": peak_memory_gib(policy.device),
             "trained_parameters": sum(p.numel() for p in policy.parameters),
             "warnings": state.warnings,
@@ -233,7 +243,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
                 if state.eval_before is None:
                     before = evaluate_now(0)
                     state.eval_before, state.eval_before_error = before.accuracy, before.standard_error()
-                train(state, config, collector, engine, evaluate_now, save, folder, listeners, stopping)
+                train(state, config, collector, engine, evaluate_now, save, elapsed, folder, listeners, stopping)
                 summary = finish(evaluate_now(state.step))
             except BaseException as error:
                 # Raised within, because the end of a shield may raise what is told here already: that the run stops.

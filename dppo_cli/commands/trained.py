@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dppo_cli.config.build import build
 from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
 from dppo_cli.policy.adapter import WEIGHTS
-from dppo_cli.training.checkpoint import FOLDER, check, newest_good, sha256_of, step_of
+from dppo_cli.training.checkpoint import FOLDER, check, checkpoints, newest_good, read_checkpoint, sha256_of, step_of
 
 CONFIG = "config.yaml"
 
@@ -29,12 +29,14 @@ class TrainedRun:
     summary: dict[str, Any] | None
 
 
-def open_run(run: str, warn: Callable[[str], None]) -> TrainedRun:
+def open_run(run: str, warn: Callable[[str], None], which: str = "last") -> TrainedRun:
     """A run, finished or not, or one of its checkpoints (RUN/checkpoints/step-N).
 
-    Raises RunError, saying what is there, if it is neither.
+    `which`: last, best (by evaluation) or step-N. Raises RunError, saying what is there, if there is none.
     """
     path = folder_of(run)
+    if which != "last":
+        run = str(_checkpoint(path, which))
     checkpoint = Path(run) if Path(run).parent.name == FOLDER and step_of(Path(run)) is not None else None
     summary = None
     if checkpoint is not None:
@@ -44,7 +46,9 @@ def open_run(run: str, warn: Callable[[str], None]) -> TrainedRun:
         if not (path / "adapter/adapter_config.json").is_file():
             raise RunError(f"run={run} has lost its adapter: there is no adapter/adapter_config.json in it")
         weights = path / "adapter" / WEIGHTS
-        if not weights.is_file() or sha256_of(weights) != summary["adapter_sha256"]:
+        if not weights.is_file():
+            raise RunError(f"run={run} has lost its adapter: there is no adapter/{WEIGHTS} in it")
+        if sha256_of(weights) != summary["adapter_sha256"]:
             raise RunError(f"{weights} is not what the run wrote (its SHA-256 in summary.json is another)")
     else:
         checkpoint = newest_good(path, warn)
@@ -52,6 +56,20 @@ def open_run(run: str, warn: Callable[[str], None]) -> TrainedRun:
             raise RunError(f"run={run} was not finished, and it has no complete checkpoint")
         warn(f"{run} was not finished; using its checkpoint of step {step_of(checkpoint)}")
     return TrainedRun(path, path / "adapter" if checkpoint is None else checkpoint / "adapter", summary)
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    there = ", ".join(path.name for path in checkpoints(run)) or "none"
+    if which == "best":
+        newest = newest_good(run, warn=lambda _: None)
+        best = None if newest is None else read_checkpoint(newest).plain["best"]
+        if best is None:
+            raise RunError(f"checkpoint=best: {run} was not evaluated in between (eval.every); checkpoints: {there}")
+        which = f"step-{best[0]}"
+    path = run / FOLDER / which
+    if step_of(path) is None or not path.is_dir():
+        raise RunError(f"checkpoint={which} is not in {run}; checkpoints: last, best, {there}")
+    return path
 
 
 def folder_of(run: str) -> Path:
@@ -68,12 +86,11 @@ def folder_of(run: str) -> Path:
     return path
 
 
-def run_config(folder: Path, own: DictConfig, typed: Sequence[str], trust: bool) -> DictConfig:
-    """The config of a run, with the sections of `own` that the user has set in place of the run's.
+def run_config(folder: Path, own: DictConfig, trust: bool) -> DictConfig:
+    """The config of a run, with the sections of `own`, which the user has set, in place of the run's.
 
-    A section with a `_target_` takes the place of the run's; other keys are set one by one. `typed`: the words of the
-    command line. Raises RunError if the run was made by somebody else and names code that the user did not, unless
-    `trust`.
+    A section with a `_target_` takes the place of the run's; other keys are set one by one. Raises RunError if the run
+    was made by somebody else and names code that the user did not, unless `trust`.
     """
     config, trusted = read_config(folder / CONFIG, trust)
     lacking = [f.name for f in fields(TrainConfig) if f.name not in config]
@@ -83,10 +100,10 @@ def run_config(folder: Path, own: DictConfig, typed: Sequence[str], trust: bool)
         if section is not None:
             replaced = name not in config or not OmegaConf.is_config(section) or "_target_" in section
             OmegaConf.update(config, str(name), section, merge=not replaced, force_add=True)
-    names = [key_of(word) for word in typed]
 
     def refuse(key: str, value: str) -> None:
-        if not trusted and not any(key == name or key.startswith(f"{name}.") for name in names):
+        # What the user has named on this command line is in `own`.
+        if not trusted and OmegaConf.select(own, key) != value:
             raise RunError(
                 f"{folder / CONFIG} was written by somebody else, or edited, and names code that would run: "
                 f"{key}={value}. Read it, then add trust=true"
@@ -103,7 +120,7 @@ def key_of(word: str) -> str:
 
 def read_run_config(run: Path) -> TrainConfig:
     """The config that a run of this user's was trained with."""
-    return build(TrainConfig, run_config(run, OmegaConf.create({}), (), trust=False))
+    return build(TrainConfig, run_config(run, OmegaConf.create({}), trust=False))
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ and combinations. YAML is the only home of defaults.
 import importlib
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -41,6 +42,7 @@ OPTIONS = tuple(f"dppo_cli.{room}." for room in ("algorithm", "data", "reward", 
 MISSING = "???"
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = 3.4028234e38
+SMALLEST_FLOAT = 1.1754944e-38
 
 
 def build(schema: type[T], node: DictConfig, check_code: Callable[[str, str], None] | None = None) -> T:
@@ -62,7 +64,8 @@ def build(schema: type[T], node: DictConfig, check_code: Callable[[str, str], No
     builder = _Builder(check_code or (lambda key, value: None))
     built: T = builder.dataclass(schema, plain, "")
     for key, value in builder.files.items():
-        OmegaConf.update(node, key, value)
+        if "oc.env" not in str(raw_value(node, key)):  # The value of a variable goes into no file.
+            OmegaConf.update(node, key, escaped(value))
     return built
 
 
@@ -130,7 +133,8 @@ class _Builder:
         is_file = FILE in marks
         try:
             leaf = OmegaConf.structured(_leaf(_without_annotations(hint)))
-            value = OmegaConf.to_object(OmegaConf.merge(leaf, {"value": node})).value  # type: ignore[union-attr]
+            # Resolved already: what still looks like an interpolation is text.
+            value = OmegaConf.to_object(OmegaConf.merge(leaf, {"value": escaped(node)})).value  # type: ignore[union-attr]
         except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
         _check_number(hint, node, value, where)
@@ -160,6 +164,8 @@ def _check_number(hint: Any, node: Any, value: Any, where: str) -> None:
             raise ConfigError(f"{where}={number} is larger than 2^63, the largest whole number that can be used")
         if isinstance(number, float) and LARGEST_FLOAT < abs(number) < math.inf:
             raise ConfigError(f"{where}={number} is larger than {LARGEST_FLOAT:.2g}, the largest float32")
+        if isinstance(number, float) and 0 < abs(number) < SMALLEST_FLOAT:
+            raise ConfigError(f"{where}={number} is smaller than {SMALLEST_FLOAT:.2g}, the smallest float32")
 
 
 def _located(where: str, target: str, hint: Any) -> type:
@@ -241,6 +247,27 @@ def absolute(value: Any) -> Any:
         if path and Path(path).exists():
             return f"{Path(path).resolve()}{rest}"
     return value
+
+
+def escaped(value: Any) -> Any:
+    """Text that looks like an interpolation and is none, as OmegaConf reads it back."""
+    if isinstance(value, dict):
+        return {key: escaped(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [escaped(child) for child in value]
+    return re.sub(r"(\\*)\$\{", lambda m: f"{m[1] * 2}\\${{", value) if isinstance(value, str) else value
+
+
+def raw_value(node: DictConfig, key: str) -> Any:
+    """What a config holds under a dotted key, interpolations as they are; None if there is nothing."""
+    found: Any = OmegaConf.to_container(node)
+    for name in re.split(r"\.|\[(?=\d+\])", key):
+        name = int(name[:-1]) if name.endswith("]") else name
+        try:
+            found = found[name]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return found
 
 
 def _join(where: str, name: Any) -> str:

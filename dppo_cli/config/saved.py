@@ -10,6 +10,7 @@ import hmac
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
+from dppo_cli.config.build import escaped
 from dppo_cli.config.checks import check_no_secrets
 from dppo_cli.errors import RunError
 
@@ -62,16 +64,28 @@ def read_config(path: Path, trust: bool = False) -> tuple[DictConfig, bool]:
         node = OmegaConf.create(text)
     except RunError:
         raise
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RunError(f"{path} is no YAML: {error.problem} in line {line}") from None
     except Exception as error:  # YAML and OmegaConf raise errors of many kinds, RecursionError among them.
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise RunError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     if not isinstance(node, DictConfig) or not node:
         raise RunError(f"{path} is not a config: it holds no keys")
     trusted = trust or is_ours(text)
-    if not trusted and (match := INTERPOLATION.search(yaml.safe_dump(OmegaConf.to_container(node), width=10**6))):
+    if not trusted and (found := next(filter(INTERPOLATION.search, _texts(OmegaConf.to_container(node))), None)):
         raise RunError(
-            f"{path} was not written by you, and has an interpolation ({match[0]}...); replace it by its value"
+            f"{path} was not written by you, and has an interpolation, {found[:60]}; replace it by its value"
         )
     return node, trusted
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a config."""
+    if isinstance(value, dict | list):
+        for child in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(child)
+    elif isinstance(value, str):
+        yield value
 
 
 def _check_simple(path: Path, text: str) -> None:
@@ -112,16 +126,7 @@ def _value(raw: str, node: Any, key: Any) -> Any:
             value = OmegaConf.to_container(value, resolve=True)
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-    return raw if asked else _escaped(value)
-
-
-def _escaped(value: Any) -> Any:
-    """Text that looks like an interpolation and is none, as OmegaConf reads it back."""
-    if isinstance(value, dict):
-        return {key: _escaped(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_escaped(child) for child in value]
-    return re.sub(r"(\\*)\$\{", lambda m: f"{m[1] * 2}\\${{", value) if isinstance(value, str) else value
+    return raw if asked else escaped(value)
 
 
 def _digest(key: bytes, text: str) -> str:

@@ -11,6 +11,12 @@ from dppo_cli.config.build import FilePath
 from dppo_cli.config.checks import check_choice, check_fits, check_rules
 from dppo_cli.errors import ConfigError
 
+TEMPLATE_ARGUMENTS = frozenset(
+    {"conversation", "tokenize", "add_generation_prompt", "return_dict", "chat_template", "padding", "truncation"}
+    | {"max_length", "return_tensors", "continue_final_message", "tokenizer_kwargs", "return_assistant_tokens_mask"}
+)
+"""Arguments of transformers' `apply_chat_template` that are not the template's own."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -25,6 +31,9 @@ class LoRA:
     dropout: float
     target_modules: Any  # "all-linear" or a list of names
     quantization: str | None
+    use_dora: bool
+    use_rslora: bool
+    path: FilePath | None  # of the adapter that training starts from
 
     def __post_init__(self) -> None:
         rules = {"r >= 1": self.r >= 1, "alpha > 0": self.alpha > 0, "0 <= dropout < 1": 0 <= self.dropout < 1}
@@ -115,9 +124,11 @@ class Sampling:
     top_k: int
     min_p: float
     max_new_tokens: int
+    stop: list[str]
 
     def __post_init__(self) -> None:
         rules = {
+            "stop holds no empty text": all(self.stop),
             "temperature >= 0": self.temperature >= 0,
             "0 < top_p <= 1": 0 < self.top_p <= 1,
             "top_k >= 0": self.top_k >= 0,
@@ -135,11 +146,19 @@ class Sampling:
 class Prompting:
     template: str
     system: str | None
+    template_kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
         check_choice("prompt.template", self.template, ("plain", "chat"))
         if self.system is not None and self.template == "plain":
             raise ConfigError("prompt.system is set, but prompt.template=plain cannot show it; use template=chat")
+        if self.template_kwargs and self.template == "plain":
+            raise ConfigError(
+                "prompt.template_kwargs is set, but prompt.template=plain has no template; use template=chat"
+            )
+        taken = TEMPLATE_ARGUMENTS & self.template_kwargs.keys()
+        if taken:
+            raise ConfigError(f"prompt.template_kwargs.{min(taken)} is set by dppo itself; leave it out")
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,29 @@ class Evaluation:
             "temperature >= 0": self.temperature >= 0,
         }
         check_rules("eval", self, rules)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a run ends before its last step."""
+
+    seconds: float | None
+    accuracy: float | None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "seconds > 0 or null": self.seconds is None or self.seconds > 0,
+            "0 < accuracy <= 1 or null": self.accuracy is None or 0 < self.accuracy <= 1,
+        }
+        check_rules("stop", self, rules)
+
+    def reason(self, seconds: float, accuracy: float | None) -> str | None:
+        """Why a run that took so long and reached such an accuracy ends now; None if it goes on."""
+        if self.seconds is not None and seconds >= self.seconds:
+            return f"stop.seconds={self.seconds:g} are over"
+        if self.accuracy is not None and accuracy is not None and accuracy >= self.accuracy:
+            return f"stop.accuracy={self.accuracy:g} is reached"
+        return None
 
 
 @dataclass(frozen=True)

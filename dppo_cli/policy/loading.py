@@ -25,13 +25,15 @@ from dppo_cli.config.sections import Hardware, LoRA
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
-from dppo_cli.policy.adapter import add_adapter, load_adapter
+from dppo_cli.policy.adapter import add_adapter, load_adapter, start_from
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 
 EMBEDDED = "embedded:"
 HUB_PATIENCE = 5.0
 """Seconds to wait for the hub's first answer before going on with the local cache alone."""
+TEXT_TOWERS = {"gemma3": {r"^(model\.)?language_model\.(model\.)?": "model."}}
+"""Models with a vision tower of which the text model alone is loaded: what becomes of the names of its weights."""
 
 
 def load_policy(
@@ -44,11 +46,12 @@ def load_policy(
     saved_adapter: Path | None = None,
     seed: int = 0,
 ) -> Policy:
-    """A plain model, or one with an adapter: a fresh one to train (weights drawn from `seed`), or a saved one to read.
+    """A plain model, or one with an adapter: one to train, or a saved one to read.
 
-    `adapter` also says whether the base is quantised, and what the saved one has to be. `warn` is told what works but
-    is unusual. Code that comes with a model is never run. Raises ModelError for missing or unusable weights and
-    tokenizers, ConfigError for a device that is not there.
+    The one to train starts from `adapter.path`, or with weights drawn from `seed`. `adapter` also says whether the base
+    is quantised, and what the saved one has to be. `warn` is told what works but is unusual. Code that comes with a
+    model is never run. Raises ModelError for missing or unusable weights and tokenizers, ConfigError for a device that
+    is not there.
     """
     _quiet()
     device, dtype = resolve_device(hardware)
@@ -68,6 +71,10 @@ def load_policy(
         peft = add_adapter(model, adapter, location)
         if saved_adapter is not None:
             load_adapter(peft, saved_adapter)
+        elif adapter.path is not None:
+            base = start_from(peft, Path(adapter.path))
+            if base is not None and Path(base).name != Path(location).name:
+                warn(f"the adapter in {adapter.path} was trained on {base}, and model.path={path} may be another base")
     if adapter is None or saved_adapter is not None:
         model.requires_grad_(False)
     if hardware.gradient_checkpointing:
@@ -190,11 +197,17 @@ def _load_model(
             f"the config.json of {path} asks for the attention code {config._attn_implementation} from the hub; code "
             "that comes with a model is not run: remove attn_implementation from it"
         )
+    text_tower = TEXT_TOWERS.get(config.model_type)
+    if text_tower is not None:
+        options["key_mapping"] = text_tower
+        config = config.get_text_config()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
     except Exception as error:  # The same, and too little memory.
         raise _unavailable(location, path, "weights", error) from error
     model, report = loaded
+    if text_tower is not None:
+        model._weight_conversions = None  # else transformers would save it under the names of the whole model
     if quantization is not None:
         _keep_layout(model)
     if report["missing_keys"]:

@@ -136,7 +136,7 @@ class Policy:
         chats = [[*system, {"role": "user", "content": text}] for text in texts]
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
-                chats, tokenize=True, add_generation_prompt=True, return_dict=True
+                chats, tokenize=True, add_generation_prompt=True, return_dict=True, **prompting.template_kwargs
             )
         except Exception as error:  # A template is a program.
             raise ModelError(

@@ -13,7 +13,7 @@ from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.config.sections import Sampling
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.rollout.engine import RolloutEngine
-from dppo_cli.types import Group, Prompt, Score
+from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class InStepCollector:
     sampling: Sampling
     num_logprobs: int
     seed: int
+    mask_truncated: bool
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> Collected:
         start = time.perf_counter()
@@ -49,10 +50,16 @@ class InStepCollector:
         sampled_at = time.perf_counter()
         scores = self.scorer(prompts, sampled)
         groups = [
-            Group(prompt, completions, of_prompt, advantages(of_prompt, self.advantage))
+            Group(prompt, completions, of_prompt, self._advantages(completions, of_prompt))
             for prompt, completions, of_prompt in zip(prompts, sampled, scores, strict=True)
         ]
         return Collected(groups, {"rollout": sampled_at - start, "reward": time.perf_counter() - sampled_at})
+
+    def _advantages(self, completions: Sequence[Completion], scores: Sequence[Score]) -> list[float]:
+        found = advantages(scores, self.advantage)
+        if self.mask_truncated:
+            found = [0.0 if c.status is Status.CUT else a for c, a in zip(completions, found, strict=True)]
+        return found
 
 
 def advantages(scores: Sequence[Score], advantage: Advantage) -> list[float]:

@@ -110,10 +110,14 @@ class SamplingCopy:
 
 def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The layers whose weight is made anew for every sampling: those with an adapter, and quantised ones."""
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     bases = {id(_base(layer)) for layer in adapted.values()}
-    quantised = {name: m for name, m in model.named_modules() if _is_quantised(m) and id(m) not in bases}
-    return {**adapted, **quantised}
+    return {**adapted, **{name: m for name, m in quantised_layers(model).items() if id(m) not in bases}}
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """By their names, which end in base_layer below an adapter."""
+    return {name: m for name, m in model.named_modules() if _is_quantised(m)}
 
 
 def _base(layer: Any) -> Any:
@@ -195,7 +199,10 @@ def merged_weight(layer: nn.Module) -> Tensor:
         if len(adapters) > 1:
             raise ModelError(f"{type(variant).__name__} merges alone, and {len(adapters)} adapters are active")
         try:
-            weight = variant.merge_safe(layer, adapter, weight)
+            # It computes from the layer's own weight, and rounds to the precision of the one it is given.
+            weight = variant.merge_safe(layer, adapter, weight.float())
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, RuntimeError):
             raise ModelError(
                 f"this adapter ({type(variant).__name__}) cannot be merged into weights; use rollout.weights=adapter"

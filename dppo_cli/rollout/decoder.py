@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.errors import ModelError
 from dppo_cli.kernels.llama import LlamaStep, is_built_like_llama
 from dppo_cli.policy.forward import keeps_every_position, last_states, run_prompts
 from dppo_cli.types import PaddedPrompts, Prompt
@@ -22,7 +23,8 @@ class Decoder:
     """`prefill()` once, then `step()` per token; both give final hidden states of the sequences still being written.
 
     A step does not wait for the device. Two families do in transformers itself, to see whether there is padding: GPT-2,
-    and models with a sliding window whose prompts differ in length.
+    and models with a sliding window whose prompts differ in length. Raises ModelError for responses whose log-probs
+    could not be those of training.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Decoder:
         self.prompts = PaddedPrompts.pad([p.token_ids for p in prompts], pad_id, model.device)
         self.width = self.prompts.ids_PL.shape[1]
         self.capacity = self.width + max_new_tokens
+        _check_frequencies(model, self.width, max_new_tokens)
         self.length_B1 = self.prompts.length_P1
         self.mask_BX = self.prompts.mask(max_new_tokens)
         self.cache = DynamicCache(config=model.config)
@@ -71,6 +74,24 @@ class Decoder:
         if self.short_cut is not None:
             return self.short_cut(self.cache.layers, token_A, position_A1, mask_AX)[:, -1]
         return last_states(self.model, token_A[:, None], position_A1, mask_AX, self.cache)
+
+
+def _check_frequencies(model: PreTrainedModel, width: int, max_new_tokens: int) -> None:
+    """Raise ModelError if keys in the cache would have other rotary frequencies than when all tokens run at once.
+
+    LongRoPE (arXiv 2402.13753; Phi-3, Phi-4-mini) has two sets, and takes the second for all tokens as soon as the
+    longest sequence has more than the first is for.
+    """
+    found: dict[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    for of in (found, *found.values()):  # Some models have other ones for each kind of layer.
+        if isinstance(of, dict) and of.get("rope_type") == "longrope":
+            limit = of["original_max_position_embeddings"]
+            if width + max_new_tokens > limit:
+                raise ModelError(
+                    f"this model's rotary frequencies change for all tokens beyond {limit} (longrope), and prompts of "
+                    f"up to {width} tokens with sampling.max_new_tokens={max_new_tokens} can have more; lower it, or "
+                    "shorten the prompts"
+                )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.rollout.stop_strings import StopStrings, before_first
 from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
 from dppo_cli.types import Completion, PolicyReport, Prompt, Status
 
@@ -80,6 +81,7 @@ class LocalEngine:
         self.weights = weights
         self.concurrent_sequences = concurrent_sequences
         self.copy: SamplingCopy | None = None
+        self.stops: StopStrings | None = None
         self.version: int | None = None
 
     def __enter__(self) -> "LocalEngine":
@@ -111,7 +113,9 @@ class LocalEngine:
                 seeds = [derive_seed(seed, start + number) for number in range(len(part))]
                 record = self._sample(sampler, part, samples_per_prompt, sampling, num_logprobs, seeds)
                 reports = record.reports()
-                found += [[self._completion(*next(reports)) for _ in range(samples_per_prompt)] for _ in part]
+                found += [
+                    [self._completion(*next(reports), sampling.stop) for _ in range(samples_per_prompt)] for _ in part
+                ]
         return_freed_memory()
         return found
 
@@ -143,6 +147,7 @@ class LocalEngine:
         head, device = sampler.head, self.policy.device
         record = Record(len(prompts) * group, sampling.max_new_tokens, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
+        stops = self._stop_strings(sampling.stop) if sampling.stop else None
         decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
         # One for every sequence at every step, so that a token does not depend on which others have finished or are in
@@ -166,6 +171,8 @@ class LocalEngine:
                 token_A = draw(mass_AV, uniform_B[active_A])
             record.add(active_A, token_A, logits_AV, log_total_A1, hidden_AH)
             writing_A = _still_writing(token_A, eos_E)
+            if stops is not None:
+                writing_A &= ~stops.ended(record.tokens(), active_A)
             if not writing_A.any() or record.steps == sampling.max_new_tokens:
                 break
             del logits_AV  # freed before the next step's are made
@@ -176,7 +183,13 @@ class LocalEngine:
             hidden_AH = decoder.step(token_A)
         return record
 
-    def _completion(self, token_T: Tensor, mu: PolicyReport) -> Completion:
+    def _stop_strings(self, strings: Sequence[str]) -> StopStrings:
+        """Made once: it looks at the whole vocabulary."""
+        if self.stops is None or self.stops.strings != tuple(strings):
+            self.stops = StopStrings(strings, self.policy.tokenizer)
+        return self.stops
+
+    def _completion(self, token_T: Tensor, mu: PolicyReport, stop: Sequence[str]) -> Completion:
         assert self.version is not None
         token_T, mu = token_T.cpu(), mu.to(torch.device("cpu"))
         if not torch.isfinite(mu.logp_N).all():
@@ -184,12 +197,15 @@ class LocalEngine:
                 "the log-probs of a sampled response are not finite: the policy is broken. Try a lower optim.lr"
             )
         ids = token_T.tolist()
+        text, stopped = self.policy.decode(ids), False
+        if stop and self._stop_strings(stop).in_text(self.policy.tokenizer.decode(ids)):
+            text, stopped = before_first(text, stop), True
         return Completion(
             token_ids_T=token_T,
             sampled_T=torch.ones_like(token_T, dtype=torch.bool),
             mu=mu,
-            text=self.policy.decode(ids),
-            status=Status.FINISHED if ids[-1] in self.policy.eos_ids else Status.CUT,
+            text=text,
+            status=Status.FINISHED if stopped or ids[-1] in self.policy.eos_ids else Status.CUT,
             versions=(self.version,),
         )
 
@@ -226,6 +242,10 @@ class Record:
             column[active_A, self.steps] = new
         self.steps += 1
         self.length_B[active_A] = self.steps
+
+    def tokens(self) -> Tensor:
+        """What was sampled so far, int64 [size, steps]; rows of finished sequences hold nothing from their end on."""
+        return self.columns[0][:, : self.steps]
 
     def reports(self) -> Iterator[tuple[Tensor, PolicyReport]]:
         """Tokens and report of each sequence, in order."""

@@ -31,7 +31,7 @@ def card(config: Mapping[str, Any], results: Mapping[str, Any] | None, kind: str
     missing is not shown, or shown as not measured. `kind`: adapter, or merged (plain transformers).
     """
     base, revision = str(config["model"]["path"]), config["model"].get("revision")
-    lora = "LoRA adapter" if _section(config, "adapter").get("quantization") is None else "QLoRA adapter"
+    lora = f"{_kind(config)} adapter"
     named = f"the language model {_base(base, link=True)}"
     if revision is not None:
         named += f" (revision {_code(str(revision))})"
@@ -70,6 +70,17 @@ def _metadata(base: str, kind: str) -> dict[str, Any]:
     }
 
 
+def _kind(config: Mapping[str, Any]) -> str:
+    """LoRA, QLoRA, DoRA, QDoRA or rsLoRA; the last together with another in words."""
+    adapter = _section(config, "adapter")
+    kind = "DoRA" if adapter.get("use_dora") else "LoRA"
+    if adapter.get("quantization") is not None:
+        kind = f"Q{kind}"
+    if not adapter.get("use_rslora"):
+        return kind
+    return "rsLoRA" if kind == "LoRA" else f"rank-stabilised {kind}"
+
+
 def _base(path: str, link: bool = False) -> str:
     """The base by its name on the hub, or by that of its folder."""
     if HUB_NAME.fullmatch(path):
@@ -106,7 +117,8 @@ def _accuracy(results: Mapping[str, Any], when: str) -> str:
 
 def _task(config: Mapping[str, Any]) -> list[str]:
     prompt = _section(config, "prompt")
-    template = f"- Prompt: {', '.join(_settings(prompt, skip=('system',)))}"
+    empty = () if prompt.get("template_kwargs") else ("template_kwargs",)
+    template = f"- Prompt: {', '.join(_settings(prompt, skip=('system', *empty)))}"
     if prompt.get("system") is not None:
         template += ", with a system message"
     return [*(_option(name, config[name]) for name in ("data", "reward") if name in config), template]
@@ -114,7 +126,7 @@ def _task(config: Mapping[str, Any]) -> list[str]:
 
 def _method(config: Mapping[str, Any]) -> list[str]:
     objective = str(_section(config, "objective").get("_target_"))
-    lines = [f"- Adapter: {', '.join(['LoRA', *_settings(_section(config, 'adapter'))])}"]
+    lines = [f"- Adapter: {', '.join([_kind(config), *_settings(_section(config, 'adapter'))])}"]
     for name in config:
         node = _section(config, name)
         if "_target_" not in node or name in ("data", "reward", "rollout"):

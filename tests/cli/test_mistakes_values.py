@@ -81,7 +81,7 @@ pytestmark = pytest.mark.usefixtures("work")
         (["run_dir=" + "x" * 256], ["x" * 256 + ": File name too long"]),
         (["divergence._target_=.."], ["divergence._target_=.. cannot be imported"]),
         (["run_dir='${oc.env:HF_TOKEN}'"], ["${oc.env:HF_TOKEN} would put a secret into files"]),
-        (["run_dir='${oc.env:NO_SUCH_VARIABLE}'"], ["run_dir", "NO_SUCH_VARIABLE"]),
+        (["run_dir='${oc.env:NO_SUCH_VARIABLE}'"], ["Environment variable 'NO_SUCH_VARIABLE' not found"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] and len(value) < 3 else None,
 )

@@ -15,7 +15,7 @@ from dppo_cli.training.evaluation import pass_at_k
 
 def test_a_run_is_evaluated_as_it_was_at_its_end(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Seed, problems, samples and length are the same, so the accuracy is, too, from the saved adapter."""
-    words = ["steps=6", "optim.lr=0.02", "reward.path=rewards.py:even", "data.eval_problems=20", "run_dir=run"]
+    words = ["steps=4", "optim.lr=0.02", "reward.path=rewards.py:even", "data.eval_problems=20", "run_dir=run"]
     assert train(model, *words, "batch.prompts_per_step=4", "eval.success_reward=0.25") == 0
     after = read_json(work / "run/summary.json")["eval_after"]
     assert 0.05 < after < 0.95

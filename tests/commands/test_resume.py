@@ -49,6 +49,7 @@ SOME = [STOPS[n] for n in (1, 4, 5, 7)]
 METHODS = {
     "lora": (CHOSEN, STOPS),
     "qlora": ((*CHOSEN, "adapter=qlora"), SOME),
+    "dora": ((*CHOSEN, "adapter=dora"), SOME),
     "recompute, topk": ((*CHOSEN, "anchor=recompute", "approx=topk", "approx.k=4"), SOME),
     "gradient checkpointing": ((*CHOSEN, "hardware.gradient_checkpointing=true"), SOME),
 }

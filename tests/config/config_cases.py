@@ -13,8 +13,8 @@ from helpers import composed
 from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.cli.main import as_hydra_has_it
-from dppo_cli.commands import evaluate, export, resume
-from dppo_cli.commands.schemas import EvalConfig, ExportConfig, TrainConfig
+from dppo_cli.commands import doctor, evaluate, export, resume, sample
+from dppo_cli.commands.schemas import DoctorConfig, EvalConfig, ExportConfig, SampleConfig, TrainConfig
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir, groups
 from dppo_cli.config.saved import to_yaml
@@ -26,8 +26,20 @@ MANDATORY = {
 }
 """What has to be given with a choice whose YAML says ???."""
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
-ROOTS = {"train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
-PREPARE = {"train": resume.prepare, "eval": evaluate.prepare, "export": export.prepare}
+ROOTS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "sample": SampleConfig,
+    "doctor": DoctorConfig,
+}
+PREPARE = {
+    "train": resume.prepare,
+    "eval": evaluate.prepare,
+    "export": export.prepare,
+    "sample": sample.prepare,
+    "doctor": doctor.prepare,
+}
 
 
 @cache
@@ -41,7 +53,7 @@ def a_run() -> str:
 
 def required(command: str) -> list[str]:
     """What has to be given to a command."""
-    return [] if command == "train" else [a_run()]
+    return [] if command in ("train", "doctor") else [a_run()]
 
 
 def prepared(command: str, *overrides: str) -> DictConfig:

@@ -71,10 +71,12 @@ def test_a_command_knows_its_own_keys_only() -> None:
     assert set(dotted_keys(OmegaConf.to_container(composed("eval")))) <= set(known_keys("eval"))
     assert "data.path" in known_keys("eval") and "divergence.delta_high" not in known_keys("eval")
     assert groups_of("eval") == ["hardware", "rollout", "data", "reward"]
-    assert groups_of("export") == ["data", "hardware"]
+    assert groups_of("export") == ["data", "reward", "hardware"]
     assert set(groups_of("train")) == set(groups())
     assert set(dotted_keys(OmegaConf.to_container(composed("export")))) <= set(known_keys("export"))
-    assert "data.path" in known_keys("export") and "reward.path" not in known_keys("export")
+    assert "data.path" in known_keys("export") and "divergence.delta_high" not in known_keys("export")
+    assert groups_of("sample") == groups_of("doctor") == ["hardware"]
+    assert "sampling.top_k" in known_keys("sample") and "data.path" not in known_keys("sample")
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -83,7 +85,7 @@ def test_yaml_and_dataclasses_name_the_same_keys(group: str, choice: str) -> Non
     assert key_names(composed("train", *words)) == field_names(train_config(*words))
 
 
-@pytest.mark.parametrize("command", ["eval", "export"])
+@pytest.mark.parametrize("command", [command for command in ROOTS if command != "train"])
 def test_yaml_and_dataclasses_of_the_other_commands_name_the_same_keys(command: str) -> None:
     words = required(command)
     assert key_names(prepared(command, *words)) == field_names(built(command, *words))

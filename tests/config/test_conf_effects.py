@@ -20,6 +20,7 @@ OTHER_VALUES = {
     "model.revision": "main",
     "adapter.target_modules": "[q_proj]",
     "adapter.quantization": "nf4",
+    "adapter.path": "some/adapter",
     "hardware.dtype": "bfloat16",
     "hardware.gradient_checkpointing": "true",
     "rollout.weights": "merged",
@@ -31,6 +32,10 @@ OTHER_VALUES = {
     "batch.prompts_per_update": "8",
     "prompt.template": "chat",
     "prompt.system": "Be brief.",
+    "prompt.template_kwargs": "{enable_thinking: false}",
+    "sampling.stop": "[x]",
+    "stop.seconds": "60",
+    "stop.accuracy": "0.5",
     "data.path": "other.jsonl",
     "data.eval_path": "eval.jsonl",
     "data.prompt_column": "question",
@@ -43,11 +48,19 @@ OTHER_VALUES = {
     "format": "merged",
     "dtype": "bfloat16",
     "pass_k": "[1,2]",
+    "checkpoint": "best",
+    "base": "dequantized",
+    "check": "accuracy",
+    "max_shard_size": "1GB",
+    "text": "1+1=",
 }
 """Another allowed value for each key that is not a number; numbers are changed by rule."""
 TOGETHER = {
     "prompt.system": ["prompt.template=chat"],
+    "prompt.template_kwargs": ["prompt.template=chat"],
+    "stop.accuracy": ["eval.every=1"],
     "pass_k": ["samples_per_prompt=2"],
+    "base": ["format=merged", "adapter.quantization=nf4"],
 }
 """Keys whose other value needs another key, too. The effect of `key` alone is still what is looked at."""
 ONLY_ONE_VALUE = {"sampling.top_p", "sampling.top_k", "sampling.min_p"}
@@ -128,3 +141,9 @@ def test_every_key_of_evaluation_changes_the_config() -> None:
 def test_every_key_of_export_changes_the_config() -> None:
     node = prepared("export", *required("export"))
     check_every_key_has_an_effect("export", node, key_names(node))
+
+
+@pytest.mark.parametrize("command", ["sample", "doctor"])
+def test_every_key_of_the_commands_that_look_changes_the_config(command: str) -> None:
+    node = prepared(command, *required(command))
+    check_every_key_has_an_effect(command, node, key_names(node))

@@ -69,6 +69,19 @@ def test_choices_that_set_keys_of_other_groups() -> None:
     qlora = train_config("adapter=qlora")
     assert (qlora.adapter.quantization, qlora.rollout.weights) == ("nf4", "auto")
     assert qlora.adapter.r == train_config().adapter.r
+    kinds = {
+        name: (a.use_dora, a.use_rslora, a.quantization, a.alpha)
+        for name in ("lora", "rslora", "dora", "qlora", "qdora")
+        for a in [train_config(f"adapter={name}").adapter]
+    }
+    assert kinds == {
+        "lora": (False, False, None, 64.0),
+        "rslora": (False, True, None, 12.0),
+        "dora": (True, False, None, 64.0),
+        "qlora": (False, False, "nf4", 64.0),
+        "qdora": (True, False, "nf4", 64.0),
+    }
+    assert train_config().adapter.path is None
     minirl = train_config("objective=minirl")
     assert minirl.anchor == "recompute"
     assert minirl.objective == train_config("objective=ppo").objective

@@ -15,14 +15,14 @@ from dppo_cli.policy import policy as module
 from dppo_cli.types import Example
 
 TEXTS = ["1+2=", "a", "hello World\n\n", " straße 日本 😀 \u2028\x00", "<eos>a<pad>", "12+34=" * 30, "?"]
-PLAIN = Prompting("plain", None)
-CHATS = (Prompting("chat", None), Prompting("chat", "be brief"))
+PLAIN = Prompting("plain", None, {})
+CHATS = (Prompting("chat", None, {}), Prompting("chat", "be brief", {}))
 
 
 def test_plain_prompts_are_the_text(load, tiny_models):
     policy = load(tiny_models["llama3"])
     examples = [Example("1+2=", "3", {"level": 1}), Example("a", "b", {})]
-    prompts = policy.encode(examples, Prompting("plain", None))
+    prompts = policy.encode(examples, Prompting("plain", None, {}))
     characters = {c: i + 3 for i, c in enumerate(tiny.CHARACTERS)}
     assert [p.token_ids for p in prompts] == [tuple(characters[c] for c in "1+2="), (characters["a"],)]
     assert [(p.index, p.example) for p in prompts] == [(0, examples[0]), (1, examples[1])]
@@ -33,7 +33,7 @@ def test_plain_prompts_are_the_text(load, tiny_models):
 )
 def test_chat_prompts_are_wrapped_by_the_template(load, tiny_models, system, text):
     policy = load(tiny_models["llama3"])
-    (prompt,) = policy.encode([Example("1+2=", "3", {})], Prompting("chat", system))
+    (prompt,) = policy.encode([Example("1+2=", "3", {})], Prompting("chat", system, {}))
     assert policy.decode(prompt.token_ids) == text
     assert prompt.example.prompt == "1+2="
     assert all(isinstance(i, int) for i in prompt.token_ids)
@@ -43,8 +43,8 @@ def test_a_tokenizer_without_chat_template(load, folder):
     (folder / "chat_template.jinja").unlink()
     policy = load(folder)
     with pytest.raises(ModelError, match=r"has no chat template; use prompt\.template=plain"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None))
-    policy.encode([Example("1+2=", "3", {})], Prompting("plain", None))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}))
+    policy.encode([Example("1+2=", "3", {})], Prompting("plain", None, {}))
 
 
 def test_a_template_that_refuses_a_system_message(load, folder):
@@ -52,7 +52,7 @@ def test_a_template_that_refuses_a_system_message(load, folder):
     (folder / "chat_template.jinja").write_text(refusing + tiny.CHAT_TEMPLATE)
     policy = load(folder)
     with pytest.raises(ModelError, match="System role not supported"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", "be brief"))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", "be brief", {}))
 
 
 def test_a_response_that_does_not_fit_into_the_models_positions_is_refused(train_config, tiny_models):
@@ -159,4 +159,12 @@ def test_a_template_that_fails_is_named_in_a_line(load, folder, template, words)
     (folder / "chat_template.jinja").write_text(template)
     policy = load(folder)
     with pytest.raises(ModelError, match=f"^the chat template of .* {words}"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}))
+
+
+def test_the_template_is_given_what_the_user_sets(train_config):
+    policy = make.policy(train_config())
+    policy.tokenizer.chat_template = "{{ 'on' if thinking else 'off' }}{{ messages[-1].content }}"
+    example = [Example("1+2=", "3", {})]
+    found = [policy.encode(example, Prompting("chat", None, words))[0].token_ids for words in ({}, {"thinking": True})]
+    assert [policy.decode(ids) for ids in found] == ["off1+2=", "on1+2="]

@@ -20,7 +20,7 @@ TEMPERATURE = 0.7
 def sampling(
     max_new_tokens: int = 20, temperature: float = TEMPERATURE, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
 ) -> Sampling:
-    return Sampling(temperature, top_p, top_k, min_p, max_new_tokens)
+    return Sampling(temperature, top_p, top_k, min_p, max_new_tokens, [])
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from dppo_cli.algorithm.advantage import Advantage, GroupMean, LeaveOneOut
 from dppo_cli.config.sections import Sampling
 from dppo_cli.errors import RewardError
 from dppo_cli.rollout.collect import InStepCollector, advantages, derive_seed
-from dppo_cli.types import Completion, Prompt, Score
+from dppo_cli.types import Completion, Prompt, Score, Status
 
-SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8, stop=[])
 
 
 def scores(*values: float | None) -> list[Score]:
@@ -30,15 +30,17 @@ class Engine:
         return self.completions
 
 
-def collector(engine: Engine, values: Sequence[Sequence[float | None]], advantage: Advantage) -> InStepCollector:
-    """With a scorer that gives these values, a list for each prompt."""
+def collector(
+    engine: Engine, values: Sequence[Sequence[float | None]], advantage: Advantage, truncated: bool = False
+) -> InStepCollector:
+    """With a scorer that gives these values, a list for each prompt. `truncated`: cut responses are masked."""
 
     def score(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         assert [list(row) for row in completions] == engine.completions
         assert len(prompts) == len(completions)
         return [scores(*row) for row in values]
 
-    return InStepCollector(engine, score, advantage, 3, SAMPLING, num_logprobs=5, seed=9)
+    return InStepCollector(engine, score, advantage, 3, SAMPLING, num_logprobs=5, seed=9, mask_truncated=truncated)
 
 
 def sampled(*sizes: int) -> tuple[list[Prompt], list[list[Completion]]]:
@@ -78,6 +80,16 @@ def test_the_advantage_is_the_one_that_was_chosen():
     assert group.advantages == pytest.approx([1.0, -0.5, -0.5])
 
 
+def test_responses_that_were_cut_are_masked_where_asked():
+    """They have no advantage, and still count in the mean of their group."""
+    prompts = [make.prompt(0)]
+    rows = [[make.completion(), make.completion(status=Status.CUT), make.completion()]]
+    for truncated, expected in ((False, [0.5, -1.0, 0.5]), (True, [0.5, 0.0, 0.5])):
+        collects = collector(Engine(rows), [[1.5, 0.0, 1.5]], GroupMean(), truncated)
+        (group,) = collects.collect(prompts, step=1).groups
+        assert group.advantages == pytest.approx(expected)
+
+
 def test_groups_differ_in_size_where_the_engine_lost_completions():
     prompts, completions = sampled(1, 3, 0)
     found = collector(Engine(completions), [[2.0], [1.0, 0.0, 2.0], []], GroupMean()).collect(prompts, step=1)
@@ -103,7 +115,7 @@ def test_a_reward_that_fails_ends_the_step():
         raise RewardError("no idea")
 
     prompts, completions = sampled(2)
-    failing = InStepCollector(Engine(completions), score, GroupMean(), 2, SAMPLING, num_logprobs=0, seed=1)
+    failing = InStepCollector(Engine(completions), score, GroupMean(), 2, SAMPLING, 0, seed=1, mask_truncated=False)
     with pytest.raises(RewardError, match="no idea"):
         failing.collect(prompts, step=1)
 

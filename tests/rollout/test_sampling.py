@@ -96,7 +96,7 @@ def naive_kept(probabilities: list[float], top_k: int, top_p: float, min_p: floa
 def test_truncation_agrees_with_a_reference(top_k, top_p, min_p):
     generator = torch.Generator().manual_seed(top_k)
     log_mu_BV = torch.randn(5, 20, generator=generator).mul(2).log_softmax(-1)
-    found_BV = truncate(log_mu_BV, Sampling(1.0, top_p, top_k, min_p, 1))
+    found_BV = truncate(log_mu_BV, Sampling(1.0, top_p, top_k, min_p, 1, []))
     kept_BV = torch.tensor([naive_kept(row.double().exp().tolist(), top_k, top_p, min_p) for row in log_mu_BV])
     assert torch.equal(found_BV > -torch.inf, kept_BV)
     assert torch.equal(found_BV[kept_BV], log_mu_BV[kept_BV])
@@ -105,13 +105,13 @@ def test_truncation_agrees_with_a_reference(top_k, top_p, min_p):
 
 def test_ties_at_the_boundary_are_kept():
     log_mu_1V = log_probs(0.2, 0.3, 0.2, 0.2, 0.1)
-    assert (truncate(log_mu_1V, Sampling(1.0, 1.0, 2, 0.0, 1)) > -torch.inf).tolist() == [[1, 1, 1, 1, 0]]
-    assert (truncate(log_mu_1V, Sampling(1.0, 0.4, 0, 0.0, 1)) > -torch.inf).tolist() == [[1, 1, 1, 1, 0]]
-    assert (truncate(log_mu_1V, Sampling(1.0, 0.29, 0, 0.0, 1)) > -torch.inf).tolist() == [[0, 1, 0, 0, 0]]
+    assert (truncate(log_mu_1V, Sampling(1.0, 1.0, 2, 0.0, 1, [])) > -torch.inf).tolist() == [[1, 1, 1, 1, 0]]
+    assert (truncate(log_mu_1V, Sampling(1.0, 0.4, 0, 0.0, 1, [])) > -torch.inf).tolist() == [[1, 1, 1, 1, 0]]
+    assert (truncate(log_mu_1V, Sampling(1.0, 0.29, 0, 0.0, 1, [])) > -torch.inf).tolist() == [[0, 1, 0, 0, 0]]
 
 
 def test_truncation_leaves_its_input_alone():
     log_mu_1V = log_probs(0.2, 0.5, 0.3)
     before = log_mu_1V.clone()
-    truncate(log_mu_1V, Sampling(1.0, 0.5, 1, 0.9, 1))
+    truncate(log_mu_1V, Sampling(1.0, 0.5, 1, 0.9, 1, []))
     assert torch.equal(log_mu_1V, before)

@@ -74,7 +74,8 @@ def test_the_card_of_the_default_run() -> None:
         "- Data: Arithmetic, `train_problems=8000`, `eval_problems=500`",
         "- Reward: Exact, `pattern=null`",
         "- Prompt: `template=plain`",
-        "- Adapter: LoRA, `r=32`, `alpha=64`, `dropout=0.0`, `target_modules=all-linear`, `quantization=null`",
+        "- Adapter: LoRA, `r=32`, `alpha=64`, `dropout=0.0`, `target_modules=all-linear`, `quantization=null`, "
+        "`use_dora=false`, `use_rslora=false`, `path=null`",
         "- Divergence: Total variation, `delta_low=0.15`, `delta_high=0.15`",
         "- Approximation: Binary",
         "- Objective: DPPO, `ratio_cap=5.0` ([arXiv 2602.04879](https://arxiv.org/abs/2602.04879))",
@@ -268,7 +269,7 @@ def assert_same(loaded: Any, policy: Policy) -> None:
         assert (loaded(input_ids=ids).logits - policy.model(input_ids=ids).logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("overrides", [(), ("adapter=qlora", "hardware.dtype=float32")])
+@pytest.mark.parametrize("overrides", [(), ("adapter=qdora", "hardware.dtype=float32")])
 def test_the_code_loads_an_adapter_on_a_local_base(
     overrides: tuple[str, ...], train_config: Callable[..., TrainConfig], model: Path, tmp_path: Path
 ) -> None:

@@ -97,7 +97,7 @@ def test_each_problem_keeps_its_samples_and_scores() -> None:
     def scorer(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         return [[Score(float(c.text)) for c in row] for row in completions]
 
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8)
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8, stop=[])
     prompts = [make.prompt(3), make.prompt(5)]
     engine: Any = Engine()
     result = evaluate(engine, prompts, scorer, sampling, samples_per_prompt=2, success_reward=50.0, seed=7)

@@ -82,6 +82,7 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
         config.sampling,
         config.approx.num_logprobs,
         config.seed,
+        mask_truncated=False,
     )
     listeners = Listeners([run.masked, run.watch])
     saved: list[int] = []
@@ -92,8 +93,9 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
             config,
             collector,
             engine,
-            lambda step: 0.0,
+            make.fail,
             lambda: saved.append(run.state.step),
+            lambda: 0.0,
             opened,
             listeners,
             stopping,

@@ -1,0 +1,298 @@
+r"""config.yaml: what is written comes back, `${...}` in plain text included; who signed it; what is not read at all."""
+
+import multiprocessing
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import BrokenBarrierError
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, InterpolationKeyError
+
+from dppo_cli.config.saved import MAX_BYTES, MAX_DEPTH, is_ours, read_config, sign, to_yaml
+from dppo_cli.errors import ConfigError, RunError
+
+TEXT = st.lists(st.sampled_from(["\\", "$", "{", "}", "${", "\\${", "x", ":", ".", "'", '"', "\n", " "])).map("".join)
+"""What YAML and OmegaConf give a meaning to."""
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The config folder of a user who has no key yet."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "keys"))
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The value of a variable of the environment."""
+    monkeypatch.setenv("DPPO_MARK", "blue7")
+    return "blue7"
+
+
+def written(**values: object) -> DictConfig:
+    """What is read back of a config."""
+    return OmegaConf.create(to_yaml(OmegaConf.create(values)))
+
+
+def raw(node: DictConfig) -> object:
+    return OmegaConf.to_container(node, resolve=False)
+
+
+# Writing
+
+
+def test_values_are_written_resolved() -> None:
+    back = written(a=1, b="${a}", c={"d": "${b}0", "e": ["${a}", {"f": "${c.d}"}]}, g="${c}", h=None, i=1e-3)
+    c = {"d": "10", "e": [1, {"f": "10"}]}
+    assert raw(back) == {"a": 1, "b": 1, "c": c, "g": c, "h": None, "i": 0.001}
+
+
+def test_what_comes_from_the_environment_stays_a_question(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directly, through another key, in lists and sections, converted, and as a default that was not used."""
+    values = {
+        "a": "${oc.env:DPPO_MARK}",
+        "b": "<${a}>",
+        "c": {"d": ["${oc.env:DPPO_MARK}", {"e": "${b}"}]},
+        "f": "${c}",
+        "g": "${oc.decode:${oc.env:DPPO_COUNT,'3'}}",
+        "h": "${oc.env:DPPO_${i}}",
+        "i": "MARK",
+    }
+    text = to_yaml(OmegaConf.create(values))
+    assert mark not in text
+    assert raw(OmegaConf.create(text)) == values
+    monkeypatch.setenv("DPPO_MARK", "red8")
+    back = OmegaConf.create(text)
+    assert (back.a, back.b, back.c.d[0], back.f.d[1].e, back.g, back.h) == (
+        "red8",
+        "<red8>",
+        "red8",
+        "<red8>",
+        3,
+        "red8",
+    )
+
+
+def test_the_environment_is_asked_as_before_afterwards(mark: str) -> None:
+    to_yaml(OmegaConf.create({"a": "${oc.env:DPPO_MARK}"}))
+    assert OmegaConf.create({"a": "${oc.env:DPPO_MARK}"}).a == mark
+    with pytest.raises(Exception, match="DPPO_NOTHING"):
+        to_yaml(OmegaConf.create({"a": "${oc.env:DPPO_NOTHING}"}))
+    assert OmegaConf.create({"a": "${oc.env:DPPO_NOTHING,x}"}).a == "x"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "'HF_TOKEN'", '"HF_TOKEN"', " HF_TOKEN", "HF_TOKEN,x"])
+def test_a_secret_is_not_even_asked_for(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\$\{oc\.env:HF_TOKEN\} would put a secret into files"):
+        to_yaml(OmegaConf.create({"a": {"b": [f"x ${{oc.env:{name}}}"]}}))
+
+
+@pytest.mark.parametrize("text", [r"\${x}", r"a \${oc.env:HOME} b", r"\\\${x}", r"\${", r"x\\\${a} \${b}"])
+def test_text_that_looks_like_an_interpolation(text: str) -> None:
+    node = OmegaConf.create({"a": text})
+    assert "${" in node.a
+    assert written(a=text).a == node.a
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(before=TEXT, middle=TEXT.filter(lambda t: "${" not in t), after=TEXT)
+def test_text_of_any_kind_comes_back(before: str, middle: str, after: str) -> None:
+    """Also where an interpolation is put together from its parts: `$` from one key and `{` from the next."""
+    values = {"middle": middle, "all": f"{before}${{middle}}{after}", "of": {"list": ["${all}"]}, "whole": "${of}"}
+    try:
+        expected = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except (GrammarParseError, InterpolationKeyError):  # What no user could write.
+        return
+    text = to_yaml(OmegaConf.create(values))
+    assert OmegaConf.to_container(OmegaConf.create(text), resolve=True) == expected
+    assert to_yaml(OmegaConf.create(text)) == text
+
+
+# Signatures
+
+
+def test_who_signed_it(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = sign("a: 1\n")
+    body, last = text.splitlines()
+    assert body == "a: 1" and last.startswith("# signature: ") and len(last.split(": ")[1]) == 64
+    assert is_ours(text) and sign("a: 1\n") == text
+    for changed in ("a: 1\n", text.replace("1", "2", 1), text + "b: 2\n", "b: 2\n" + text):
+        assert not is_ours(changed)
+    assert not is_ours(text[:-2] + ("0" if text[-2] != "0" else "1") + "\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another"))
+    assert not is_ours(text)
+    assert sign("a: 1\n") != text and not is_ours(text)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(keys))
+    assert is_ours(text)
+
+
+def test_only_signing_makes_a_key(keys: Path) -> None:
+    assert not is_ours(f"a: 1\n# signature: {'0' * 64}\n")
+    assert not keys.exists()
+    sign("a: 1\n")
+    (key,) = keys.rglob("*key*")
+    assert key == keys / "dppo/key"
+    assert key.stat().st_size == 32 and key.stat().st_mode & 0o077 == 0
+
+
+def test_where_no_key_can_be_kept(keys: Path) -> None:
+    """Nothing is signed, and nothing fails."""
+    keys.write_text("not a folder")
+    assert sign("a: 1\n") == "a: 1\n"
+    assert not is_ours("a: 1\n")
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(33)])
+def test_a_key_that_is_damaged_signs_nothing(keys: Path, content: bytes) -> None:
+    text = sign("a: 1\n")
+    (keys / "dppo/key").write_bytes(content)
+    assert not is_ours(text)
+    assert sign("a: 1\n") == "a: 1\n"
+
+
+def test_a_file_system_without_links_leaves_nothing_behind(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", impossible)
+    text = sign("a: 1\n")
+    assert [path.name for path in keys.rglob("*") if path.is_file()] in ([], ["key"])
+    assert text == "a: 1\n" or is_ours(text)
+
+
+def test_processes_that_make_the_key_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come later take the key of the first."""
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(4), context.Queue()
+    real = secrets.token_bytes
+
+    def together(size: int) -> bytes:
+        with suppress(BrokenBarrierError):
+            barrier.wait(5)
+        return real(size)
+
+    monkeypatch.setattr(secrets, "token_bytes", together)
+    processes = [context.Process(target=lambda: found.put(sign("a: 1\n"))) for _ in range(4)]
+    for process in processes:
+        process.start()
+    signed = {found.get(timeout=30) for _ in processes}
+    for process in processes:
+        process.join(30)
+    assert not barrier.broken
+    assert len(signed) == 1 and is_ours(signed.pop())
+    assert [path.name for path in keys.rglob("*") if path.is_file()] == ["key"]
+
+
+# Reading
+
+Read = Callable[[str | bytes], DictConfig]
+
+
+@pytest.fixture
+def read(keys: Path, tmp_path: Path) -> Read:
+    """Reads a text from a file, as somebody else's config."""
+
+    def reading(text: str | bytes) -> DictConfig:
+        (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_config(tmp_path / "config.yaml")[0]
+
+    return reading
+
+
+DEEP = "".join(f"{' ' * level}a:\n" for level in range(MAX_DEPTH))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def test_what_is_read(read: Read, tmp_path: Path) -> None:
+    assert raw(read("a: 1\nb: [x, {c: null}]\n")) == {"a": 1, "b": ["x", {"c": None}]}
+    file = tmp_path / "config.yaml"
+    assert [read_config(file)[1], read_config(file, trust=True)[1]] == [False, True]
+    file.write_text(sign("a: 1\n"))
+    assert read_config(file) == ({"a": 1}, True)
+    assert raw(read(f"a: 1\n#{'x' * (MAX_BYTES - 6)}"))
+    assert read(DEEP)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"a: 1\n#{'x' * (MAX_BYTES - 5)}", "has 262145 bytes; no config is as long"),
+        ("a: " + "x" * 300_000, "has 300003 bytes; no config is as long"),
+        (BOMB, r"has an alias \(\*a\); dppo writes none"),
+        (f"{DEEP}{' ' * MAX_DEPTH}b: {{c: 1}}", "is nested more than 32 levels deep"),
+        ("[" * 100_000, "is nested more than 32 levels deep"),
+        (b"a: \xff\xfe", "cannot be read: .*'utf-8' codec can't decode"),
+        ("a: \x00", "cannot be read: .*control characters are not allowed"),
+        ("a: 1\na: 2\n", "is no YAML: found duplicate key a in line 2"),
+        ("a: !!python/object/apply:os.system [true]\n", "is no YAML: could not determine a constructor"),
+        (f"a: {'9' * 5000}\n", "cannot be read: .*Exceeds the limit"),
+        ("- a\n- b\n", "is not a config: it holds no keys"),
+        ("", "is not a config: it holds no keys"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_what_is_not_read(read: Read, text: str | bytes, says: str) -> None:
+    with pytest.raises(RunError, match=f"config.yaml {says}") as error:
+        read(text)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "nothing"):
+        with pytest.raises(RunError, match=f"{name} is not a file"):
+            read_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: ${oc.env:HOME}",
+        "a: ${b}\nb: 1",
+        r"a: \\${b}",
+        'a: "\\u0024{oc.env:HOME}"',
+        "${oc.env:HOME}: 1",
+        "a: |\n  line\n  ${oc.env:HOME}",
+        "a: >-\n  $\\\n  {oc.env:HOME} ${oc.env:HOME}",
+    ],
+)
+def test_an_interpolation_of_somebody_elses_is_refused(read: Read, text: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="was not written by you, and has an interpolation"):
+        read(text)
+    file = tmp_path / "config.yaml"
+    assert read_config(file, trust=True)[1]
+    file.write_text(sign(f"{text}\n"))
+    assert read_config(file)[1]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(before=TEXT, after=TEXT, unicode=st.booleans(), more=st.sampled_from(["", "é", "\x07"]))
+def test_no_interpolation_of_somebody_elses_gets_through(
+    read: Read, before: str, after: str, unicode: bool, more: str
+) -> None:
+    OmegaConf.register_new_resolver("x", lambda *_: "ASKED", replace=True)
+    try:
+        node = read(yaml.safe_dump({"a": f"{more}{before}${{x:}}{after}"}, allow_unicode=unicode))
+    except RunError:
+        return
+    assert "ASKED" not in str(OmegaConf.to_container(node, resolve=True))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=TEXT, more=st.sampled_from(["", "é", "\x07"]))
+def test_text_that_looks_like_an_interpolation_is_accepted_from_somebody_else(read: Read, text: str, more: str) -> None:
+    try:
+        value = OmegaConf.create({"a": text + more}).a
+    except GrammarParseError:
+        return
+    assert read(to_yaml(OmegaConf.create({"a": text + more}))).a == value
