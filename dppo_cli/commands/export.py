@@ -67,9 +67,9 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
     run = open_run(config.run, print_warning, config.checkpoint)
     out = Path(config.out) if config.out else run.folder / f"export-{config.format}"
     try:
+        check_free(out, "out")
         if out.exists():
             raise RunError(f"out={out} exists already; name another folder, or delete it first")
-        check_free(out, "out")
         found = _write(config, run, out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"out={out} cannot be written: {getattr(error, 'strerror', None) or error}") from None

@@ -155,6 +155,11 @@ def find_earlier(run: Path, config: TrainConfig, config_yaml: str, warn: Callabl
         print(f"{run}: all {summary['steps']} steps are done")
         return Earlier(goes_on=True, summary=summary)
     checkpoint = newest_good(run, warn)
+    if checkpoint is None and (run / "summary.json").exists():
+        raise RunError(
+            f"{run} has results but no complete checkpoint to go on from; nothing is changed. To train its adapter "
+            f"further, start another run with adapter.path={run}/adapter"
+        )
     if checkpoint is None:
         warn("the run has no complete checkpoint; it starts anew")
         return Earlier(goes_on=True, changes=changed)

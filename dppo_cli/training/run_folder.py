@@ -26,6 +26,8 @@ NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 RESULTS = ("config.yaml", METRICS, RESUMES, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
 TEMPORARY = (*(f".{name}.tmp" for name in RESULTS), ".nonfinite-*.tmp", "checkpoints/.step-*.tmp")
 """What a process that was killed may have left unfinished."""
+MAX_DEPTH = 200
+"""Of a path: Python makes folders by recursion."""
 SPARE_BYTES = 64 * 2**20
 """Room for logs and metrics beside the adapters."""
 
@@ -42,6 +44,8 @@ def default_run_dir(parent: str) -> Path:
 
 def check_free(path: Path, key: str) -> None:
     """Raise RunError if `path`, which the user set as `key`, holds a run, is not a folder, or could not be written."""
+    if len(path.parts) > MAX_DEPTH:
+        raise RunError(f"{key}={path} is more than {MAX_DEPTH} folders deep; name another folder")
     if path.exists() and not path.is_dir():
         raise RunError(f"{key}={path} is a file; name a new folder")
     if path.is_dir() and any(p.name not in NO_RUN for p in path.iterdir()):
@@ -127,6 +131,9 @@ class RunFolder:
             raise RunError(f"{path} is damaged: it is not UTF-8 text") from None
         if len(lines) < steps:
             raise RunError(f"{path} has {len(lines)} lines, but the checkpoint is of step {steps}: lines were lost")
+        for step, line in enumerate(lines, 1):
+            if _step_of(line) != step:
+                raise RunError(f"{path} is damaged: line {step} is not that of step {step}")
         write_text(path, "".join(f"{line}\n" for line in lines))
         self.steps_logged = steps
         if steps:
@@ -195,6 +202,14 @@ class RunFolder:
         if self.goes_on:
             for name in ("summary.json", "masked_tokens.json", "adapter"):
                 _remove(self.path / name)
+
+
+def _step_of(line: str) -> Any:
+    """Of a line of metrics.jsonl; None if it is none."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _lock(path: Path) -> IO[str]:

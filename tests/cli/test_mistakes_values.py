@@ -79,6 +79,8 @@ pytestmark = pytest.mark.usefixtures("work")
         (["data=${.}"], ["Hydra cannot make a config of these words: data=${.}"]),
         (["rollout=[[1]]"], ["Hydra cannot make a config of these words: rollout=[[1]]"]),
         (["run_dir=" + "x" * 256], ["x" * 256 + ": File name too long"]),
+        (["run_dir=" + "a/" * 300], ["is more than 200 folders deep; name another folder"]),
+        (["optim.eps=1e-320"], ["optim.eps=1e-320 is smaller than 1.2e-38, the smallest float32"]),
         (["divergence._target_=.."], ["divergence._target_=.. cannot be imported"]),
         (["run_dir='${oc.env:HF_TOKEN}'"], ["${oc.env:HF_TOKEN} would put a secret into files"]),
         (["run_dir='${oc.env:NO_SUCH_VARIABLE}'"], ["Environment variable 'NO_SUCH_VARIABLE' not found"]),
