@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo stability bench test test-slow format clean
+.PHONY: demo stability bench test test-slow test-hostile format clean
 
 # Train the embedded model, export it, and show what came out: three minutes, installation included.
 demo: $(VENV)/installed
@@ -46,6 +46,10 @@ test: $(VENV)/installed
 # The tests that take minutes: the accuracy of the default run over three seeds.
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+# Broken command lines, data files and run folders: HOSTILE_CASES of them (10000: hours), from HOSTILE_SEED (0) on.
+test-hostile: $(VENV)/installed
+	$(BIN)/pytest -m hostile tests/hostile
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -55,9 +55,13 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     check_choice("base", node.base, BASES)
     own = OmegaConf.masked_copy(node, ["data", "reward"])
     base = run_config(folder_of(str(node.run)), own, bool(node.trust))
+    # Unresolved, so that values of the environment stay where they are.
+    given: Any = OmegaConf.to_container(base)
+    sampled = {key: value for key, value in node.sampling.items() if value is not None}
     with open_dict(node):
         for name in OF_THE_RUN:
-            node[name] = base[name]
+            node[name] = given[name]
+        node.sampling = {**given["sampling"], "temperature": given["eval"]["temperature"], **sampled}
         node.hardware = OmegaConf.merge(asdict(PLAIN_CPU), node.hardware or {})
     return node
 
@@ -233,14 +237,13 @@ def _check_same(expected: Sequence[Tensor], found: Sequence[Tensor], share: floa
 
 
 def _accuracy(policy: Policy, config: ExportConfig) -> EvalResult:
-    """On the run's held-out problems, sampled as in its evaluations."""
+    """On the run's held-out problems, sampled as in its evaluations unless the user says otherwise."""
     prompts = policy.encode(config.data.load().heldout, config.prompt)
-    sampling = replace(config.sampling, temperature=config.eval.temperature)
     scorer = config.reward.load(print_warning)
     with config.rollout.load(policy, print_warning) as engine:
         engine.sync(0)
         of = config.eval
-        return evaluate(engine, prompts, scorer, sampling, of.samples_per_prompt, of.success_reward, config.seed)
+        return evaluate(engine, prompts, scorer, config.sampling, of.samples_per_prompt, of.success_reward, config.seed)
 
 
 def _size(folder: Path) -> int:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("work")
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["trian"], ["no command 'trian'", "did you mean 'train'?", "Choices: eval, export, train"]),
+        (["trian"], ["no command 'trian'", "did you mean 'train'?", "Choices: doctor, eval, export, sample, train"]),
         (["train", "--steps", "5"], ["no option '--steps'", "key=value"]),
         (["train", "--cfg", "jobb"], ["--cfg job"]),
         (["train", "steps", "5"], ["cannot read 'steps'", "key=value"]),
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("work")
         (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
         (["train", "recipe=nowhere"], ["no recipe 'nowhere'"]),
         (["train", "~divergence"], ["divergence is not set"]),
-        (["eval", "divergence=tv"], ["no key divergence", "Choices: data, hardware, model"]),
+        (["eval", "divergence=tv"], ["no key divergence", "Choices: checkpoint, data, hardware, model"]),
         (["eval", "model=smollm2_135m"], ["model cannot be set as a whole", "model.path"]),
         (["export", "fromat=merged"], ["no key fromat", "did you mean format?"]),
         (["export", "format=merge"], ["format=merge is an invalid value", "did you mean 'merged'?", "adapter, merged"]),

@@ -123,7 +123,7 @@ def test_an_adapter_that_the_run_did_not_write(run: Path) -> None:
     shutil.copy(run / "checkpoints/step-2/adapter/adapter_model.safetensors", run / "adapter")
     refused("runs/a", r"runs/a/adapter/adapter_model\.safetensors is not what the run wrote")
     (run / "adapter/adapter_model.safetensors").unlink()
-    refused("runs/a", r"runs/a/adapter/adapter_model\.safetensors is not what the run wrote")
+    refused("runs/a", r"run=runs/a has lost its adapter: there is no adapter/adapter_model\.safetensors in it")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"steps": 3}', '{"steps": NaN}', "[" * 100_000])

@@ -74,7 +74,8 @@ def test_the_text_before_the_first(text, expected):
 
 @pytest.mark.usefixtures("work")
 def test_the_reward_sees_the_text_before_the_stop(model, work, capsys):
-    source = "def f(prompts, completions, **_):\n    assert not any(set('eax179') & set(c) for c in completions), completions\n"
+    source = "def f(prompts, completions, **_):\n"
+    source += "    assert not any(set('eax179') & set(c) for c in completions), completions\n"
     source += "    return [float(len(c)) for c in completions]\n"
     (work / "mine.py").write_text(source)
     words = ["sampling.max_new_tokens=12", "reward.path=mine.py:f", "run_dir=run", "steps=1"]
