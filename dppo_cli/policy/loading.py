@@ -1,8 +1,9 @@
 """From config to `Policy`: find the weights, load them in the right precision, put the adapter on."""
 
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 
 EMBEDDED = "embedded:"
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 HUB_PATIENCE = 5.0
 """Seconds to wait for the hub's first answer before going on with the local cache alone."""
 TEXT_TOWERS = {"gemma3": {r"^(model\.)?language_model\.(model\.)?": "model."}}
@@ -64,7 +66,7 @@ def load_policy(
     offline = Path(location).is_dir() or not _hub_answers()
     tokenizer = _load_tokenizer(location, path, revision, offline)
     quantization = adapter.quantization if adapter else None
-    model = _load_model(location, path, revision, offline, dtype, device, quantization)
+    model = _load_model(location, path, revision, offline, dtype, device, quantization, warn)
     peft = None
     if adapter is not None:
         torch.manual_seed(seed)
@@ -172,6 +174,7 @@ def _load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
+    warn: Callable[[str], None],
 ) -> PreTrainedModel:
     source: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     options: dict[str, Any] = {
@@ -214,7 +217,24 @@ def _load_model(
         # transformers would draw them at random and go on.
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights in {path} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    _check_nothing_dropped(model, sorted(report["unexpected_keys"]), path, warn)
     return model  # type: ignore[no-any-return]
+
+
+def _check_nothing_dropped(
+    model: PreTrainedModel, unused: Sequence[str], path: str, warn: Callable[[str], None]
+) -> None:
+    """Raise ModelError if the weights have more layers than the model; other tensors that it does not use are named."""
+    if not unused:
+        return
+    kinds = {NUMBER.sub("N", name) for name in model.state_dict()}
+    layers = [name for name in unused if NUMBER.sub("N", name) in kinds]
+    if layers or not any("N" in kind.split(".") for kind in kinds):
+        raise ModelError(
+            f"the weights in {path} have more layers than its config.json says: {len(unused)} tensors, such as "
+            f"{(layers or unused)[0]}, would be left out"
+        )
+    warn(f"the weights in {path} hold {len(unused)} tensors that the model does not use, such as {unused[0]}")
 
 
 def _keep_layout(model: PreTrainedModel) -> None:

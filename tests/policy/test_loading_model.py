@@ -79,8 +79,8 @@ def test_lean_layers_are_for_the_cpu(load, tiny_models, train_config, monkeypatc
     """On other devices PEFT's layers stay. The weights of this test are on the CPU all the same."""
     load_model = loading._load_model
 
-    def on_the_cpu(location, path, revision, offline, dtype, device, quantization):
-        return load_model(location, path, revision, offline, dtype, torch.device("cpu"), quantization)
+    def on_the_cpu(location, path, revision, offline, dtype, device, quantization, warn):
+        return load_model(location, path, revision, offline, dtype, torch.device("cpu"), quantization, warn)
 
     monkeypatch.setattr(loading, "_load_model", on_the_cpu)
     monkeypatch.setattr(loading, "resolve_device", lambda _: (torch.device(device), torch.float32))
