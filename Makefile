@@ -49,7 +49,7 @@ test-slow: $(VENV)/installed
 
 # Broken command lines, data files and run folders: HOSTILE_CASES of them (10000: hours), from HOSTILE_SEED (0) on.
 test-hostile: $(VENV)/installed
-	$(BIN)/pytest -m hostile tests/hostile
+	$(BIN)/pytest -s -m hostile tests/hostile
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

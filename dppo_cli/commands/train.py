@@ -225,15 +225,18 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         named=config.run_dir is not None,
         goes_on=earlier.goes_on,
     )
+    if earlier.checkpoint is not None:
+        state.load(read_checkpoint(earlier.checkpoint))
+    if earlier.goes_on:
+        folder.check_goes_on(state.step)
     stopping = Stopping(config.checkpoint.grace, listeners.warned)
     summary = None
     try:
         with folder, engine, stopping:
-            if earlier.checkpoint is not None:
-                state.load(read_checkpoint(earlier.checkpoint))
-                folder.resumed(state.step, earlier.changes)
             if earlier.goes_on:
                 folder.cut(state.step)
+            if earlier.checkpoint is not None:
+                folder.resumed(state.step, earlier.changes)
             listeners.started(run_info(folder.path, config, policy, engine, state.step))
             for text in early:
                 # A run that goes on has warned of it before.

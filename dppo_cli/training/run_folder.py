@@ -121,8 +121,20 @@ class RunFolder:
         if self.steps_logged == 1:
             point_last(self.path)
 
+    def check_goes_on(self, steps: int) -> None:
+        """Raise RunError, before anything is removed, unless the folder is that of a run that goes on after `steps`."""
+        self.resumes()
+        self._lines(steps)
+
     def cut(self, steps: int) -> None:
         """Keep the lines of the first `steps` steps in metrics.jsonl: the steps after them run again."""
+        write_text(self.path / METRICS, "".join(f"{line}\n" for line in self._lines(steps)))
+        self.steps_logged = steps
+        if steps:
+            point_last(self.path)
+
+    def _lines(self, steps: int) -> list[str]:
+        """The first lines of metrics.jsonl. Raises RunError unless they are those of the first `steps` steps."""
         path = self.path / METRICS
         # What follows the last line break is a line that was not written whole.
         try:
@@ -134,10 +146,7 @@ class RunFolder:
         for step, line in enumerate(lines, 1):
             if _step_of(line) != step:
                 raise RunError(f"{path} is damaged: line {step} is not that of step {step}")
-        write_text(path, "".join(f"{line}\n" for line in lines))
-        self.steps_logged = steps
-        if steps:
-            point_last(self.path)
+        return lines
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""

@@ -209,3 +209,16 @@ def test_metrics_that_are_damaged(text: str, run: Path, capsys: pytest.CaptureFi
     (run / "metrics.jsonl").write_text("\n".join([lines[0], text, *lines[2:]]) + "\n")
     assert main(["train", "resume=run"]) == 2
     assert "run/metrics.jsonl is damaged: line 2 is not that of step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "text"), [("resumes.json", "[]x"), ("metrics.jsonl", ""), ("metrics.jsonl", "{")])
+def test_a_resume_that_is_refused_changes_nothing(
+    name: str, text: str, made: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the results of a finished run either, nor the record of resumes."""
+    shutil.copytree(made / "undisturbed", work / "run")
+    (work / "run" / name).write_text(text)
+    before = contents(work / "run")
+    assert main(["train", "resume=run", "steps=9"]) == 2
+    assert f"run/{name}" in capsys.readouterr().err
+    assert contents(work / "run") == before

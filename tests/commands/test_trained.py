@@ -130,3 +130,12 @@ def test_an_adapter_that_the_run_did_not_write(run: Path) -> None:
 def test_a_summary_that_is_damaged(text: str, run: Path) -> None:
     (run / "summary.json").write_text(text)
     refused("runs/a", r"runs/a/summary\.json is damaged; without it the newest checkpoint is used: delete it")
+
+
+@pytest.mark.parametrize("signature", ["é", "", "0" * 64])
+def test_a_config_with_a_signature_of_any_kind(signature: str, run: Path) -> None:
+    """It is somebody else's, and names a reward function."""
+    text = (run / "config.yaml").read_text().partition("# signature: ")[0]
+    (run / "config.yaml").write_text(f"{text}# signature: {signature}\n", encoding="utf-8")
+    with pytest.raises(RunError, match="names code that would run: reward.path="):
+        read_run_config(run)

@@ -260,4 +260,5 @@ def failures(
             times[cause] += 1
             if times[cause] <= SHOWN:
                 shown.append(f"{case}\n    {text}")
+                print(shown[-1], flush=True)  # At once: many cases take hours.
     return "\n".join([*shown, *(f"{n} x {cause}" for cause, n in times.most_common())])
