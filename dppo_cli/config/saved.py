@@ -46,9 +46,9 @@ def is_ours(text: str) -> bool:
     """Whether this user signed it on this machine."""
     body, found, signature = text.rpartition(SIGNATURE)
     key = _key(make=False)
-    return (
-        bool(found) and key is not None and hmac.compare_digest(_digest(key, body).encode(), signature.strip().encode())
-    )
+    if not found or key is None:
+        return False
+    return hmac.compare_digest(_digest(key, body).encode(), signature.strip().encode())
 
 
 def read_config(path: Path, trust: bool = False) -> tuple[DictConfig, bool]:

@@ -137,5 +137,5 @@ def test_a_config_with_a_signature_of_any_kind(signature: str, run: Path) -> Non
     """It is somebody else's, and names a reward function."""
     text = (run / "config.yaml").read_text().partition("# signature: ")[0]
     (run / "config.yaml").write_text(f"{text}# signature: {signature}\n", encoding="utf-8")
-    with pytest.raises(RunError, match="names code that would run: reward.path="):
+    with pytest.raises(RunError, match=r"names code that would run: reward\.path="):
         read_run_config(run)

@@ -296,8 +296,3 @@ def test_text_that_looks_like_an_interpolation_is_accepted_from_somebody_else(re
     except (GrammarParseError, InterpolationKeyError):
         return
     assert read(to_yaml(OmegaConf.create({"a": text + more}))).a == value
-
-
-def test_a_signature_of_any_characters() -> None:
-    assert not is_ours("a: 1\n# signature: é\n")
-    assert not is_ours("a: 1\n# signature: \n")
