@@ -13,10 +13,19 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row, first_line
-from dppo_cli.commands.machine import embedded_model, gpus, memory, mps, processor, quantises, resolved, start_nf4
-from dppo_cli.commands.software import extras, packages, python
-from dppo_cli.commands.surroundings import disk, reaches_hub, signatures, start_hub, token
+from dppo_cli.commands.checkup.machine import (
+    embedded_model,
+    gpus,
+    memory,
+    mps,
+    processor,
+    quantises,
+    resolved,
+    start_nf4,
+)
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
+from dppo_cli.commands.checkup.software import extras, packages, python
+from dppo_cli.commands.checkup.surroundings import disk, reaches_hub, signatures, start_hub, token
 from dppo_cli.config.sections import Hardware
 from dppo_cli.errors import DppoError
 from dppo_cli.telemetry.table import RichConsole

@@ -18,8 +18,9 @@ from packaging.requirements import Requirement
 
 from dppo_cli import __version__
 from dppo_cli.cli.main import main
-from dppo_cli.commands import doctor, software
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row
+from dppo_cli.commands import doctor
+from dppo_cli.commands.checkup import software
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row
 from dppo_cli.config.sections import Hardware
 
 ROOT = Path(__file__).parents[2]

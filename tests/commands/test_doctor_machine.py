@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dppo_cli.cli.main import main
-from dppo_cli.commands import machine, surroundings
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row
+from dppo_cli.commands.checkup import machine, surroundings
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row
 from dppo_cli.config.sections import Hardware
 
 AUTO = Hardware("auto", "auto", 2048, 256, False)

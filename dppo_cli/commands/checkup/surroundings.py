@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row, first_line
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
 from dppo_cli.config.saved import is_ours, sign
 
 GIB = 2**30

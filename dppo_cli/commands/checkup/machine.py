@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row, first_line
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
 from dppo_cli.config.sections import Hardware
 from dppo_cli.errors import ConfigError
 

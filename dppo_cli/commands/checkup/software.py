@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dppo_cli import __version__
-from dppo_cli.commands.checkup import OK, PROBLEM, WARNING, Row, first_line
+from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
 
 MODULES = {
     "torch": "torch",
