@@ -217,16 +217,16 @@ def _load_model(
         # transformers would draw them at random and go on.
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights in {path} lack {len(missing)} of the model's tensors, such as {missing[0]}")
-    _check_nothing_dropped(model, sorted(report["unexpected_keys"]), path, warn)
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        _check_layers(model, unused, path)
+        if text_tower is None:
+            warn(f"the weights in {path} hold {len(unused)} tensors that the model does not use, such as {unused[0]}")
     return model  # type: ignore[no-any-return]
 
 
-def _check_nothing_dropped(
-    model: PreTrainedModel, unused: Sequence[str], path: str, warn: Callable[[str], None]
-) -> None:
-    """Raise ModelError if the weights have more layers than the model; other tensors that it does not use are named."""
-    if not unused:
-        return
+def _check_layers(model: PreTrainedModel, unused: Sequence[str], path: str) -> None:
+    """Raise ModelError if weights that the model does not use are those of further layers."""
     kinds = {NUMBER.sub("N", name) for name in model.state_dict()}
     layers = [name for name in unused if NUMBER.sub("N", name) in kinds]
     if layers or not any("N" in kind.split(".") for kind in kinds):
@@ -234,7 +234,6 @@ def _check_nothing_dropped(
             f"the weights in {path} have more layers than its config.json says: {len(unused)} tensors, such as "
             f"{(layers or unused)[0]}, would be left out"
         )
-    warn(f"the weights in {path} hold {len(unused)} tensors that the model does not use, such as {unused[0]}")
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
