@@ -3,7 +3,6 @@
 prompts -> completions -> scores -> groups -> updates, `steps` times, between two evaluations.
 """
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
 
 from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.errors import ConfigError, DppoError, NumericalError, RunError, Stopped
+from dppo_cli.errors import ConfigError, NumericalError
 from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
@@ -30,11 +28,12 @@ from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
 from dppo_cli.training.batches import PromptOrder, mini_batches
 from dppo_cli.training.card import card
-from dppo_cli.training.checkpoint import newest_good, prune, read_checkpoint, sha256_of, write_checkpoint
+from dppo_cli.training.checkpoint import prune, read_checkpoint, sha256_of, write_checkpoint
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.failures import describe
 from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.training.metrics import PhaseTimer, peak_memory_gib, rollout_metrics, update_metrics
+from dppo_cli.training.rescue import rescue
 from dppo_cli.training.run_folder import RunFolder, default_run_dir
 from dppo_cli.training.state import RunState
 from dppo_cli.training.stopping import Stopping
@@ -276,39 +275,6 @@ def make_learner(
         warn=warn,
         world=world,
     )
-
-
-def rescue(
-    error: BaseException, state: RunState, folder: RunFolder, finish: Callable[[None], dict[str, Any]]
-) -> tuple[BaseException, dict[str, Any] | None]:
-    """Save the state after the last finished step; the error with where it is, and the run's summary."""
-    state.rewind()
-    summary = None
-    if state.step == 0:
-        text = "no step was finished; nothing is saved"
-    else:
-        try:
-            folder.cut(state.step)
-            summary = finish(None)
-            text = f"the state after step {state.step} is saved; to go on: dppo train resume={folder.path}"
-        except (OSError, RunError, SafetensorError) as failed:
-            newest = newest_good(folder.path, warn=lambda _: None)
-            text = (
-                f"the state after step {state.step} could not be saved ({failed}); the newest checkpoint is "
-                f"{newest or 'none'}. When it can be written again: dppo train resume={folder.path}"
-            )
-    if isinstance(error, KeyboardInterrupt):
-        return Stopped(signal.SIGINT, text), summary
-    if isinstance(error, OSError | SafetensorError):
-        why = getattr(error, "strerror", None) or error
-        return RunError(f"{folder.path} cannot be written any more: {why}; {text}"), summary
-    if isinstance(error, Stopped):
-        error.args = (text,)
-    elif isinstance(error, DppoError):
-        error.args = (f"{error}; {text}",)
-    else:
-        error.add_note(f"dppo: {text}")
-    return error, summary
 
 
 def run_info(run_dir: Path, config: TrainConfig, policy: Policy, engine: RolloutEngine, step: int) -> RunInfo:
