@@ -16,7 +16,7 @@ from dppo_cli import __version__
 from dppo_cli.cli.mistakes import FREE, check_words, explain
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
-from dppo_cli.config.checks import check_no_secrets, did_you_mean
+from dppo_cli.config.checks import check_no_secrets, did_you_mean, escaped, visible
 from dppo_cli.config.conf_tree import config_dir, groups, recipes_dir
 from dppo_cli.errors import ConfigError, DppoError, RunError, Stopped
 
@@ -31,7 +31,6 @@ TAKE_A_VALUE: dict[str, tuple[str, ...] | None] = {
     "--config-dir": None,
 }
 INTERRUPTED = 130
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 OPTUNA = "hydra/sweeper=optuna"
 SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1")
 """What Optuna is told unless the user says otherwise: a job's value is an accuracy, and a failed job ends no search."""
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     """A line, whatever a value or a name in it holds."""
-    text = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-    print(f"dppo: {text}", file=sys.stderr)
+    print(f"dppo: {visible(text)}", file=sys.stderr)
 
 
 def _ignore_until_there_is_a_run() -> None:
@@ -135,8 +133,7 @@ def as_hydra_has_it(command: str, word: str) -> str:
     key, _, name = word.partition("=")
     if key in COMMANDS[command].verbatim:
         # What would be an interpolation is text, too.
-        escaped = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", name)
-        return f"{key}={_quoted(escaped)}"
+        return f"{key}={_quoted(escaped(name))}"
     of_the_run = key.partition(".")[0] in COMMANDS[command].of_the_run and "." in key
     if of_the_run or key.startswith(FREE):
         return f"++{word}"

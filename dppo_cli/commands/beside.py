@@ -1,6 +1,5 @@
 """How `dppo sample` shows text as it grows: beside each other in a terminal, below each other elsewhere."""
 
-import re
 from types import TracebackType
 from typing import Self
 
@@ -8,10 +7,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dppo_cli.config.checks import visible
 from dppo_cli.telemetry.table import RichConsole
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What could move a terminal's cursor, change its colours or turn text round; not tabs and line breaks."""
 
 
 class Beside:
@@ -76,5 +73,5 @@ class Beside:
 
 
 def shown(text: str) -> str:
-    """Text without effects on a terminal."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Text without effects on a terminal but tabs and line breaks."""
+    return visible(text, keep="\t\n")

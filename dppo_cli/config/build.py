@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar, Union
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dppo_cli.config.checks import did_you_mean
+from dppo_cli.config.checks import did_you_mean, escaped
 from dppo_cli.errors import ConfigError
 
 T = TypeVar("T")
@@ -247,15 +247,6 @@ def absolute(value: Any) -> Any:
         if path and Path(path).exists():
             return f"{Path(path).resolve()}{rest}"
     return value
-
-
-def escaped(value: Any) -> Any:
-    """Text that looks like an interpolation and is none, as OmegaConf reads it back."""
-    if isinstance(value, dict):
-        return {key: escaped(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [escaped(child) for child in value]
-    return re.sub(r"(\\*)\$\{", lambda m: f"{m[1] * 2}\\${{", value) if isinstance(value, str) else value
 
 
 def raw_value(node: DictConfig, key: str) -> Any:

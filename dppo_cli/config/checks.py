@@ -11,6 +11,8 @@ from dppo_cli.errors import ConfigError
 
 SAMPLE_BYTES = 2048
 """Memory of a sample of one token, with all that is kept of it: measured 3 to 4 KiB."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, breaks a line, changes colours or turns text round, and halves of surrogate pairs."""
 SECRET = re.compile(
     r"oc\.env:\s*['\"]?(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:API|ACCESS|PRIVATE)_?KEY)\w*)", re.I
 )
@@ -59,3 +61,17 @@ def check_no_secrets(text: str) -> None:
             f"${{oc.env:{match[1]}}} would put a secret into files; leave it out: libraries that need {match[1]} read "
             "it from the environment"
         )
+
+
+def escaped(value: Any) -> Any:
+    """Text that looks like an interpolation and is none, as OmegaConf reads it back."""
+    if isinstance(value, dict):
+        return {key: escaped(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [escaped(child) for child in value]
+    return re.sub(r"(\\*)\$\{", lambda m: f"{m[1] * 2}\\${{", value) if isinstance(value, str) else value
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text whose control characters, apart from those in `keep`, are written out: none acts on a terminal."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text)

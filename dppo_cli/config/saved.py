@@ -19,8 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from dppo_cli.config.build import escaped
-from dppo_cli.config.checks import check_no_secrets
+from dppo_cli.config.checks import check_no_secrets, escaped
 from dppo_cli.errors import RunError
 
 SIGNATURE = "# signature: "
