@@ -96,7 +96,7 @@ def test_peft_and_transformers_read_the_trained_policy(
     assert done.returncode == 0, done.stderr
     found, expected = torch.load(work / "logits.pt"), policy_logits(trained)
     assert torch.allclose(found["adapter"], expected, atol=1e-6)
-    assert torch.allclose(found["merged"], expected, atol=1e-4)
+    assert torch.allclose(found["merged"], expected, atol=2e-5)
     # The base model's logits are others, so the comparison means something.
     assert (base_logits(model) - expected).abs().max() > 0.5
 

@@ -174,6 +174,18 @@ def test_a_disk_that_is_full_in_a_checkpoint(error: Exception, ends: Callable[..
     assert said.startswith("run cannot be written any more: ") and "No space left on device" in said
 
 
+def after_step_3(patch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
+    """Do something as soon as the line of step 3 is written."""
+    real = RunFolder.log
+
+    def log(folder: RunFolder, metrics: Any) -> None:
+        real(folder, metrics)
+        if metrics["step"] == 3:
+            then()
+
+    patch.setattr(RunFolder, "log", log)
+
+
 @pytest.fixture
 def small_files() -> Iterator[Callable[[int], None]]:
     """`small_files(bytes)`: the system refuses to write longer ones, as it would on a full disk."""
@@ -192,15 +204,9 @@ def test_a_disk_that_stays_full(
 ) -> None:
     """What cannot be saved is named, with the checkpoint there is; nothing that is there is harmed."""
     write_reward(work)
-    real = RunFolder.log
-
-    def log(folder: RunFolder, metrics: Any) -> None:
-        real(folder, metrics)
-        if metrics["step"] == 3:
-            small_files(25_000)  # An adapter has 20 kB, the state three times as many.
-
+    # An adapter has 20 kB, the state three times as many.
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log)
+        after_step_3(patch, lambda: small_files(25_000))
         assert train(model, *WORDS, "run_dir=run", "checkpoint.every=1") == 2
     small_files(resource.RLIM_INFINITY)
     said = capsys.readouterr().err
@@ -242,15 +248,8 @@ def test_a_mount_that_becomes_read_only(
     undisturbed: dict[str, Any],
 ) -> None:
     write_reward(work)
-    real = RunFolder.log
-
-    def log(folder: RunFolder, metrics: Any) -> None:
-        real(folder, metrics)
-        if metrics["step"] == 3:
-            read_only()
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log)
+        after_step_3(patch, read_only)
         assert train(model, *WORDS, "run_dir=run", "checkpoint.every=1") == 2
     said = capsys.readouterr().err
     assert said.startswith("dppo: run cannot be written any more: Read-only file system; ") and said.count("\n") == 1
