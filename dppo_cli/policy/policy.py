@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dppo_cli.config.sections import Prompting
 from dppo_cli.errors import ConfigError, DataError, ModelError
 from dppo_cli.policy.head import Head
-from dppo_cli.types import Example, Prompt
+from dppo_cli.types import Example, Messages, Prompt
 
 BATCH = 256
 """Prompts tokenised at once. The fast tokenizers share a batch among their threads."""
@@ -76,19 +76,21 @@ class Policy:
         """Prompts as token ids; the only place where text is tokenised.
 
         Raises ModelError if there is no chat template or it refuses a prompt, and DataError for a prompt that gives no
-        token, or so many that tokenising all of it could take all memory.
+        token, or so many that tokenising all of it could take all memory, and for a conversation without template.
         """
         prompts: list[Prompt] = []
         for batch in _batches(examples):
-            if len(batch[0].prompt) > BATCH_CHARACTERS:
-                self._check_beginning(len(prompts), batch[0].prompt, prompting)
-            for example, token_ids in zip(batch, self._token_ids([e.prompt for e in batch], prompting), strict=True):
-                if not token_ids:
+            if len(_text(batch[0])) > BATCH_CHARACTERS:
+                self._check_beginning(len(prompts), _text(batch[0]), prompting)
+            chats = [_conversation(example, prompting) for example in batch]
+            token_ids = self._token_ids([_text(example) for example in batch], chats, prompting)
+            for example, chat, ids in zip(batch, chats, token_ids, strict=True):
+                if not ids:
                     raise DataError(
                         f"problem {len(prompts)} ({example.prompt[:60]!r}) gives no token; the tokenizer of "
                         f"{self.path} drops all of it"
                     )
-                prompts.append(Prompt(len(prompts), example, tuple(token_ids)))
+                prompts.append(Prompt(len(prompts), example, tuple(ids), chat))
         return prompts
 
     def check_length(self, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
@@ -119,7 +121,7 @@ class Policy:
         """
         limit = self.positions or UNKNOWN_POSITIONS
         beginning = text[: max(BATCH_CHARACTERS, 8 * limit)]
-        (token_ids,) = self._token_ids([beginning], prompting)
+        (token_ids,) = self._token_ids([beginning], [_conversation(Example(beginning, ""), prompting)], prompting)
         # Cut in the middle of a word, it may have some tokens more than the same characters have in the whole prompt.
         if len(token_ids) > limit + 1000:
             raise DataError(
@@ -127,16 +129,18 @@ class Policy:
                 f"{len(token_ids):,} tokens; that is more than the {limit:,} positions of {self.path}; shorten it"
             )
 
-    def _token_ids(self, texts: list[str], prompting: Prompting) -> list[list[int]]:
+    def _token_ids(self, texts: list[str], chats: Sequence[Messages], prompting: Prompting) -> list[list[int]]:
         if prompting.template == "plain":
             return list(self.tokenizer(texts)["input_ids"])
         if self.tokenizer.chat_template is None:
             raise ModelError(f"the tokenizer of {self.path} has no chat template; use prompt.template=plain")
-        system = [] if prompting.system is None else [{"role": "system", "content": prompting.system}]
-        chats = [[*system, {"role": "user", "content": text}] for text in texts]
         try:
             rendered: Any = self.tokenizer.apply_chat_template(
-                chats, tokenize=True, add_generation_prompt=True, return_dict=True, **prompting.template_kwargs
+                [list(map(dict, chat)) for chat in chats],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                **prompting.template_kwargs,
             )
         except Exception as error:  # A template is a program.
             raise ModelError(
@@ -145,16 +149,33 @@ class Policy:
         return list(rendered["input_ids"])
 
 
+def _conversation(example: Example, prompting: Prompting) -> Messages:
+    """What the chat template is given; empty without one. A system message of the example's own goes before ours."""
+    if prompting.template == "plain":
+        if example.messages:
+            raise DataError("the prompts are conversations (lists of messages), which need prompt.template=chat")
+        return ()
+    messages = example.messages or [{"role": "user", "content": example.prompt}]
+    if prompting.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": prompting.system}, *messages]
+
+
+def _text(example: Example) -> str:
+    """All that will be tokenised of an example, but for what a template adds."""
+    return "\n".join(m["content"] for m in example.messages) if example.messages else example.prompt
+
+
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """The examples in order, many short ones or few long ones at a time; one that is too long for a batch alone."""
     batch: list[Example] = []
     size = 0
     for example in examples:
-        if batch and (len(batch) == BATCH or size + len(example.prompt) > BATCH_CHARACTERS):
+        if batch and (len(batch) == BATCH or size + len(_text(example)) > BATCH_CHARACTERS):
             yield batch
             batch, size = [], 0
         batch.append(example)
-        size += len(example.prompt)
+        size += len(_text(example))
     if batch:
         yield batch
 

@@ -111,7 +111,7 @@ def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(load, model, pr
     policy, seen = load(model), []
     whole = policy._token_ids
     monkeypatch.setattr(
-        module.Policy, "_token_ids", lambda _, texts, p: seen.extend(map(len, texts)) or whole(texts, p)
+        module.Policy, "_token_ids", lambda _, texts, chats, p: seen.extend(map(len, texts)) or whole(texts, chats, p)
     )
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 3000)
     words = r"^problem 1 has 50,000,000 characters, .* first 3,000 .* more than the 256 positions of /.*; shorten it$"
@@ -168,3 +168,27 @@ def test_the_template_is_given_what_the_user_sets(train_config):
     example = [Example("1+2=", "3", {})]
     found = [policy.encode(example, Prompting("chat", None, words))[0].token_ids for words in ({}, {"thinking": True})]
     assert [policy.decode(ids) for ids in found] == ["off1+2=", "on1+2="]
+
+
+def test_a_conversation_goes_into_the_template_as_it_is(load, tiny_models):
+    policy = load(tiny_models["llama3"])
+    turns = [
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2="},
+    ]
+    own = [{"role": "system", "content": "9"}]
+    chat, with_system = CHATS
+    examples = [Example("2+2=", "4", messages=turns), Example("2+2=", "4", messages=own + turns), Example("3+3=", "6")]
+    first, second, third = policy.encode(examples, with_system)
+    ours = {"role": "system", "content": with_system.system}
+    assert first.messages == [ours, *turns]
+    assert second.messages == own + turns
+    assert third.messages == [ours, {"role": "user", "content": "3+3="}]
+    for prompt in (first, second, third):
+        rendered = policy.tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True)
+        assert prompt.token_ids == tuple(rendered["input_ids"])
+    assert policy.encode(examples, chat)[0].messages == turns
+    assert policy.encode(examples[2:], PLAIN)[0].messages == ()
+    with pytest.raises(DataError, match=r"conversations.*need prompt.template=chat"):
+        policy.encode(examples, PLAIN)
