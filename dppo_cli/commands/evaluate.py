@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dppo_cli.commands.schemas import EvalConfig
 from dppo_cli.commands.trained import folder_of, open_run, run_config
 from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.telemetry.table import percent, print_table, print_warning
@@ -120,7 +121,8 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        kept = {**summary, **_kept_paths(config, out, config_yaml)}
+        (out / "summary.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         write_samples(out / "samples.jsonl", result)
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {error.strerror}") from None
@@ -129,6 +131,17 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     rows += [("problems x samples", f"{len(prompts)} x {config.samples_per_prompt}"), ("written to", str(out))]
     print_table(f"eval {config.run or config.model.path}", rows)
     return summary
+
+
+def _kept_paths(config: EvalConfig, out: Path, config_yaml: str) -> dict[str, str | None]:
+    """The paths of a summary as its file may hold them: what comes from the environment goes into no file."""
+    run = None if config.run is None else as_written(config_yaml, "run", config.run)
+    default = str(out) if run is None or run == config.run else str(Path(run) / "eval" / out.name)
+    return {
+        "model": as_written(config_yaml, "model.path", config.model.path),
+        "run": run,
+        "out": default if config.out is None else as_written(config_yaml, "out", config.out),
+    }
 
 
 def write_samples(path: Path, result: EvalResult) -> None:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, NumericalError
 from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.policy.loading import load_policy
@@ -205,7 +206,9 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         summary = {**results, "adapter": str(adapter), "adapter_sha256": sha256_of(adapter / WEIGHTS)}
         # The summary comes last: a run that has one is not taken up again.
         masked.finished(summary)
-        folder.write("summary.json", summary)
+        kept_dir = Path(as_written(config_yaml, "run_dir", str(folder.path)))
+        kept = {"run_dir": str(kept_dir), "adapter": str(kept_dir / adapter.relative_to(folder.path))}
+        folder.write("summary.json", {**summary, **kept})
         return summary
 
     masked = MaskedTokens(text_of=lambda token: str(policy.tokenizer.decode([token])))

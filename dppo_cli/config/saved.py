@@ -35,6 +35,14 @@ def to_yaml(node: DictConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_resolved(OmegaConf.to_container(node), node)))
 
 
+def as_written(config_yaml: str, key: str, value: str) -> str:
+    """`value` as a file may hold it: unresolved where the config takes `key` from the environment."""
+    raw = OmegaConf.to_container(OmegaConf.create(config_yaml))
+    for name in key.split("."):
+        raw = raw.get(name) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, str) and INTERPOLATION.search(raw) else value
+
+
 def sign(text: str) -> str:
     """The text with a last line that says who wrote it; without one where no key can be kept."""
     key = _key(make=True)

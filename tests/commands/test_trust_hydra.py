@@ -120,6 +120,22 @@ def test_nor_in_the_name_of_a_file(words: list[str], monkeypatch: pytest.MonkeyP
     assert "path: ${oc.env:DPPO_MARK}/sums.jsonl" in Path("run/config.yaml").read_text()
 
 
+def test_nor_by_the_paths_in_a_summary(words: list[str], tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / MARK / "model").parent.mkdir()
+    shutil.copytree(tiny_models["llama3"], tmp_path / MARK / "model")
+    where = "${oc.env:DPPO_MARK}"
+    plain = [f"model.path={where}/model", "data=arithmetic", "data.eval_problems=4"]
+    assert main(["eval", *plain, f"out={where}/evaluation"]) == 0
+    assert main(["train", *words, f"run_dir={where}/run"]) == 0
+    assert main(["eval", f"run={where}/run"]) == 0
+    written = [*Path(MARK, "evaluation").rglob("*"), *Path(MARK, "run").rglob("*")]
+    assert [path for path in written if path.is_file() and MARK.encode() in path.read_bytes()] == []
+    found = read_json(tmp_path / MARK / "evaluation/summary.json")
+    assert (found["model"], found["out"]) == (f"{where}/model", f"{where}/evaluation")
+    found = read_json(tmp_path / MARK / "run/summary.json")
+    assert (found["run_dir"], found["adapter"]) == (f"{where}/run", f"{where}/run/adapter")
+
+
 def test_text_that_looks_like_an_interpolation_stays_text(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 

@@ -164,7 +164,7 @@ def _ending(result: Result) -> Iterator[str]:
 
 def _places(result: Result) -> Iterator[str]:
     named = {*OURS, *result.case.named}
-    is_sweep = bool({"-m", "--multirun"} & set(result.case.words))
+    is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(result.case.words))
     for path in result.new:
         parts = Path(path).parts
         if path in ("config/dppo", "config/dppo/key", "canary-ran") or "__pycache__" in parts:
