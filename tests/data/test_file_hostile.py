@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sources import source
 
-from dppo_cli.data import file
-from dppo_cli.data.file import JsonLines
+from dppo_cli.data import json_rows
 from dppo_cli.data.task import Task
 from dppo_cli.errors import DataError
 from dppo_cli.types import Example
 
 GOOD = b'{"prompt": "1+1=", "answer": "2"}'
+OTHER = b'{"prompt": "9+9=", "answer": "18"}'
 Read = Callable[..., Task]
 
 
@@ -28,13 +29,9 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
 
     def written(content: bytes, prompt_column: str = "prompt") -> Task:
         (tmp_path / "train.jsonl").write_bytes(content)
-        return source(prompt_column).load()
+        return source(prompt_column=prompt_column, eval_problems=1).load(print)
 
     return written
-
-
-def source(prompt_column: str = "prompt", path: str = "train.jsonl") -> JsonLines:
-    return JsonLines(path, None, 1, prompt_column, "answer", None)
 
 
 def row(prompt: str = '"p"', answer: str = '"a"', more: str = "0") -> str:
@@ -82,14 +79,14 @@ def test_what_is_only_unusual_is_read(read):
     lines = [row(r'"\ud83d\ude00 \\ud800"', "9" * 4000, nested), row(more="1e308"), row()]
     task = read("\n".join(lines).encode())
     assert (task.train[0].prompt, task.train[0].answer) == ("😀 \\ud800", "9" * 4000)
-    assert task.train[0].columns == {"more": json.loads(nested)}
+    assert task.train[0].columns["more"] == json.loads(nested)
     assert pickle.loads(pickle.dumps(task.train)) == task.train
 
 
 @pytest.mark.parametrize("name", ["self", "function", "", "not a name", "lambda", "pairs"])
 def test_a_column_may_have_any_name(read, name):
-    line = json.dumps({"prompt": "p", "answer": "a", "completions": 1, name: 2}).encode()
-    assert read(line + b"\n" + line).train == [Example("p", "a", {name: 2})]
+    columns = {"prompt": "p", "answer": "a", "completions": 1, name: 2}
+    assert read(json.dumps(columns).encode() + b"\n" + GOOD).train == [Example("p", "a", columns)]
 
 
 def test_a_message_about_a_row_of_many_columns_stays_readable(read):
@@ -102,8 +99,8 @@ def test_a_message_about_a_row_of_many_columns_stays_readable(read):
 def test_a_byte_order_mark_is_no_text(read):
     """Windows editors write one; two such files put together have one in the middle."""
     mark = b"\xef\xbb\xbf"
-    task = read(mark + GOOD + b"\r\n" + mark + GOOD + b"\n")
-    assert [*task.train, *task.heldout] == [Example("1+1=", "2", {})] * 2
+    task = read(mark + GOOD + b"\r\n" + mark + OTHER + b"\n")
+    assert [(e.prompt, e.answer) for e in [*task.train, *task.heldout]] == [("1+1=", "2"), ("9+9=", "18")]
     with pytest.raises(DataError, match="is empty"):
         read(mark)
 
@@ -124,7 +121,10 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, monkeypatch):
     Path("folder.jsonl").mkdir()
     os.mkfifo("pipe")
     for name, words in [
-        ("folder.jsonl", r"folder\.jsonl is a folder; name a file of JSON lines in it"),
+        (
+            "folder.jsonl",
+            r"folder\.jsonl is a folder that `datasets` did not save \(save_to_disk\); name a file in it: \.jsonl",
+        ),
         ("pipe", "pipe is not a regular file but a device, a pipe or a socket"),
         ("/dev/null", "/dev/null is not a regular file"),
         ("/dev/zero", "/dev/zero is not a regular file"),
@@ -133,11 +133,11 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, monkeypatch):
         ("zero\0", "there is no file"),
     ]:
         with pytest.raises(DataError, match=words):
-            source(path=name).load()
+            source(path=name).load(print)
 
 
 def test_a_file_that_is_one_long_line_is_not_read_to_its_end(read, monkeypatch):
-    monkeypatch.setattr(file, "MAX_LINE_MIB", 1)
+    monkeypatch.setattr(json_rows, "MAX_LINE_MIB", 1)
     longest = row(prompt='"' + "x" * (2**20 - len(row('""')) - 1) + '"').encode() + b"\n"
     assert len(longest) == 2**20
     assert len(read(longest + GOOD).train[0].prompt) > 1_000_000
@@ -166,7 +166,7 @@ def test_whatever_is_in_a_file_the_error_is_a_line(read):
         for _ in range(dice.randrange(trial % 5 + 1)):
             line[dice.randrange(len(line))] = dice.choice(pieces)
         content = "".join(line).encode() if trial % 3 else dice.randbytes(dice.randrange(1, 60))
-        found = read_or_refuse(read, GOOD + b"\n" + content + b"\n" + GOOD)
+        found = read_or_refuse(read, GOOD + b"\n" + content + b"\n" + OTHER)
         if isinstance(found, DataError):
             errors.append(str(found))
         else:
