@@ -1,12 +1,13 @@
 """Reward 1 for the right answer, else 0."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dppo_cli.errors import ConfigError
+from dppo_cli.reward.patterns import TooSlowError, compiled, last_match
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.types import Completion, Prompt, Score
+
+KEY = "reward.pattern"
 
 
 @dataclass(frozen=True)
@@ -17,23 +18,20 @@ class Exact:
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
-            try:
-                re.compile(self.pattern)
-            except re.error as error:
-                raise ConfigError(f"reward.pattern={self.pattern!r} is not a regular expression: {error}") from None
+            compiled(KEY, self.pattern)
 
     def load(self, warn: Callable[[str], None]) -> Scorer:
-        return self._score
+        return self._scores
 
-    def _score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+    def _scores(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         return [
-            [Score(float(self._extract(c.text) == prompt.example.answer.strip())) for c in group]
+            [self._score(c.text, prompt.example.answer.strip()) for c in group]
             for prompt, group in zip(prompts, completions, strict=True)
         ]
 
-    def _extract(self, text: str) -> str | None:
-        if self.pattern is None:
-            return text.strip()
-        matches = list(re.finditer(self.pattern, text))
-        found = matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
-        return found if found is None else found.strip()
+    def _score(self, text: str, answer: str) -> Score:
+        try:
+            found = text.strip() if self.pattern is None else last_match(KEY, compiled(KEY, self.pattern), text)
+        except TooSlowError as error:
+            return Score(None, note=str(error))
+        return Score(float(found == answer), answer=found)

@@ -1,4 +1,4 @@
-"""A small pool of warm processes that call a user's reward function, and can be killed."""
+"""A small pool of warm processes that call a reward function, and can be killed."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from dppo_cli.reward.worker import receive, send
 LOADING = 120.0
 """Seconds that importing the function's module may take."""
 
-Call = tuple[list[str], list[str], dict[str, list[Any]]]
-"""Prompts, completions and columns, as the function gets them."""
+Call = tuple[dict[str, Any], int]
+"""The keywords that the function gets, `completions` among them, and the number of rollouts trained on before."""
 
 
 class CallError(Exception):
@@ -52,7 +52,7 @@ class Worker:
         self.whole_groups: bool = found["whole_groups"]
 
     def call(self, call: Call, timeout: float) -> dict[str, Any]:
-        """What the call gave; see `dppo_cli.reward.worker.call`. Raises CallError, with the process gone."""
+        """What the call gave; see `dppo_cli.reward.worker.Calls`. Raises CallError, with the process gone."""
         answer = self._ask(pickle.dumps(call), timeout)
         if "died" in answer:
             self.close()
@@ -80,15 +80,18 @@ class Worker:
 
 
 class Pool:
-    """`count` workers of one function. A worker that was killed is replaced when it is needed."""
+    """`count` workers of one function. A worker that was killed is replaced when it is needed.
 
-    def __init__(self, path: str, count: int, timeout: float, memory_gib: float) -> None:
+    `stateless`: the function keeps no state from call to call, so there is no worker that takes those of `call` alone.
+    """
+
+    def __init__(self, path: str, count: int, timeout: float, memory_gib: float, stateless: bool = False) -> None:
         self.path, self.timeout, self.memory_gib = path, timeout, memory_gib
         first = Worker(path, memory_gib)
         self.whole_groups = first.whole_groups
         # The first one takes all calls as long as none fails, so that a function may keep a state.
-        self.first: Worker | None = first
-        self.others: list[Worker | None] = [None] * count
+        self.first: Worker | None = None if stateless else first
+        self.others: list[Worker | None] = [first if stateless else None, *[None] * (count - 1)]
         self.free: SimpleQueue[int] = SimpleQueue()
         for number in range(count):
             self.free.put(number)

@@ -12,9 +12,9 @@ from dppo_cli.reward.scorer import Scorer
 from dppo_cli.types import Score
 
 
-def function(path: str, **changes: Any) -> Function:
+def function(path: str | list[str], **changes: Any) -> Function:
     """With the defaults of conf/reward/function.yaml."""
-    fields = {"timeout": 60.0, "default": None, "max_failures": 10, "workers": 2, "memory_gib": 8.0}
+    fields = {"weights": None, "timeout": 60.0, "default": None, "max_failures": 10, "workers": 2, "memory_gib": 8.0}
     return Function(path, **{**fields, **changes})
 
 

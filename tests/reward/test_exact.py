@@ -18,7 +18,8 @@ def rewards(pattern: str | None, *pairs: tuple[str, str]) -> list[float | None]:
 def test_the_samples_of_a_problem_are_scored_in_their_order():
     prompts = [make.prompt(0, answer="46"), make.prompt(1, answer="7"), make.prompt(2, answer="1")]
     completions = [[make.completion(text=text) for text in texts] for texts in (["46", "7", "46"], ["46"], [])]
-    assert Exact(None).load(make.fail)(prompts, completions) == [[Score(1.0), Score(0.0), Score(1.0)], [Score(0.0)], []]
+    right, wrong = Score(1.0, answer="46"), Score(0.0, answer="7")
+    assert Exact(None).load(make.fail)(prompts, completions) == [[right, wrong, right], [Score(0.0, answer="46")], []]
 
 
 def test_without_a_pattern_the_whole_response_counts():
@@ -47,3 +48,18 @@ def test_a_match_without_its_group_is_no_answer():
 def test_a_pattern_that_is_not_a_regular_expression():
     with pytest.raises(ConfigError, match=r"reward\.pattern='\(' is not a regular expression"):
         Exact("(")
+
+
+def test_the_answer_that_was_found_is_kept_for_a_vote():
+    ((found, none),) = Exact(r"\d+").load(make.fail)(
+        [make.prompt(answer="7")], [[make.completion(text="3 or 46 "), make.completion(text="oh")]]
+    )
+    assert (found.answer, none.answer) == ("46", None)
+
+
+def test_a_pattern_that_takes_forever_on_a_response_leaves_it_unjudged():
+    ((slow, fast),) = Exact(r"(a|aa)+$").load(make.fail)(
+        [make.prompt(answer="a")], [[make.completion(text="a" * 60 + "b"), make.completion(text="a")]]
+    )
+    assert slow == Score(None, note="reward.pattern took longer than 1 s on the response")
+    assert fast == Score(1.0, answer="a")

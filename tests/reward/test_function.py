@@ -61,15 +61,22 @@ def test_a_file_may_be_called_like_a_library(written, name):
 def test_what_the_function_gets(written):
     source = """
 import json, pathlib
-def score(prompts, completions, **columns):
-    pathlib.Path("seen.json").write_text(json.dumps([prompts, completions, columns]))
-    return [0.0] * len(prompts)
+def score(trainer_state, log_extra, log_metric, **columns):
+    assert callable(log_extra) and callable(log_metric)
+    pathlib.Path("seen.json").write_text(json.dumps([columns, trainer_state.global_step]))
+    return [0.0] * len(columns["prompts"])
 """
     written(source)
     assert json.loads(Path("seen.json").read_text()) == [
-        ["prompt 3", "prompt 4"],
-        ["46", "oh"],
-        {"answer": ["46", "7"], "level": [1, 2], "source": [None, "book"]},
+        {
+            "prompts": ["prompt 3", "prompt 4"],
+            "completions": ["46", "oh"],
+            "completion_ids": [[5], [5]],
+            "answer": ["46", "7"],
+            "level": [1, 2],
+            "source": [None, "book"],
+        },
+        0,
     ]
 
 
@@ -104,9 +111,18 @@ def test_numbers_of_other_kinds(written, item, number):
     assert written(f"def score(prompts, completions, **columns): return [{item}, 0]") == [number, 0.0]
 
 
-def test_a_tensor_of_one_number(written):
-    source = "import torch\ndef score(prompts, completions, **columns): return list(torch.tensor([0.25, 1]))"
-    assert written(source) == [0.25, 1.0]
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "(0.25, 1)",
+        "(number for number in (0.25, 1))",
+        "__import__('numpy').array([0.25, 1])",
+        "__import__('torch').tensor([0.25, 1])",
+        "list(__import__('torch').tensor([0.25, 1]))",
+    ],
+)
+def test_what_is_as_good_as_a_list(written, returned):
+    assert written(f"def score(prompts, completions, **columns): return {returned}") == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +132,10 @@ def test_a_tensor_of_one_number(written):
         ("[1.0] * 3", "returned a list of 3; expected a list of 2 numbers"),
         ("1.0", "returned float; expected a list of 2 numbers"),
         ("None", "returned NoneType; expected a list"),
-        ("(1.0, 2.0)", "returned tuple; expected a list"),
-        ("(r for r in (1, 2))", "returned generator; expected a list"),
+        ("(1.0, 2.0, 3.0)", "returned a list of 3; expected a list of 2 numbers"),
+        ("'ab'", "returned str; expected a list of 2 numbers"),
+        ("{0: 1.0, 1: 2.0}", "returned dict; expected a list of 2 numbers"),
+        ("['right', 'wrong']", r"returned 'right' for problem 3 \('46'\); expected a finite number"),
         ("[0.0, float('nan')]", r"returned nan for problem 4 \('oh'\); expected a finite number, or None"),
         ("[float('-inf'), 0.0]", r"returned -inf for problem 3 \('46'\)"),
         ("[0.0, 'good']", "returned 'good' for problem 4"),
@@ -136,9 +154,12 @@ def test_an_exception_in_the_function(written):
         written("def score(prompts, completions, **columns): return [1 / 0]")
 
 
-def test_a_function_that_does_not_take_the_columns(written):
-    with pytest.raises(RewardError, match=r"failed: TypeError: .*unexpected keyword argument 'answer'"):
-        written("def score(prompts, completions): return [0.0, 0.0]")
+def test_a_function_that_needs_what_there_is_not(written):
+    words = (
+        "it needs solution, and there are level, source, answer, prompts, completions, completion_ids, trainer_state"
+    )
+    with pytest.raises(RewardError, match=f"my_reward.py:score failed: TypeError: {words}"):
+        written("def score(completions, solution, **columns): return [0.0, 0.0]")
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_worker_that_hangs_dies_with_its_trainer(tmp_path: Path) -> None:
     )
     trainer = """
         from dppo_cli.reward.pool import Pool
-        Pool("mine.py:score", 1, 600.0, 8.0).call((["p"], ["1"], {}))
+        Pool("mine.py:score", 1, 600.0, 8.0).call(({"prompts": ["p"], "completions": ["1"]}, 0))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(trainer)], cwd=tmp_path)
     try:
@@ -176,7 +176,7 @@ def test_a_trainer_that_is_interrupted_while_calls_are_repeated_ends_at_once(tmp
         from dppo_cli.reward.pool import Pool
         # A shell has its background jobs ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        Pool("mine.py:score", 2, 600.0, 8.0).call_each([(["p"], ["1"], {})] * 8)
+        Pool("mine.py:score", 2, 600.0, 8.0).call_each([({"prompts": ["p"], "completions": ["1"]}, 0)] * 8)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(trainer)], cwd=tmp_path, stderr=subprocess.DEVNULL
