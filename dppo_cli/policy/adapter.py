@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def add_adapter(model: PreTrainedModel, adapter: LoRA, location: str) -> PeftMod
         targets = f"the adapter in {adapter.path} does not fit the base: its target_modules={adapter.target_modules}"
     try:
         peft = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:  # PEFT takes a text as a regular expression.
         raise ConfigError(f"{targets}: {str(error).splitlines()[0]}") from None
     head = model.get_output_embeddings()
     if any(p.requires_grad for p in head.parameters()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dppo_cli.algorithm.loss import Visitor
-from dppo_cli.kernels.products import multiply
+from dppo_cli.kernels.products import logits_product, multiply
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Head:
         return replace(self, temperature=temperature)
 
     def product(self, hidden_NH: Tensor) -> Tensor:
-        """W h + b, [N, V], in the weight's dtype."""
-        return multiply(hidden_NH, self.weight_VH, self.bias_V)
+        """W h + b, [N, V], in the weight's dtype or float32; see `logits_product`."""
+        return logits_product(hidden_NH, self.weight_VH, self.bias_V)
 
     def tempered(self, product_NV: Tensor) -> Tensor:
         """Logits z / T, float32 [N, V], from W h + b; may overwrite it."""

@@ -4,7 +4,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from dppo_cli.config.sections import Hardware, LoRA
+from dppo_cli.config.sections import Hardware, LoRA, Model
 from dppo_cli.errors import ConfigError, ModelError
+from dppo_cli.kernels.devices import MPS, set_up
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.adapter import add_adapter, load_adapter, start_from
 from dppo_cli.policy.forward import hidden_states
+from dppo_cli.policy.gguf import GGUFFile, find_gguf
+from dppo_cli.policy.location import resolve_path, unavailable
 from dppo_cli.policy.policy import Policy
 
-EMBEDDED = "embedded:"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 HUB_PATIENCE = 5.0
 """Seconds to wait for the hub's first answer before going on with the local cache alone."""
@@ -39,8 +41,7 @@ TEXT_TOWERS = {"gemma3": {r"^(model\.)?language_model\.(model\.)?": "model."}}
 
 
 def load_policy(
-    path: str,
-    revision: str | None,
+    source: Model,
     hardware: Hardware,
     *,
     warn: Callable[[str], None],
@@ -53,20 +54,37 @@ def load_policy(
     The one to train starts from `adapter.path`, or with weights drawn from `seed`. `adapter` also says whether the base
     is quantised, and what the saved one has to be. `warn` is told what works but is unusual. Code that comes with a
     model is never run. Raises ModelError for missing or unusable weights and tokenizers, ConfigError for a device that
-    is not there.
+    is not there and for 4 bits on top of a GGUF file.
     """
     _quiet()
     device, dtype = resolve_device(hardware)
+    set_up(device)
     if emulates_bfloat16(device, dtype):
         warn(
             "hardware.dtype=bfloat16 on a processor without bfloat16 is some 300 times slower than float32; use "
             "hardware.dtype=float32"
         )
-    location = resolve_path(path)
-    offline = Path(location).is_dir() or not _hub_answers()
-    tokenizer = _load_tokenizer(location, path, revision, offline)
     quantization = adapter.quantization if adapter else None
-    model = _load_model(location, path, revision, offline, dtype, device, quantization, warn)
+    if quantization is not None and device.type == MPS:
+        raise ConfigError(
+            f"adapter.quantization={quantization} needs bitsandbytes, which has no kernels for hardware.device=mps; "
+            "use adapter=lora, or hardware=cpu"
+        )
+    if source.gguf_file is not None and quantization is not None:
+        raise ConfigError(
+            f"adapter.quantization={quantization} cannot be put on model.gguf_file={source.gguf_file}: transformers "
+            "does not quantise a GGUF file again; use adapter=lora, or the model's safetensors"
+        )
+    path, location = source.path, resolve_path(source)
+    offline = Path(location).is_dir() or not _hub_answers()
+    of: dict[str, Any] = {"revision": source.revision, "local_files_only": offline, "trust_remote_code": False}
+    file = None
+    if source.gguf_file is not None:
+        file = find_gguf(source, location, offline)
+        of["gguf_file"] = source.gguf_file
+        path = f"{path}/{source.gguf_file}"
+    tokenizer = _load_tokenizer(location, path, of)
+    model = _load_model(location, path, of, file, dtype, device, quantization, warn)
     peft = None
     if adapter is not None:
         torch.manual_seed(seed)
@@ -76,7 +94,8 @@ def load_policy(
         elif adapter.path is not None:
             base = start_from(peft, Path(adapter.path))
             if base is not None and Path(base).name != Path(location).name:
-                warn(f"the adapter in {adapter.path} was trained on {base}, and model.path={path} may be another base")
+                other = f"model.path={source.path} may be another base"
+                warn(f"the adapter in {adapter.path} was trained on {base}, and {other}")
     if adapter is None or saved_adapter is not None:
         model.requires_grad_(False)
     if hardware.gradient_checkpointing:
@@ -100,46 +119,13 @@ def resolve_device(hardware: Hardware) -> tuple[torch.device, torch.dtype]:
     has_gpu = torch.cuda.is_available()
     if hardware.device == "cuda" and not has_gpu:
         raise ConfigError("hardware.device=cuda, but torch sees no GPU here; use hardware=cpu or hardware=auto")
-    device = torch.device("cuda" if hardware.device == "cuda" or (hardware.device == "auto" and has_gpu) else "cpu")
+    if hardware.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("hardware.device=mps, but torch sees no Apple GPU here; use hardware=cpu or hardware=auto")
+    auto = "cuda" if has_gpu else "cpu"
+    device = torch.device(auto if hardware.device == "auto" else hardware.device)
     if hardware.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, hardware.dtype)
-
-
-def resolve_path(path: str) -> str:
-    """A folder, or a name on the hub. Raises ModelError for an embedded model or a folder that is not there."""
-    if path.startswith(EMBEDDED):
-        root = Path(str(resources.files("dppo_cli.embedded")))
-        folder = root / path.removeprefix(EMBEDDED)
-        if not (folder / "config.json").is_file():
-            names = sorted(p.parent.name for p in root.glob("*/config.json"))
-            raise ModelError(f"there is no embedded model {folder.name!r}. Choices: {', '.join(names)}")
-        return str(folder)
-    if Path(path).is_dir():
-        _check_folder(Path(path))
-        return path
-    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
-    if looks_local:
-        raise ModelError(f"there is no model folder {path} (in {Path.cwd()})")
-    return path
-
-
-def _check_folder(folder: Path) -> None:
-    has = {p.name for p in folder.iterdir()}
-    for name in sorted(has):
-        if not (folder / name).is_file() and not (folder / name).is_dir():
-            raise ModelError(f"{folder / name} is not a file (a pipe, or a link to nothing); a model's files are")
-    if "config.json" not in has:
-        raise ModelError(f"{folder} has no config.json; model.path must be a Hugging Face model folder")
-    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in has):
-        found = (
-            " (pickled .bin weights are not read; convert them to safetensors)"
-            if any(name.endswith(".bin") for name in has)
-            else ""
-        )
-        raise ModelError(f"{folder} has no weights (*.safetensors){found}")
-    if not has & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
-        raise ModelError(f"{folder} has no tokenizer (tokenizer.json); copy it from the model it belongs to")
 
 
 def _hub_answers() -> bool:
@@ -151,13 +137,11 @@ def _hub_answers() -> bool:
     return True
 
 
-def _load_tokenizer(location: str, path: str, revision: str | None, offline: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(location: str, path: str, of: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            location, revision=revision, local_files_only=offline, trust_remote_code=False
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **of)
     except Exception as error:  # Broken files raise errors of many kinds.
-        raise _unavailable(location, path, "tokenizer", error) from error
+        raise unavailable(location, path, "tokenizer", error) from error
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if isinstance(model, BPE):
         # The library keeps words in each thread that has met them, longer than the tokenizer itself: 2 MiB for each job
@@ -169,17 +153,16 @@ def _load_tokenizer(location: str, path: str, revision: str | None, offline: boo
 def _load_model(
     location: str,
     path: str,
-    revision: str | None,
-    offline: bool,
+    of: dict[str, Any],
+    file: GGUFFile | None,
     dtype: torch.dtype,
     device: torch.device,
     quantization: str | None,
     warn: Callable[[str], None],
 ) -> PreTrainedModel:
-    source: dict[str, Any] = {"revision": revision, "local_files_only": offline, "trust_remote_code": False}
     options: dict[str, Any] = {
         "dtype": dtype,
-        **source,
+        **of,
         "use_safetensors": True,
         "device_map": {"": device},
         "output_loading_info": True,
@@ -191,10 +174,14 @@ def _load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    elif file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        config = AutoConfig.from_pretrained(location, **source)
+        config = AutoConfig.from_pretrained(location, **of)
     except Exception as error:  # Broken files raise errors of many kinds.
-        raise _unavailable(location, path, "config.json", error) from error
+        raise unavailable(location, path, "config.json" if file is None else "config", error) from error
+    if file is not None:
+        file.scale_rotary(config)
     if "/" in str(config._attn_implementation):
         raise ModelError(
             f"the config.json of {path} asks for the attention code {config._attn_implementation} from the hub; code "
@@ -207,7 +194,7 @@ def _load_model(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location, config=config, **options)
     except Exception as error:  # The same, and too little memory.
-        raise _unavailable(location, path, "weights", error) from error
+        raise unavailable(location, path, "weights", error) from error
     model, report = loaded
     if text_tower is not None:
         model._weight_conversions = None  # else transformers would save it under the names of the whole model
@@ -217,6 +204,8 @@ def _load_model(
         # transformers would draw them at random and go on.
         missing = sorted(report["missing_keys"])
         raise ModelError(f"the weights in {path} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    if file is not None:
+        file.check_complete(model)
     unused = sorted(report["unexpected_keys"])
     if unused:
         _check_layers(model, unused, path)
@@ -246,17 +235,6 @@ def _keep_layout(model: PreTrainedModel) -> None:
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-
-
-def _unavailable(location: str, path: str, what: str, error: Exception) -> ModelError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(location).is_dir() or not isinstance(error, OSError):
-        return ModelError(f"the {what} in {path} cannot be loaded: {reason}")
-    name = path.split("/")[-1]
-    return ModelError(
-        f"found no {what} of {path}, neither in the local cache nor on the hub now; with a network, "
-        f"`hf download {path} --local-dir {name}`, then add model.path={name}  ({reason})"
-    )
 
 
 def _remove_base_dropout(model: PreTrainedModel) -> None:

@@ -61,8 +61,7 @@ def policy_logits(run: Path) -> Tensor:
     """Of the trained policy, as our own loader reads it."""
     config = read_run_config(run)
     policy = load_policy(
-        config.model.path,
-        None,
+        config.model,
         PLAIN_CPU,
         warn=make.fail,
         adapter=config.adapter,

@@ -9,7 +9,7 @@ import make
 import pytest
 
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.config.sections import LoRA
+from dppo_cli.config.sections import LoRA, Model
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 
@@ -26,8 +26,14 @@ def load(train_config: Callable[..., TrainConfig]) -> Callable[..., Policy]:
     config = train_config()
 
     def loaded(
-        path: Path | str, adapter: LoRA | None = None, *, warn: Callable[[str], None] = make.fail, **hardware
+        path: Path | str,
+        adapter: LoRA | None = None,
+        *,
+        gguf_file: str | None = None,
+        warn: Callable[[str], None] = make.fail,
+        **hardware,
     ) -> Policy:
-        return load_policy(str(path), None, replace(config.hardware, **hardware), warn=warn, adapter=adapter)
+        model = Model(str(path), None, gguf_file)
+        return load_policy(model, replace(config.hardware, **hardware), warn=warn, adapter=adapter)
 
     return loaded

@@ -70,7 +70,7 @@ def test_each_kind_is_what_it_says(kind: str, train_config: ComposeTrain) -> Non
 def test_fresh_dora_on_a_base_in_bfloat16_changes_nothing(kind: str, train_config: ComposeTrain) -> None:
     """PEFT itself would start with lengths rounded to bfloat16."""
     config = train_config(f"adapter={kind}", "hardware.dtype=bfloat16")
-    policy = load_policy(config.model.path, None, config.hardware, warn=lambda _: None, adapter=config.adapter)
+    policy = load_policy(config.model, config.hardware, warn=lambda _: None, adapter=config.adapter)
     policy.model.train()  # bitsandbytes would repack 4-bit weights on some CPUs.
     with policy.autocast():
         found = logits(policy.model)
@@ -153,9 +153,7 @@ def test_a_saved_adapter_is_read_and_started_from(kind: str, train_config: Compo
     expected = logits(policy.model)
 
     def load(adapter: Any, saved: Path | None) -> Policy:
-        return load_policy(
-            config.model.path, None, config.hardware, warn=make.fail, adapter=adapter, saved_adapter=saved, seed=9
-        )
+        return load_policy(config.model, config.hardware, warn=make.fail, adapter=adapter, saved_adapter=saved, seed=9)
 
     read, start, fresh = load(config.adapter, tmp_path), load(started.adapter, None), load(config.adapter, None)
     assert torch.equal(logits(read.model), expected) and read.parameters == []
@@ -173,9 +171,7 @@ def test_a_run_refuses_the_adapter_of_another_kind(train_config: ComposeTrain, t
     moved(train_config("adapter=dora")).save_adapter(tmp_path)
     config = train_config("adapter=rslora")
     with pytest.raises(ModelError, match="says use_rslora=None, but the run trained use_rslora=True"):
-        load_policy(
-            config.model.path, None, config.hardware, warn=make.fail, adapter=config.adapter, saved_adapter=tmp_path
-        )
+        load_policy(config.model, config.hardware, warn=make.fail, adapter=config.adapter, saved_adapter=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +266,7 @@ def test_an_adapter_of_another_base_warns(same: bool, train_config: ComposeTrain
     base = f"elsewhere/{model.name if same else 'other'}"
     configure(tmp_path, base_model_name_or_path=base)
     warned: list[str] = []
-    load_policy(config.model.path, None, config.hardware, warn=warned.append, adapter=config.adapter)
+    load_policy(config.model, config.hardware, warn=warned.append, adapter=config.adapter)
     told = f"the adapter in {tmp_path} was trained on {base}, and model.path={model} may be another base"
     assert warned == ([] if same else [told])
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dppo_cli.config.sections import Model
 from dppo_cli.errors import ModelError
 from dppo_cli.policy import loading
-from dppo_cli.policy.loading import resolve_path
+from dppo_cli.policy.location import resolve_path
 
 
 def test_a_folder_that_is_not_there(load, tmp_path, monkeypatch):
@@ -19,7 +20,7 @@ def test_a_folder_that_is_not_there(load, tmp_path, monkeypatch):
         load("./nowhere")
     for path in (str(tmp_path / "nowhere"), "nowhere", "a/b/c", "~/model"):
         with pytest.raises(ModelError, match="no model folder"):
-            resolve_path(path)
+            resolve_path(Model(path, None, None))
 
 
 def test_a_folder_without_weights(load, folder):
@@ -83,11 +84,12 @@ def test_an_architecture_that_is_not_known(load, folder):
 
 def test_an_embedded_model_that_is_not_there():
     with pytest.raises(ModelError, match=r"there is no embedded model 'arithmetic_9m'. Choices: "):
-        resolve_path("embedded:arithmetic_9m")
+        resolve_path(Model("embedded:arithmetic_9m", None, None))
 
 
 def test_a_name_on_the_hub_is_left_as_it_is():
-    assert resolve_path("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert resolve_path(Model(name, None, None)) == name
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_a_fresh_adapter_changes_nothing_and_follows_the_seed(load, tiny_models,
     plain = load(tiny_models["llama3"])
 
     def adapted(seed: int) -> Policy:
-        return load_policy(config.model.path, None, config.hardware, warn=make.fail, adapter=config.adapter, seed=seed)
+        return load_policy(config.model, config.hardware, warn=make.fail, adapter=config.adapter, seed=seed)
 
     one, again, other = adapted(1), adapted(1), adapted(2)
     assert torch.equal(hidden_states(one, IDS), hidden_states(plain, IDS))
@@ -45,8 +45,7 @@ def test_a_saved_adapter_comes_back(tiny_models, train_config, tmp_path, archite
     assert len(saved) == len(trained.parameters)
     assert all("lora_" in name for name in saved), "only the adapter travels"
     back = load_policy(
-        config.model.path,
-        None,
+        config.model,
         config.hardware,
         warn=make.fail,
         adapter=config.adapter,
@@ -72,6 +71,7 @@ def test_saving_an_adapter_asks_no_hub(load, tiny_models, train_config, tmp_path
         (["q_proj", "embed_tokens"], r"includes model\.embed_tokens, a layer of kind Embedding"),
         (["q_prj"], r"target_modules=\['q_prj'\]: Target modules .* not found"),
         ("q_prj", "target_modules=q_prj: Target modules q_prj not found"),
+        ("(", r"target_modules=\(: missing \), unterminated subpattern at position 0"),
     ],
 )
 def test_target_modules_that_cannot_work(load, tiny_models, train_config, target_modules, words):

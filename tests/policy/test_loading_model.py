@@ -64,6 +64,27 @@ def test_a_gpu_trains_in_bfloat16(train_config, monkeypatch):
     assert resolve_device(replace(hardware, device="cpu")) == (torch.device("cpu"), torch.float32)
 
 
+def test_apples_gpu_is_used_only_where_it_is_named(train_config, monkeypatch, load, tiny_models):
+    hardware = replace(train_config().hardware, device="mps")
+    with pytest.raises(ConfigError, match=r"hardware\.device=mps, but torch sees no Apple GPU here; use hardware=cpu"):
+        resolve_device(hardware)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device(hardware) == (torch.device("mps"), torch.float32)
+    assert resolve_device(replace(hardware, dtype="bfloat16")) == (torch.device("mps"), torch.bfloat16)
+    assert resolve_device(replace(hardware, device="auto")) == (torch.device("cpu"), torch.float32)
+    adapter = replace(train_config().adapter, quantization="nf4")
+    with pytest.raises(ConfigError, match=r"quantization=nf4 needs bitsandbytes.*hardware\.device=mps; use adapter=lora"):
+        load(tiny_models["llama3"], adapter, device="mps")
+
+
+def test_settings_of_the_device_come_before_its_weights(load, tiny_models, monkeypatch):
+    order, load_model = [], loading._load_model
+    monkeypatch.setattr(loading, "set_up", lambda device: order.append(device.type))
+    monkeypatch.setattr(loading, "_load_model", lambda *of: order.append("weights") or load_model(*of))
+    load(tiny_models["llama3"])
+    assert order == ["cpu", "weights"]
+
+
 @pytest.mark.parametrize("emulated", [True, False])
 def test_bfloat16_on_a_processor_without_it_warns(load, tiny_models, monkeypatch, emulated):
     asked, warnings = [], []
@@ -79,8 +100,8 @@ def test_lean_layers_are_for_the_cpu(load, tiny_models, train_config, monkeypatc
     """On other devices PEFT's layers stay. The weights of this test are on the CPU all the same."""
     load_model = loading._load_model
 
-    def on_the_cpu(location, path, revision, offline, dtype, device, quantization, warn):
-        return load_model(location, path, revision, offline, dtype, torch.device("cpu"), quantization, warn)
+    def on_the_cpu(location, path, of, file, dtype, device, quantization, warn):
+        return load_model(location, path, of, file, dtype, torch.device("cpu"), quantization, warn)
 
     monkeypatch.setattr(loading, "_load_model", on_the_cpu)
     monkeypatch.setattr(loading, "resolve_device", lambda _: (torch.device(device), torch.float32))

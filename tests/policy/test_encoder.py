@@ -11,18 +11,19 @@ from tokenizers import Tokenizer, normalizers, processors
 
 from dppo_cli.config.sections import Prompting
 from dppo_cli.errors import ConfigError, DataError, ModelError
-from dppo_cli.policy import policy as module
+from dppo_cli.policy import encoder as module
+from dppo_cli.policy.policy import Policy
 from dppo_cli.types import Example
 
 TEXTS = ["1+2=", "a", "hello World\n\n", " straße 日本 😀 \u2028\x00", "<eos>a<pad>", "12+34=" * 30, "?"]
-PLAIN = Prompting("plain", None, {})
-CHATS = (Prompting("chat", None, {}), Prompting("chat", "be brief", {}))
+PLAIN = Prompting("plain", None, {}, "refuse")
+CHATS = (Prompting("chat", None, {}, "refuse"), Prompting("chat", "be brief", {}, "refuse"))
 
 
 def test_plain_prompts_are_the_text(load, tiny_models):
     policy = load(tiny_models["llama3"])
     examples = [Example("1+2=", "3", {"level": 1}), Example("a", "b", {})]
-    prompts = policy.encode(examples, Prompting("plain", None, {}))
+    prompts = policy.encode(examples, Prompting("plain", None, {}, "refuse"))
     characters = {c: i + 3 for i, c in enumerate(tiny.CHARACTERS)}
     assert [p.token_ids for p in prompts] == [tuple(characters[c] for c in "1+2="), (characters["a"],)]
     assert [(p.index, p.example) for p in prompts] == [(0, examples[0]), (1, examples[1])]
@@ -33,7 +34,7 @@ def test_plain_prompts_are_the_text(load, tiny_models):
 )
 def test_chat_prompts_are_wrapped_by_the_template(load, tiny_models, system, text):
     policy = load(tiny_models["llama3"])
-    (prompt,) = policy.encode([Example("1+2=", "3", {})], Prompting("chat", system, {}))
+    (prompt,) = policy.encode([Example("1+2=", "3", {})], Prompting("chat", system, {}, "refuse"))
     assert policy.decode(prompt.token_ids) == text
     assert prompt.example.prompt == "1+2="
     assert all(isinstance(i, int) for i in prompt.token_ids)
@@ -43,8 +44,8 @@ def test_a_tokenizer_without_chat_template(load, folder):
     (folder / "chat_template.jinja").unlink()
     policy = load(folder)
     with pytest.raises(ModelError, match=r"has no chat template; use prompt\.template=plain"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}))
-    policy.encode([Example("1+2=", "3", {})], Prompting("plain", None, {}))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}, "refuse"))
+    policy.encode([Example("1+2=", "3", {})], Prompting("plain", None, {}, "refuse"))
 
 
 def test_a_template_that_refuses_a_system_message(load, folder):
@@ -52,16 +53,21 @@ def test_a_template_that_refuses_a_system_message(load, folder):
     (folder / "chat_template.jinja").write_text(refusing + tiny.CHAT_TEMPLATE)
     policy = load(folder)
     with pytest.raises(ModelError, match="System role not supported"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", "be brief", {}))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", "be brief", {}, "refuse"))
 
 
 def test_a_response_that_does_not_fit_into_the_models_positions_is_refused(train_config, tiny_models):
     config = train_config()
     policy = make.plain_policy(tiny_models["gpt2"], config)
     prompts = policy.encode([Example("1+1=", "2"), Example("12+34=", "46")], config.prompt)
-    policy.check_length(prompts, 250)
+    assert policy.encoder.fitting(prompts, 250, "refuse", make.fail) == prompts
     with pytest.raises(ConfigError, match=r"problem 1 has 6 tokens.*more than the 256 positions"):
-        policy.check_length(prompts, 251)
+        policy.encoder.fitting(prompts, 251, "refuse", make.fail)
+    told: list[str] = []
+    assert policy.encoder.fitting(prompts, 251, "drop", told.append) == prompts[:1]
+    assert len(told) == 1 and told[0].startswith("1 of 2 problems are too long and left out (problem 1 has 6 tokens; ")
+    with pytest.raises(DataError, match=r"^every problem is too long: problem 1 has 6 tokens"):
+        policy.encoder.fitting(prompts, 256, "drop", make.fail)
 
 
 @pytest.fixture
@@ -109,9 +115,9 @@ def test_batches_are_small_in_prompts_and_in_characters(load, model, monkeypatch
 @pytest.mark.parametrize("prompting", [PLAIN, *CHATS])
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(load, model, prompting, monkeypatch):
     policy, seen = load(model), []
-    whole = policy._token_ids
+    whole = policy.encoder._token_ids
     monkeypatch.setattr(
-        module.Policy, "_token_ids", lambda _, texts, chats, p: seen.extend(map(len, texts)) or whole(texts, chats, p)
+        module.Encoder, "_token_ids", lambda _, texts, chats, p: seen.extend(map(len, texts)) or whole(texts, chats, p)
     )
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 3000)
     words = r"^problem 1 has 50,000,000 characters, .* first 3,000 .* more than the 256 positions of /.*; shorten it$"
@@ -130,11 +136,12 @@ def test_a_long_prompt_of_few_tokens_is_not_refused(load, begins, monkeypatch):
 
 def test_a_model_without_a_number_of_positions_has_a_generous_one(load, model, monkeypatch):
     policy = load(model)
-    monkeypatch.setattr(module.Policy, "positions", None)
+    monkeypatch.setattr(Policy, "positions", None)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(module, "UNKNOWN_POSITIONS", 500)
     assert len(policy.encode([Example("1" * 1500, "")], PLAIN)[0].token_ids) == 1500
-    policy.check_length(policy.encode([Example("1" * 1500, "")], PLAIN), 10**9)
+    prompts = policy.encode([Example("1" * 1500, "")], PLAIN)
+    assert policy.encoder.fitting(prompts, 10**9, "refuse", make.fail) == prompts
     with pytest.raises(DataError, match="the first 4,000 of them alone have 4,000 tokens; that is more than the 500"):
         policy.encode([Example("1" * 5000, "")], PLAIN)
 
@@ -159,14 +166,17 @@ def test_a_template_that_fails_is_named_in_a_line(load, folder, template, words)
     (folder / "chat_template.jinja").write_text(template)
     policy = load(folder)
     with pytest.raises(ModelError, match=f"^the chat template of .* {words}"):
-        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}))
+        policy.encode([Example("1+2=", "3", {})], Prompting("chat", None, {}, "refuse"))
 
 
 def test_the_template_is_given_what_the_user_sets(train_config):
     policy = make.policy(train_config())
     policy.tokenizer.chat_template = "{{ 'on' if thinking else 'off' }}{{ messages[-1].content }}"
     example = [Example("1+2=", "3", {})]
-    found = [policy.encode(example, Prompting("chat", None, words))[0].token_ids for words in ({}, {"thinking": True})]
+    found = [
+        policy.encode(example, Prompting("chat", None, words, "refuse"))[0].token_ids
+        for words in ({}, {"thinking": True})
+    ]
     assert [policy.decode(ids) for ids in found] == ["off1+2=", "on1+2="]
 
 
