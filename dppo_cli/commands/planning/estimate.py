@@ -1,0 +1,180 @@
+"""The whole estimate for a config: prompts, memory, time; and the one change that makes it fit."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from dppo_cli.commands.planning.machine import Machine
+from dppo_cli.commands.planning.memory import Memory, memory
+from dppo_cli.commands.planning.prompts import Prompts, find_prompts
+from dppo_cli.commands.planning.shapes import Shapes, Source, make_shapes, read_source
+from dppo_cli.commands.planning.simulate import SamplingCost, UpdateCost, sampling_cost, update_cost
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.config.sections import Model
+from dppo_cli.errors import DppoError
+from dppo_cli.policy.location import EMBEDDED
+from dppo_cli.rollout.local import LocalRollout
+
+T = TypeVar("T")
+
+SMALLEST_BUDGET = 64
+"""Tokens of a micro-batch below which an update only gets slower."""
+PARAMETERS = re.compile(r"([\d.]+) (billion|million) parameters")
+"""As the headers of conf/model/*.yaml have it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a config needs."""
+
+    shapes: Shapes
+    prompts: Prompts
+    memory: Memory
+    sampling: SamplingCost
+    sub_batches: int
+    sequences: int
+    update: UpdateCost
+
+    def fits(self, machine: Machine) -> bool:
+        return self.memory.peak + self.memory.reserve <= machine.free
+
+
+@dataclass
+class Planner:
+    """Keeps what several estimates share: of the changes that are tried, most leave the model as it is."""
+
+    machine: Machine
+    runtime: float
+    prompt_tokens: int | None
+    sources: dict[Model, Source] = field(default_factory=dict)
+    shapes: dict[Any, Shapes] = field(default_factory=dict)
+    prompts: dict[Any, Prompts] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
+
+    def estimate(self, config: TrainConfig) -> Estimate:
+        """Raises DppoError for a model, an adapter or prompts that a run would refuse, too."""
+        source, shapes = self.source(config.model), self._shapes(config)
+        key = (config.model, config.sampling.max_new_tokens)
+        if key not in self.prompts:
+            self.prompts[key] = find_prompts(config, shapes.policy, self.prompt_tokens)
+        prompts = self.prompts[key]
+        batch, concurrent = config.batch, _concurrent(config)
+        training = prompts.step[: max(1, concurrent // batch.samples_per_prompt)], batch.samples_per_prompt
+        held_out = (
+            prompts.heldout[: max(1, concurrent // config.eval.samples_per_prompt)],
+            config.eval.samples_per_prompt,
+        )
+        # Their responses are equally long at most.
+        largest = max(training, held_out, key=lambda part: len(part[0]) * part[1])
+        sequences = len(largest[0]) * largest[1]
+        of = (id(shapes), config.sampling, config.approx)
+        sampling = self._once(
+            (*of, sequences), partial(sampling_cost, shapes, *largest, config.sampling, config.approx.num_logprobs)
+        )
+        update = self._once(
+            (*of, config.hardware),
+            partial(
+                update_cost,
+                shapes,
+                prompts.step[: batch.prompts_per_update],
+                batch.samples_per_prompt,
+                config.sampling.max_new_tokens,
+                config.hardware,
+                config.approx,
+                config.kl_to_reference > 0,
+            ),
+        )
+        found = memory(config, source, shapes, self.machine, self.runtime, sampling, update)
+        step = batch.prompts_per_step * batch.samples_per_prompt
+        return Estimate(shapes, prompts, found, sampling, math.ceil(step / sequences), sequences, update)
+
+    def _once(self, key: Any, work: Callable[[], T]) -> T:
+        """Batch, KL term and prompts are the same in every estimate, so they are no part of a key."""
+        if str(key) not in self.costs:
+            self.costs[str(key)] = work()
+        found: T = self.costs[str(key)]
+        return found
+
+    def source(self, model: Model) -> Source:
+        if model not in self.sources:
+            self.sources[model] = read_source(model)
+        return self.sources[model]
+
+    def _shapes(self, config: TrainConfig) -> Shapes:
+        machine, hardware = self.machine, config.hardware
+        key = (config.model, str(config.adapter), hardware.gradient_checkpointing)
+        if key not in self.shapes:
+            self.shapes[key] = make_shapes(
+                self.source(config.model), config.adapter, hardware, machine.dtype, machine.on_cpu
+            )
+        return self.shapes[key]
+
+    def change_that_fits(self, config: TrainConfig, now: Estimate) -> tuple[str, Estimate] | None:
+        """The first single change with which it fits, in words of the command line, and the estimate with it."""
+        # Where the weights alone are too much, only other weights can help.
+        too_heavy = now.memory.least > self.machine.free
+        for words, changed in changes(config, now.memory.peak_phase, now.shapes.parameters):
+            if too_heavy and (changed.model, changed.adapter) == (config.model, config.adapter):
+                continue
+            try:
+                found = self.estimate(changed)
+            except DppoError:
+                continue  # It is no choice for this model.
+            if found.fits(self.machine):
+                return words, found
+        return None
+
+
+def changes(config: TrainConfig, phase: str, parameters: int) -> Iterator[tuple[str, TrainConfig]]:
+    """Single changes that may lower a phase. First those that leave the method as it is, then those that change it."""
+    hardware, rollout = config.hardware, config.rollout
+    updating = phase.startswith("update")
+    if updating:
+        budget = hardware.tokens_per_micro_batch
+        while (budget := budget // 2) >= SMALLEST_BUDGET:
+            changed = replace(hardware, tokens_per_micro_batch=budget)
+            yield f"hardware.tokens_per_micro_batch={budget}", replace(config, hardware=changed)
+        if not hardware.gradient_checkpointing:
+            changed = replace(hardware, gradient_checkpointing=True)
+            yield "hardware.gradient_checkpointing=true", replace(config, hardware=changed)
+    elif isinstance(rollout, LocalRollout):
+        most = config.batch.prompts_per_step * config.batch.samples_per_prompt
+        concurrent = min(rollout.concurrent_sequences, most)
+        while (concurrent := concurrent // 2) >= config.batch.samples_per_prompt:
+            fewer = replace(rollout, concurrent_sequences=concurrent)
+            yield f"rollout.concurrent_sequences={concurrent}", replace(config, rollout=fewer)
+        own = "adapter" if config.adapter.quantization is None else "quantized"
+        if rollout.weights != own and rollout.dtype is None:
+            yield f"rollout.weights={own}", replace(config, rollout=replace(rollout, weights=own))
+    if config.adapter.quantization is None and config.model.gguf_file is None:
+        yield "adapter=qlora", replace(config, adapter=replace(config.adapter, quantization="nf4"))
+    tokens = config.sampling.max_new_tokens
+    while (tokens := tokens // 2) >= SMALLEST_BUDGET:
+        shorter = replace(config.sampling, max_new_tokens=tokens)
+        yield f"sampling.max_new_tokens={tokens}", replace(config, sampling=shorter)
+    for choice, model in smaller_models(parameters):
+        yield f"model={choice}", replace(config, model=model)
+
+
+def smaller_models(parameters: int) -> Iterator[tuple[str, Model]]:
+    """The choices of conf/model with fewer parameters, the largest first; at last the model in the package."""
+    found: list[tuple[float, str, Model]] = []
+    for file in sorted((config_dir() / "model").glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        size, path = PARAMETERS.search(text), re.search(r"^  path: (\S+)$", text, flags=re.MULTILINE)
+        if path is None or path[1] == "???":
+            continue
+        count = float(size[1]) * (1e9 if size[2] == "billion" else 1e6) if size else 1e6
+        if count < parameters and (size or path[1].startswith(EMBEDDED)):
+            found.append((count, file.stem, Model(path[1], None, None)))
+    for _, choice, model in sorted(found, key=lambda each: -each[0]):
+        yield choice, model
+
+
+def _concurrent(config: TrainConfig) -> int:
+    most = config.batch.prompts_per_step * config.batch.samples_per_prompt
+    return config.rollout.concurrent_sequences if isinstance(config.rollout, LocalRollout) else most
