@@ -3,57 +3,95 @@
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dppo_cli.algorithm.advantage import Advantage
-from dppo_cli.config.sections import Sampling
+from dppo_cli.config.sections import BatchPlan, Sampling
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
+Take = Callable[[int], Sequence[Prompt]]
+"""Gives the next so many prompts."""
+
 
 @dataclass(frozen=True)
 class Collected:
-    """The groups of a step, and the seconds that the trainer waited for sampling ("rollout") and scoring ("reward")."""
+    """What a step trains on, and what it cost.
+
+    `replaced`: groups that were sampled and are not among `groups`. `seconds`: how long the trainer waited for sampling
+    ("rollout") and scoring ("reward").
+    """
 
     groups: list[Group]
     seconds: Mapping[str, float]
+    replaced: Sequence[Group] = ()
+    rounds: int = 1
+
+    @property
+    def sampled(self) -> list[Group]:
+        """Every group of the step."""
+        return [*self.groups, *self.replaced]
 
 
 class Collector(Protocol):
-    """Turns the prompts of a step into groups. Groups may be fewer or more than the prompts, and differ in size."""
+    """Makes groups of the next prompts. Groups may be fewer than a step's prompts, and differ in size."""
 
-    def collect(self, prompts: Sequence[Prompt], step: int) -> Collected: ...
+    def collect(self, take: Take, step: int) -> Collected: ...
 
 
 @dataclass(frozen=True)
 class InStepCollector:
-    """Samples and scores while the trainer waits, so that every group is of the policy as it is."""
+    """Samples and scores while the trainer waits, so that every group is of the policy as it is.
+
+    Groups in which every advantage is 0 are replaced by groups of the next prompts, `replacement_rounds` times at most
+    (dynamic sampling, arXiv 2503.14476, Eq. 11). What is then still missing is filled up with them, so that a step
+    always has the same number of groups.
+    """
 
     engine: RolloutEngine
     scorer: Scorer
     advantage: Advantage
-    samples_per_prompt: int
+    batch: BatchPlan
     sampling: Sampling
     num_logprobs: int
     seed: int
     mask_truncated: bool
+    replacement_rounds: int = 0
 
-    def collect(self, prompts: Sequence[Prompt], step: int) -> Collected:
+    def collect(self, take: Take, step: int) -> Collected:
+        wanted = self.batch.prompts_per_step
+        seconds = {"rollout": 0.0, "reward": 0.0}
+        found: list[Group] = []
+        equal: list[Group] = []
+        rounds = 0
+        while len(found) < wanted and rounds <= self.replacement_rounds:
+            seed = derive_seed(self.seed, step if rounds == 0 else f"{step}, round {rounds}")
+            groups = self._round(take(wanted - len(found)), seed, seconds)
+            rounds += 1
+            if not self.replacement_rounds:
+                return Collected(groups, seconds)
+            for group in groups:
+                (found if any(group.advantages) else equal).append(group)
+        missing = wanted - len(found)
+        return Collected(found + equal[:missing], seconds, equal[missing:], rounds)
+
+    def _round(self, prompts: Sequence[Prompt], seed: int, seconds: dict[str, float]) -> list[Group]:
         start = time.perf_counter()
-        seed = derive_seed(self.seed, step)
-        sampled = self.engine.generate(prompts, self.samples_per_prompt, self.sampling, self.num_logprobs, seed)
+        n = self.batch.samples_per_prompt
+        sampled = self.engine.generate(prompts, n, self.sampling, self.num_logprobs, seed)
         sampled_at = time.perf_counter()
         scores = self.scorer(prompts, sampled)
-        groups = [
+        seconds["rollout"] += sampled_at - start
+        seconds["reward"] += time.perf_counter() - sampled_at
+        return [
             Group(prompt, completions, of_prompt, self._advantages(completions, of_prompt))
             for prompt, completions, of_prompt in zip(prompts, sampled, scores, strict=True)
         ]
-        return Collected(groups, {"rollout": sampled_at - start, "reward": time.perf_counter() - sampled_at})
 
     def _advantages(self, completions: Sequence[Completion], scores: Sequence[Score]) -> list[float]:
         found = advantages(scores, self.advantage)
@@ -70,6 +108,6 @@ def advantages(scores: Sequence[Score], advantage: Advantage) -> list[float]:
     return advantage(torch.tensor(rewards, dtype=torch.float32)).tolist()
 
 
-def derive_seed(seed: int, step: int) -> int:
-    """A seed of its own for every step of every run seed."""
+def derive_seed(seed: int, step: int | str) -> int:
+    """A seed of its own for every step, or part of one, of every run seed."""
     return random.Random(f"{seed}:{step}").getrandbits(63)

@@ -18,6 +18,7 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.errors import ConfigError, NumericalError
+from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.kernels.top_k import top_k
@@ -30,6 +31,10 @@ from dppo_cli.rollout.sampling import draw, truncate
 from dppo_cli.rollout.stop_strings import StopStrings, before_first
 from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
 from dppo_cli.types import Completion, PolicyReport, Prompt, Status
+
+STEPS_UNREAD = 8
+"""Steps from one look at which sequences have ended to the next, on CUDA. Each look costs the device a pause, in which
+the host prepares the next step; sequences that have ended run on until then, for nothing."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ class LocalEngine:
         stops = self._stop_strings(sampling.stop) if sampling.stop else None
         decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
+        # Stop strings are looked for on the host, at every step.
+        every = STEPS_UNREAD if device.type == CUDA and stops is None else 1
         # One for every sequence at every step, so that a token does not depend on which others have finished or are in
         # the sub-batch; all at once, because sending them to the device waits for it.
         shape = (sampling.max_new_tokens, group)
@@ -170,16 +177,20 @@ class LocalEngine:
                     mass_AV = truncate(logits_AV - log_total_A1, sampling).exp()
                 token_A = draw(mass_AV, uniform_B[active_A])
             record.add(active_A, token_A, logits_AV, log_total_A1, hidden_AH)
-            writing_A = _still_writing(token_A, eos_E)
+            record.writing_B[active_A] &= ~torch.isin(token_A, eos_E)
             if stops is not None:
-                writing_A &= ~stops.ended(record.tokens(), active_A)
-            if not writing_A.any() or record.steps == sampling.max_new_tokens:
+                record.writing_B[active_A] &= ~stops.ended(record.tokens(), active_A).to(device)
+            if record.steps == sampling.max_new_tokens:
                 break
             del logits_AV  # freed before the next step's are made
-            if not writing_A.all():
-                rows = compact(writing_A, device)
-                decoder.keep(rows)
-                active_A, token_A = active_A[rows.kept_A], token_A[rows.kept_A]
+            if record.steps % every == 0:
+                writing_A = _still_writing(record.writing_B[active_A])
+                if not writing_A.any():
+                    break
+                if not writing_A.all():
+                    rows = compact(writing_A, device)
+                    decoder.keep(rows)
+                    active_A, token_A = active_A[rows.kept_A], token_A[rows.kept_A]
             hidden_AH = decoder.step(token_A)
         return record
 
@@ -213,6 +224,9 @@ class LocalEngine:
 class Record:
     """What was sampled, of `size` sequences of up to `capacity` tokens; a sequence's tokens are adjacent.
 
+    `writing_B`: those that have not ended. What is added to the others, until they are out of the batch, is no part of
+    their response.
+
     Its memory is allocated at the first step: [size, capacity] tokens (int64) and log-probs (float32), where asked K
     ids and log-probs a token, or the hidden state. Allocated little by little, between tensors that each step frees, it
     would leave holes too small for the next step's slightly longer tensors: 1.2 GiB after 512 steps of a small model.
@@ -223,6 +237,7 @@ class Record:
         self.head, self.num_logprobs = head, num_logprobs
         self.steps = 0
         self.length_B = torch.zeros(size, dtype=torch.int64, device=head.weight_VH.device)
+        self.writing_B = torch.ones_like(self.length_B, dtype=torch.bool)
         self.columns: list[Tensor] = []  # [size, capacity, ...] each
 
     def add(
@@ -241,10 +256,10 @@ class Record:
         for column, new in zip(self.columns, step, strict=True):
             column[active_A, self.steps] = new
         self.steps += 1
-        self.length_B[active_A] = self.steps
+        self.length_B[active_A] += self.writing_B[active_A]
 
     def tokens(self) -> Tensor:
-        """What was sampled so far, int64 [size, steps]; rows of finished sequences hold nothing from their end on."""
+        """What was sampled so far, int64 [size, steps]; rows of ended sequences mean nothing from their end on."""
         return self.columns[0][:, : self.steps]
 
     def reports(self) -> Iterator[tuple[Tensor, PolicyReport]]:
@@ -259,6 +274,6 @@ class Record:
             yield token, report
 
 
-def _still_writing(token_A: Tensor, eos_E: Tensor) -> Tensor:
+def _still_writing(writing_A: Tensor) -> Tensor:
     """Bool [A] on the CPU. The one place where the host waits for the device."""
-    return ~torch.isin(token_A, eos_E).cpu()
+    return writing_A.cpu()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dppo_cli.kernels.devices import float64
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -27,7 +29,7 @@ def agreement(p: Sequence[Tensor], q: Sequence[Tensor]) -> Agreement:
     """Of the logits, float32 [T, V], of the same responses."""
     kl, tv, same, logit, tokens = 0.0, 0.0, 0, 0.0, 0
     for p_TV, q_TV in zip(p, q, strict=True):
-        log_p_TV, log_q_TV = p_TV.double().log_softmax(-1), q_TV.double().log_softmax(-1)
+        log_p_TV, log_q_TV = float64(p_TV).log_softmax(-1), float64(q_TV).log_softmax(-1)
         p_is_0 = log_p_TV == -torch.inf
         terms_TV = torch.where(p_is_0, 0.0, log_p_TV.exp() * (log_p_TV - log_q_TV))
         kl += float(terms_TV.sum())

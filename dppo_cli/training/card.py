@@ -28,13 +28,15 @@ def card(config: Mapping[str, Any], results: Mapping[str, Any] | None, kind: str
     """The text of README.md.
 
     `config`: what config.yaml of the run holds. `results`: what summary.json holds, or as much as is known; what is
-    missing is not shown, or shown as not measured. `kind`: adapter, or merged (plain transformers).
+    missing is not shown, or shown as not measured. `kind`: adapter, merged (plain transformers), or gguf.
     """
     base, revision = str(config["model"]["path"]), config["model"].get("revision")
     lora = f"{_kind(config)} adapter"
     named = f"the language model {_base(base, link=True)}"
     if revision is not None:
         named += f" (revision {_code(str(revision))})"
+    if config["model"].get("gguf_file") is not None:
+        named += f" (file {_code(_last(str(config['model']['gguf_file'])))})"
     if kind == "adapter":
         title, what = f"{lora} for {_base(base)}", f"A {lora} for {named}"
     else:
@@ -62,9 +64,11 @@ def _metadata(base: str, kind: str) -> dict[str, Any]:
     if kind == "adapter":
         # The last two are PEFT's own.
         tags += ["lora", "transformers", *([f"base_model:adapter:{base}"] if on_hub else [])]
+    if kind == "gguf":
+        tags.append("gguf")
     return {
         **({"base_model": base} if on_hub else {}),
-        "library_name": "peft" if kind == "adapter" else "transformers",
+        "library_name": {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[kind],
         "pipeline_tag": "text-generation",
         "tags": tags,
     }
@@ -118,7 +122,7 @@ def _accuracy(results: Mapping[str, Any], when: str) -> str:
 def _task(config: Mapping[str, Any]) -> list[str]:
     prompt = _section(config, "prompt")
     empty = () if prompt.get("template_kwargs") else ("template_kwargs",)
-    template = f"- Prompt: {', '.join(_settings(prompt, skip=('system', *empty)))}"
+    template = f"- Prompt: {', '.join(_settings(prompt, skip=('system', 'too_long', *empty)))}"
     if prompt.get("system") is not None:
         template += ", with a system message"
     return [*(_option(name, config[name]) for name in ("data", "reward") if name in config), template]
@@ -150,14 +154,17 @@ def _loading(config: Mapping[str, Any], kind: str) -> list[str]:
     path, revision = str(config["model"]["path"]), config["model"].get("revision")
     quantised = _section(config, "adapter").get("quantization") == "nf4"
     folder = "`FOLDER` is the folder of this file, or its name on the hub."
+    more = " The policy was trained on a base in 4 bits; the merge uses the unquantised one." if quantised else ""
+    if kind == "gguf":
+        text = "llama-cli -m FOLDER/NAME.gguf\nollama create NAME -f FOLDER/Modelfile"
+        return [f"```sh\n{text}\n```", f"{folder} With llama.cpp, or with Ollama.{more}"]
     if kind != "adapter":
         text = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
         )
-        more = " The policy was trained on a base in 4 bits; the merge uses the unquantised one."
-        return [f"```python\n{text}\n```", folder + (more if quantised else "")]
+        return [f"```python\n{text}\n```", folder + more]
     lines, base, options = [], '"BASE"', ""
     if path.startswith(EMBEDDED):
         lines.append("from importlib.resources import files\n")
@@ -169,6 +176,10 @@ def _loading(config: Mapping[str, Any], kind: str) -> list[str]:
     else:
         folder += f" `BASE` is the folder of the base model, {_base(path)}."
     lines += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    gguf_file = config["model"].get("gguf_file")
+    if gguf_file is not None:
+        options += f", gguf_file={_literal(str(gguf_file))}"
+        lines[-1] += ", GgufConfig"
     if quantised:
         lines[-1] += ", BitsAndBytesConfig"
     lines += ["", f"base = {base}", f"tokenizer = AutoTokenizer.from_pretrained(base{options})"]
@@ -183,6 +194,8 @@ def _loading(config: Mapping[str, Any], kind: str) -> list[str]:
             ")",
         ]
         options += ", quantization_config=nf4"
+    elif gguf_file is not None:
+        options += ", quantization_config=GgufConfig(dequantize=True)"
     lines += [
         f"model = AutoModelForCausalLM.from_pretrained(base{options})",
         'model = PeftModel.from_pretrained(model, "FOLDER")',

@@ -21,7 +21,8 @@ def check_finite(loss_N: Tensor) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, of torch's allocator on a CPU, or of Python."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def out_of_memory(error: BaseException) -> RunError | None:

@@ -19,12 +19,15 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.algorithm.loss import Loss, Visitor
 from dppo_cli.config.sections import AdamW, Hardware
 from dppo_cli.errors import NumericalError
+from dppo_cli.kernels import devices
 from dppo_cli.kernels.top_k import top_k
 from dppo_cli.policy.forward import Forward, choose_forward, split_by_tokens
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.training.failures import check_finite, is_out_of_memory, named
-from dppo_cli.types import Batch, Group, PolicyReport, Sample, TokenStats
+from dppo_cli.training.optimizer import lr_factor, make_optimizer, moments_of, restored
+from dppo_cli.training.sample_stats import KeptSamples
+from dppo_cli.types import Batch, Group, PolicyReport, Sample, SampleStats, TokenStats
 from dppo_cli.world import World
 
 
@@ -33,6 +36,7 @@ class UpdateResult:
     """One optimizer step. `stats`: what was seen of its tokens. `num_positions`: tokens and padding that ran."""
 
     stats: list[TokenStats]
+    kept: list[SampleStats]  # the same of each sample of a group that is kept
     gradient_norm: float | None  # None: the update was skipped
     lr: float
     sequences: int
@@ -67,10 +71,7 @@ class Learner:
         self.budget = hardware.tokens_per_micro_batch
         self.forward = forward or choose_forward(policy)
         self.world = world or World()
-        b1, b2 = optim.betas
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters, lr=optim.lr, betas=(b1, b2), eps=optim.eps, weight_decay=optim.weight_decay
-        )
+        self.optimizer = make_optimizer(policy.parameters, optim, policy.device)
         # Allocated once: during the first backward pass they would fragment the memory that it frees. After a batch of
         # which every sample was skipped they are zero, not None.
         for parameter in policy.parameters:
@@ -100,7 +101,7 @@ class Learner:
         no weight changed, if a loss or a gradient is not finite.
         """
         random_state, device = torch.get_rng_state(), self.policy.device
-        on_cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        of_device = devices.random_state(device)
         try:
             while True:
                 try:
@@ -113,9 +114,8 @@ class Learner:
                 self.optimizer.zero_grad(set_to_none=False)
                 torch.set_rng_state(random_state)
                 self.budget = max(1, self.budget // 2)
-                if on_cuda is not None:
-                    torch.cuda.set_rng_state(on_cuda, device)
-                    torch.cuda.empty_cache()
+                devices.set_random_state(device, of_device)
+                devices.empty_cache(device)
                 self.warn(
                     f"out of memory in an update: repeated with hardware.tokens_per_micro_batch={self.budget}, which "
                     "this run uses from here on"
@@ -133,7 +133,7 @@ class Learner:
             warnings.simplefilter("ignore")
             self.schedule.step()
         sequences = sum(len(group.completions) for group in groups)
-        return UpdateResult([], None, lr, sequences, 0, 0, 0)
+        return UpdateResult([], [], None, lr, sequences, 0, 0, 0)
 
     def _backward(self, groups: Sequence[Group]) -> UpdateResult:
         """The gradient of an update, and what was seen on the way."""
@@ -142,26 +142,29 @@ class Learner:
         # Samples without advantage run last and separately, so that skipping them does not change the other sums.
         useful = [s for s in samples if s.advantage != 0]
         idle = [s for s in samples if s.advantage == 0]
-        stats, positions, tokens = [], 0, 0
+        stats, kept, positions, tokens = [], [], 0, 0
         for part in (useful, idle) if self.loss.needs_all_tokens else (useful,):
             if not part:
                 continue
             forward, reference = self._open(prompts, part), self._open_reference(prompts, part)
             for batch, indices in self._micro_batches(prompts, part):
                 logp_ref_N = None if reference is None else self._reference_log_probs(batch, reference)
+                looking = KeptSamples([part[i] for i in indices], batch.mu)
                 try:
-                    loss_N, seen = self.loss(batch, partial(self._log_probs, batch, forward), logp_ref_N)
+                    loss_N, seen = self.loss(batch, looking.at(partial(self._log_probs, batch, forward)), logp_ref_N)
                     check_finite(loss_N)
                 except NumericalError as error:
-                    raise named(error, batch, [part[i] for i in indices], groups) from None
+                    raise named(error, batch, looking.samples, groups) from None
                 (loss_N.sum() / divisor).backward()
                 stats.append(seen)
+                kept += looking.found(seen)
             forward.backward()
             positions += forward.num_positions
             tokens += forward.num_tokens
         lr = float(self.schedule.get_last_lr()[0])
         return UpdateResult(
             stats=stats,
+            kept=kept,
             gradient_norm=None,
             lr=lr,
             sequences=len(samples),
@@ -173,19 +176,19 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resume needs: the adapter and the optimizer's moments as tensors, the schedule's position as JSON."""
         tensors = {f"adapter.{name}": p.detach() for name, p in self._named_parameters()}
-        moments = self.optimizer.state_dict()["state"]
-        for index, (name, _) in enumerate(self._named_parameters()):
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.get(index, {}).items()}
+        for name, parameter in self._named_parameters():
+            moments = moments_of(self.optimizer, parameter)
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
         return tensors, {"updates": self.schedule.last_epoch, "budget": self.budget}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Go on from what `state()` gave."""
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Any]] = {}
         index_of = {name: index for index, (name, _) in enumerate(self._named_parameters())}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
                 _, kind, name = key.split(".", 2)
-                moments.setdefault(index_of[name], {})[kind] = value.clone()
+                moments.setdefault(index_of[name], {})[kind] = restored(value)
         for name, parameter in self._named_parameters():
             parameter.data.copy_(tensors[f"adapter.{name}"])
         self.schedule.last_epoch, self.budget = plain["updates"], plain["budget"]
@@ -266,24 +269,11 @@ class Learner:
             yield Batch.pack([samples[i] for i in part], prompts, self.policy.pad_id, self.policy.device), part
 
 
-def lr_factor(update: int, total_updates: int, optim: AdamW) -> float:
-    """What the learning rate is multiplied by at update 0, 1, ...: linear warm-up, then constant, or a cosine.
-
-    The cosine would be 0 at update `total_updates`, one after the last: an update with a rate of 0 would be wasted.
-    """
-    if update < optim.warmup_updates:
-        return (update + 1) / optim.warmup_updates
-    if optim.schedule == "constant":
-        return 1.0
-    progress = (update - optim.warmup_updates) / max(1, total_updates - optim.warmup_updates)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 def _samples(groups: Sequence[Group]) -> tuple[list[tuple[int, ...]], list[Sample]]:
     """Token ids of the groups' prompts by number, and every completion with its prompt's number."""
     prompts = [group.prompt.token_ids for group in groups]
     samples = [
-        Sample(number, completion, advantage, anchor)
+        Sample(number, completion, advantage, anchor, group.kept)
         for number, group in enumerate(groups)
         for completion, advantage, anchor in zip(
             group.completions,

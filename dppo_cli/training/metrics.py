@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dppo_cli.kernels.devices import peak_bytes
+from dppo_cli.rollout.collect import Collected
 from dppo_cli.training.learner import UpdateResult
 from dppo_cli.types import Group, Status, TokenStats
 
@@ -42,18 +44,31 @@ class PhaseTimer:
         return {**self.seconds, "total": total, **rates}
 
 
-def rollout_metrics(groups: Sequence[Group], success_reward: float) -> dict[str, Any]:
-    """Rewards and lengths of a step's samples. `equal_groups`: share of prompts whose samples all have A = 0."""
+def rollout_metrics(collected: Collected, success_reward: float) -> dict[str, Any]:
+    """Rewards and lengths of all that a step has sampled. `equal_groups`: share of groups whose samples all have A = 0.
+
+    `reward_parts`: of a mixture, the mean of each member by its name. `sampled_groups` and `sampling_rounds` say what
+    replacing equal groups has cost.
+    """
+    groups = collected.sampled
     scores = [score.value for group in groups for score in group.scores]
     judged = [value for value in scores if value is not None]
     completions = [c for group in groups for c in group.completions]
     prompt_lengths = [len(group.prompt.token_ids) for group in groups for _ in group.completions]
     lengths = [len(c.token_ids_T) for c in completions]
+    parts: dict[str, list[float]] = {}
+    for group in groups:
+        for score in group.scores:
+            for name, value in score.parts.items():
+                parts.setdefault(name, []).extend([] if value is None else [value])
     return {
         "reward": _mean_of(judged),
+        "reward_parts": {name: _mean_of(values) for name, values in parts.items()},
         "accuracy": _mean_of([value >= success_reward for value in judged]),
         "unjudged": 1 - len(judged) / len(scores) if scores else None,
-        "equal_groups": _mean_of([all(a == 0 for a in group.advantages) for group in groups]),
+        "equal_groups": _mean_of([not any(group.advantages) for group in groups]),
+        "sampled_groups": len(groups),
+        "sampling_rounds": collected.rounds,
         "prompt_tokens": _mean_of(prompt_lengths),
         "response_tokens": _mean_of(lengths),
         "response_tokens_max": max(lengths, default=0),
@@ -117,8 +132,9 @@ def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
 
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far, GiB: of the GPU where there is one, else resident memory of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    of_device = peak_bytes(device)
+    if of_device is not None:
+        return of_device / 2**30
     if sys.platform == "linux":
         # Not getrusage, whose maximum begins with that of the process that started this one.
         status = Path("/proc/self/status").read_text().splitlines()

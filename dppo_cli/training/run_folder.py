@@ -1,5 +1,5 @@
 """A run's folder: config.yaml, metrics.jsonl (a line per step), resumes.json (where it went on), summary.json,
-masked_tokens.json, adapter/, checkpoints/step-N/.
+masked_tokens.json, samples/step-N.jsonl, adapter/, checkpoints/step-N/.
 
 It appears on the disk only when everything that can be refused has been checked and loaded. Every file but
 metrics.jsonl is complete or not there. Imports no torch.
@@ -8,8 +8,9 @@ metrics.jsonl is complete or not there. Imports no torch.
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,10 +22,18 @@ from dppo_cli.errors import RunError
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 RESUMES = "resumes.json"
+SUMMARY = "summary.json"
+MASKED_TOKENS = "masked_tokens.json"
+SAMPLES = "samples"
 NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 """What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
-RESULTS = ("config.yaml", METRICS, RESUMES, "summary.json", "masked_tokens.json", "adapter", "checkpoints")
-TEMPORARY = (*(f".{name}.tmp" for name in RESULTS), ".nonfinite-*.tmp", "checkpoints/.step-*.tmp")
+RESULTS = ("config.yaml", METRICS, RESUMES, SUMMARY, MASKED_TOKENS, SAMPLES, "adapter", "checkpoints")
+TEMPORARY = (
+    *(f".{name}.tmp" for name in RESULTS),
+    ".nonfinite-*.tmp",
+    f"{SAMPLES}/.step-*.tmp",
+    "checkpoints/.step-*.tmp",
+)
 """What a process that was killed may have left unfinished."""
 MAX_DEPTH = 200
 """Of a path: Python makes folders by recursion."""
@@ -127,8 +136,9 @@ class RunFolder:
         self._lines(steps)
 
     def cut(self, steps: int) -> None:
-        """Keep the lines of the first `steps` steps in metrics.jsonl: the steps after them run again."""
+        """Keep the lines of the first `steps` steps in metrics.jsonl, and their samples: the others run again."""
         write_text(self.path / METRICS, "".join(f"{line}\n" for line in self._lines(steps)))
+        self.remove_samples(step for step in sample_steps(self.path) if step > steps)
         self.steps_logged = steps
         if steps:
             point_last(self.path)
@@ -147,6 +157,17 @@ class RunFolder:
             if _step_of(line) != step:
                 raise RunError(f"{path} is damaged: line {step} is not that of step {step}")
         return lines
+
+    def write_samples(self, step: int, lines: str) -> None:
+        """Write samples/step-N.jsonl, complete or not at all."""
+        path = samples_path(self.path, step)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, lines)
+
+    def remove_samples(self, steps: Iterable[int]) -> None:
+        """Remove the files of these steps, if they are there."""
+        for step in steps:
+            _remove(samples_path(self.path, step))
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -209,7 +230,7 @@ class RunFolder:
             for path in self.path.glob(pattern):
                 _remove(path)
         if self.goes_on:
-            for name in ("summary.json", "masked_tokens.json", "adapter"):
+            for name in (SUMMARY, MASKED_TOKENS, "adapter"):
                 _remove(self.path / name)
 
 
@@ -241,14 +262,30 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def samples_path(run: Path, step: int) -> Path:
+    return run / SAMPLES / f"step-{step}.jsonl"
+
+
+def sample_steps(run: Path) -> list[int]:
+    """The steps of which a run has samples, in order."""
+    names = (re.fullmatch(r"step-([1-9][0-9]{0,17})\.jsonl", path.name) for path in (run / SAMPLES).glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        # On a full disk what was written so far takes room.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dppo_cli.errors import RunError
-from dppo_cli.training.batches import PromptOrder
+from dppo_cli.kernels.devices import random_state, set_random_state
+from dppo_cli.training.evaluation import Measured
 from dppo_cli.training.learner import Learner
+from dppo_cli.training.order import PromptOrder
 
 
 class Tally(Protocol):
@@ -44,8 +46,7 @@ class RunState:
     tallies: Mapping[str, Tally]
     step: int = 0
     seconds: float = 0.0  # of processes that ended before this one
-    eval_before: float | None = None  # accuracy before the first step
-    eval_before_error: float | None = None  # its standard error
+    before: dict[str, Measured] | None = None  # the evaluations before the first step, by set
     best: tuple[int, float] | None = None  # step and accuracy of the best evaluation in between
     warnings: list[str] = field(default_factory=list)
     mark: Snapshot | None = field(default=None, init=False)  # before the step in progress
@@ -78,8 +79,7 @@ class RunState:
         plain = {
             "step": self.step,
             "seconds": self.seconds,
-            "eval_before": self.eval_before,
-            "eval_before_error": self.eval_before_error,
+            "before": self.before,
             "best": self.best,
             "warnings": list(self.warnings),
             "tallies": {name: tally.state() for name, tally in self.tallies.items()},
@@ -98,7 +98,7 @@ class RunState:
     def _load(self, snapshot: Snapshot) -> None:
         plain = snapshot.plain
         self.step, self.seconds = plain["step"], plain["seconds"]
-        self.eval_before, self.eval_before_error = plain["eval_before"], plain["eval_before_error"]
+        self.before = plain["before"]
         self.best = None if plain["best"] is None else (plain["best"][0], plain["best"][1])
         self.warnings = list(plain["warnings"])
         for name, tally in self.tallies.items():
@@ -109,17 +109,16 @@ class RunState:
         tensors, learner = self.learner.state()
         tensors |= {"random.cpu": torch.get_rng_state()}
         device = self.learner.policy.device
-        if device.type == "cuda":
-            tensors |= {"random.cuda": torch.cuda.get_rng_state(device)}
+        of_device = random_state(device)
+        if of_device is not None:
+            tensors |= {"random.device": of_device}
         copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-        return Snapshot(copies, {"prompts_taken": self.prompts.taken, "learner": learner})
+        return Snapshot(copies, {"prompts": self.prompts.state(), "learner": learner})
 
     def _restore(self, snapshot: Snapshot) -> None:
         tensors = dict(snapshot.tensors)
         random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("random.")}
         self.learner.load_state(tensors, snapshot.plain["learner"])
-        order = self.prompts
-        self.prompts = PromptOrder(order.prompts, order.seed, snapshot.plain["prompts_taken"])
+        self.prompts.load_state(snapshot.plain["prompts"])
         torch.set_rng_state(random_states["random.cpu"])
-        if "random.cuda" in random_states:
-            torch.cuda.set_rng_state(random_states["random.cuda"], self.learner.policy.device)
+        set_random_state(self.learner.policy.device, random_states.get("random.device"))

@@ -7,7 +7,7 @@ H hidden size, P padded prompts of length L, B responses of padded length R, V v
 sampled, pi = the policy in training. Log-probs are natural logarithms, of the tempered and untruncated distribution.
 """
 
-from dppo_cli.types.batch import Batch, PaddedPrompts, Sample, TokenStats
+from dppo_cli.types.batch import Batch, PaddedPrompts, Sample, SampleStats, TokenStats
 from dppo_cli.types.group import Completion, Example, Group, Messages, Prompt, Score, Status
 from dppo_cli.types.listener import EvalReport, Listener, RunInfo, StepReport
 from dppo_cli.types.report import LogProbHead, PolicyReport
@@ -26,6 +26,7 @@ __all__ = [
     "Prompt",
     "RunInfo",
     "Sample",
+    "SampleStats",
     "Score",
     "Status",
     "StepReport",

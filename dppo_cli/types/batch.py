@@ -51,6 +51,7 @@ class Sample:
     completion: Completion
     advantage: float
     anchor: PolicyReport  # of the policy that the trust region is centred on
+    kept: bool = False  # see `Group`
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,22 @@ class TokenStats:
     entropy_N: Tensor  # nats
     reference_kl_N: Tensor  # log pi/ref, nats; 0 without a reference term
 
+    def __getitem__(self, rows: slice) -> "TokenStats":
+        """Those of some of the tokens."""
+        return TokenStats(*(getattr(self, f.name)[rows] for f in fields(self)))
+
     @staticmethod
     def cat(parts: Sequence["TokenStats"]) -> "TokenStats":
         return TokenStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TokenStats)))
+
+
+@dataclass(frozen=True)
+class SampleStats:
+    """What an update saw of one completion.
+
+    Example: of two sampled tokens, with K = 3 reported: `tokens` has columns [2], `topk_logp_pi_NK` is [2, 3].
+    """
+
+    completion: Completion
+    tokens: TokenStats
+    topk_logp_pi_NK: Tensor | None  # float32 on the CPU, log pi of mu's K most likely tokens; None: mu has no such list

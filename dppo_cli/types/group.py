@@ -97,6 +97,7 @@ class Group:
     scores: Sequence[Score]
     advantages: Sequence[float] = ()  # empty in an evaluation, which trains nothing
     anchors: Sequence[PolicyReport] | None = None  # the trainer's own report under anchor=recompute; None: mu
+    kept: bool = False  # for the run's samples: updates say what they saw of each of its completions
 
     def __post_init__(self) -> None:
         assert len(self.scores) == len(self.completions)

@@ -26,11 +26,16 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """An evaluation after `step` steps. Accuracy and its standard error in [0, 1], None if not measured."""
+    """An evaluation after `step` steps on the set `name`. Accuracy, its standard error and 95% interval in [0, 1].
+
+    None if not measured.
+    """
 
     step: int
+    name: str
     accuracy: float | None
     standard_error: float | None
+    interval: tuple[float, float] | None
     groups: Sequence[Group]
 
 

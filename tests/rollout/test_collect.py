@@ -1,21 +1,32 @@
 """From prompts to scored groups: advantages, seeds, and the collector that samples while the trainer waits."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import make
 import pytest
 
 from dppo_cli.algorithm.advantage import Advantage, GroupMean, LeaveOneOut
-from dppo_cli.config.sections import Sampling
+from dppo_cli.config.sections import BatchPlan, Sampling
 from dppo_cli.errors import RewardError
-from dppo_cli.rollout.collect import InStepCollector, advantages, derive_seed
-from dppo_cli.types import Completion, Prompt, Score, Status
+from dppo_cli.rollout.collect import InStepCollector, Take, advantages, derive_seed
+from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8, stop=[])
 
 
 def scores(*values: float | None) -> list[Score]:
     return [Score(value) for value in values]
+
+
+def given(prompts: Sequence[Prompt]) -> Take:
+    """Takes those."""
+
+    def take(count: int) -> Sequence[Prompt]:
+        assert count == len(prompts)
+        return prompts
+
+    return take
 
 
 class Engine:
@@ -40,7 +51,8 @@ def collector(
         assert len(prompts) == len(completions)
         return [scores(*row) for row in values]
 
-    return InStepCollector(engine, score, advantage, 3, SAMPLING, num_logprobs=5, seed=9, mask_truncated=truncated)
+    plan = BatchPlan(len(engine.completions), 3, 1, 1)
+    return InStepCollector(engine, score, advantage, plan, SAMPLING, num_logprobs=5, seed=9, mask_truncated=truncated)
 
 
 def sampled(*sizes: int) -> tuple[list[Prompt], list[list[Completion]]]:
@@ -51,7 +63,9 @@ def sampled(*sizes: int) -> tuple[list[Prompt], list[list[Completion]]]:
 def test_an_advantage_compares_the_samples_of_one_prompt():
     prompts, completions = sampled(3, 3)
     engine = Engine(completions)
-    groups = collector(engine, [[1.0, 0.0, 0.5], [10.0, 10.0, 40.0]], GroupMean()).collect(prompts, step=1).groups
+    groups = (
+        collector(engine, [[1.0, 0.0, 0.5], [10.0, 10.0, 40.0]], GroupMean()).collect(given(prompts), step=1).groups
+    )
     assert [a for group in groups for a in group.advantages] == pytest.approx([0.5, -0.5, 0.0, -10.0, -10.0, 20.0])
     assert [[s.value for s in group.scores] for group in groups] == [[1.0, 0.0, 0.5], [10.0, 10.0, 40.0]]
     assert [group.completions for group in groups] == completions
@@ -68,7 +82,7 @@ def test_a_sample_that_was_not_judged_has_no_advantage():
 def test_a_score_that_was_not_judged_stays_so():
     """None is neither zero nor NaN."""
     prompts, completions = sampled(2)
-    (group,) = collector(Engine(completions), [[1.0, None]], GroupMean()).collect(prompts, step=1).groups
+    (group,) = collector(Engine(completions), [[1.0, None]], GroupMean()).collect(given(prompts), step=1).groups
     assert [s.value for s in group.scores] == [1.0, None]
     assert group.advantages == [0.0, 0.0]
 
@@ -76,7 +90,7 @@ def test_a_score_that_was_not_judged_stays_so():
 def test_the_advantage_is_the_one_that_was_chosen():
     assert advantages(scores(1.0, 0.0, 0.0), LeaveOneOut()) == pytest.approx([1.0, -0.5, -0.5])
     prompts, completions = sampled(3)
-    (group,) = collector(Engine(completions), [[1.0, 0.0, 0.0]], LeaveOneOut()).collect(prompts, step=1).groups
+    (group,) = collector(Engine(completions), [[1.0, 0.0, 0.0]], LeaveOneOut()).collect(given(prompts), step=1).groups
     assert group.advantages == pytest.approx([1.0, -0.5, -0.5])
 
 
@@ -86,13 +100,13 @@ def test_responses_that_were_cut_are_masked_where_asked():
     rows = [[make.completion(), make.completion(status=Status.CUT), make.completion()]]
     for truncated, expected in ((False, [0.5, -1.0, 0.5]), (True, [0.5, 0.0, 0.5])):
         collects = collector(Engine(rows), [[1.5, 0.0, 1.5]], GroupMean(), truncated)
-        (group,) = collects.collect(prompts, step=1).groups
+        (group,) = collects.collect(given(prompts), step=1).groups
         assert group.advantages == pytest.approx(expected)
 
 
 def test_groups_differ_in_size_where_the_engine_lost_completions():
     prompts, completions = sampled(1, 3, 0)
-    found = collector(Engine(completions), [[2.0], [1.0, 0.0, 2.0], []], GroupMean()).collect(prompts, step=1)
+    found = collector(Engine(completions), [[2.0], [1.0, 0.0, 2.0], []], GroupMean()).collect(given(prompts), step=1)
     assert [list(group.advantages) for group in found.groups] == [[0.0], [0.0, -1.0, 1.0], []]
     assert advantages([], LeaveOneOut()) == []
     assert advantages(scores(3.0), LeaveOneOut()) == [0.0]
@@ -104,10 +118,74 @@ def test_the_engine_is_asked_for_what_the_config_says():
     engine = Engine(completions)
     collects = collector(engine, [[1.0, 0.0, 0.0]] * 2, GroupMean())
     for step in (1, 2):
-        seconds = collects.collect(prompts, step).seconds
+        seconds = collects.collect(given(prompts), step).seconds
         assert set(seconds) == {"rollout", "reward"}
         assert min(seconds.values()) >= 0
     assert engine.asked == [(prompts, 3, SAMPLING, 5, derive_seed(9, step)) for step in (1, 2)]
+
+
+class Sums:
+    """An engine whose completions carry the number of their prompt and of the call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[int], int]] = []
+
+    def generate(self, prompts: Sequence[Prompt], n: int, *asked: object) -> list[list[Completion]]:
+        self.calls.append(([prompt.index for prompt in prompts], asked[-1]))
+        return [[make.completion((prompt.index, g)) for g in range(n)] for prompt in prompts]
+
+
+def replacing(rounds: int, teaches: Callable[[int], bool], wanted: int = 4) -> tuple[InStepCollector, Sums, Take]:
+    """A collector whose prompts, numbered from 0 on, give differing rewards where `teaches` says so."""
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
+        return [scores(1.0, 0.0 if teaches(prompt.index) else 1.0) for prompt in prompts]
+
+    engine, numbers = Sums(), itertools.count()
+
+    def take(count: int) -> list[Prompt]:
+        return [make.prompt(next(numbers)) for _ in range(count)]
+
+    plan = BatchPlan(wanted, 2, wanted, 1)
+    return InStepCollector(engine, score, GroupMean(), plan, SAMPLING, 0, 9, False, rounds), engine, take
+
+
+def indices(groups: Sequence[Group]) -> list[int]:
+    return [group.prompt.index for group in groups]
+
+
+def test_groups_of_equal_rewards_are_replaced_by_groups_of_the_next_prompts():
+    collects, engine, take = replacing(5, teaches=lambda i: i % 3 == 0)
+    found = collects.collect(take, step=2)
+    # 0 and 3 of the first four, 4 and 5 teach nothing, then 6, then 7 and 8 do not, 9 does.
+    assert indices(found.groups) == [0, 3, 6, 9]
+    assert indices(found.replaced) == [1, 2, 4, 5, 7, 8]
+    assert indices(found.sampled) == [0, 3, 6, 9, 1, 2, 4, 5, 7, 8]
+    assert [prompts for prompts, _ in engine.calls] == [[0, 1, 2, 3], [4, 5], [6, 7], [8], [9]]
+    assert found.rounds == 5
+    seeds = [seed for _, seed in engine.calls]
+    assert seeds[0] == derive_seed(9, 2) and len(set(seeds)) == 5, "each round has a seed of its own"
+
+
+def test_replacing_ends_after_so_many_rounds_and_fills_up():
+    collects, engine, take = replacing(2, teaches=lambda i: i == 1)
+    found = collects.collect(take, step=1)
+    assert [prompts for prompts, _ in engine.calls] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert indices(found.groups) == [1, 0, 2, 3], "a step always has the same number of groups"
+    assert indices(found.replaced) == [4, 5, 6, 7, 8, 9]
+    assert found.rounds == 3
+    assert all(seconds >= 0 for seconds in found.seconds.values())
+
+
+def test_nothing_is_replaced_where_it_was_not_asked_for():
+    collects, engine, take = replacing(0, teaches=lambda i: False)
+    found = collects.collect(take, step=1)
+    assert (indices(found.groups), found.replaced, found.rounds, len(engine.calls)) == ([0, 1, 2, 3], (), 1, 1)
+
+
+def test_a_step_that_teaches_at_once_is_sampled_once():
+    collects, engine, take = replacing(3, teaches=lambda i: True)
+    assert collects.collect(take, step=1).rounds == len(engine.calls) == 1
 
 
 def test_a_reward_that_fails_ends_the_step():
@@ -115,9 +193,11 @@ def test_a_reward_that_fails_ends_the_step():
         raise RewardError("no idea")
 
     prompts, completions = sampled(2)
-    failing = InStepCollector(Engine(completions), score, GroupMean(), 2, SAMPLING, 0, seed=1, mask_truncated=False)
+    failing = InStepCollector(
+        Engine(completions), score, GroupMean(), BatchPlan(1, 2, 1, 1), SAMPLING, 0, seed=1, mask_truncated=False
+    )
     with pytest.raises(RewardError, match="no idea"):
-        failing.collect(prompts, step=1)
+        failing.collect(given(prompts), step=1)
 
 
 def test_derived_seeds():

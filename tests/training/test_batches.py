@@ -1,18 +1,13 @@
-"""The order of prompts, and the mini-batches of a step."""
+"""The mini-batches of a step."""
 
 import itertools
-import math
-from collections import Counter
 from collections.abc import Sequence
 
 import make
-import pytest
 
 from dppo_cli.config.sections import BatchPlan
-from dppo_cli.training.batches import PromptOrder, mini_batches
+from dppo_cli.training.batches import mini_batches
 from dppo_cli.types import Group
-
-PROMPTS = [make.prompt(i) for i in range(7)]
 
 
 def plan(prompts_per_step: int, samples_per_prompt: int, prompts_per_update: int, epochs: int = 1) -> BatchPlan:
@@ -70,29 +65,3 @@ def test_every_epoch_sees_every_prompt_once_in_a_new_order():
     assert cut(seed=1, step=1) == parts
     assert cut(seed=1, step=2) != parts
     assert cut(seed=2, step=1) != parts
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 10])
-def test_every_prompt_comes_once_before_any_comes_again(size):
-    order = PromptOrder(PROMPTS, seed=4)
-    batches = [[p.index for p in order.take(size)] for _ in range(21)]
-    assert all(len(batch) == size for batch in batches)
-    sequence = list(itertools.chain(*batches))
-    rounds = [sequence[i : i + 7] for i in range(0, len(sequence) - 6, 7)]
-    assert all(sorted(one) == list(range(7)) for one in rounds)
-    assert len({tuple(one) for one in rounds}) > len(rounds) / 2, "the order is drawn anew"
-    assert Counter(sequence).most_common()[0][1] <= math.ceil(len(sequence) / 7)
-
-
-def test_the_order_of_prompts_follows_the_seed():
-    def drawn(seed: int) -> list[int]:
-        order = PromptOrder(PROMPTS, seed)
-        return [p.index for _ in range(10) for p in order.take(2)]
-
-    assert drawn(1) == drawn(1) != drawn(2)
-
-
-def test_how_many_prompts_are_taken_at_once_does_not_change_their_order():
-    by_two, by_five = PromptOrder(PROMPTS, seed=3), PromptOrder(PROMPTS, seed=3)
-    assert [p for _ in range(10) for p in by_two.take(2)] == [p for _ in range(4) for p in by_five.take(5)]
-    assert by_two.taken == by_five.taken == 20

@@ -71,7 +71,8 @@ def test_the_card_of_the_default_run() -> None:
         "# LoRA adapter for `arithmetic_1m`",
         "| accuracy on 500 held-out problems | 39.6% ± 2.2% | 96.4% ± 0.8% |",
         "Training: 60 of 60 steps, time 1:00:43, peak memory 0.62 GiB.",
-        "- Data: Arithmetic, `train_problems=8000`, `eval_problems=500`",
+        "- Data: Arithmetic, `train_problems=8000`, `eval_problems=500`, `operands=[0,99]`, `operations=+-`, "
+        "`template={a}{operation}{b}=`",
         "- Reward: Exact, `pattern=null`",
         "- Prompt: `template=plain`",
         "- Adapter: LoRA, `r=32`, `alpha=64`, `dropout=0.0`, `target_modules=all-linear`, `quantization=null`, "
@@ -192,7 +193,7 @@ def test_no_text_of_the_user_changes_the_structure(name: str, kind: str) -> None
         run = config()
         run["model"] = {"path": f"/home/somebody/{text}", "revision": text}
         run["data"] = {
-            "_target_": "dppo_cli.data.file.JsonLines",
+            "_target_": "dppo_cli.data.file.File",
             "path": f"/home/somebody/{text}",
             "answer_pattern": text,
         }

@@ -13,7 +13,6 @@ import torch
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.training import checkpoint
-from dppo_cli.training.batches import PromptOrder
 from dppo_cli.training.checkpoint import (
     checkpoint_path,
     checkpoints,
@@ -24,6 +23,7 @@ from dppo_cli.training.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.training.state import RunState, Snapshot
 
@@ -91,7 +91,7 @@ def test_the_state_of_a_run_goes_through_files(train_config: Any, tmp_path: Path
 
     def new_state() -> RunState:
         policy = make.policy(config)
-        return RunState(make_learner(policy, config), PromptOrder(make.prompts(policy), config.seed), {})
+        return RunState(make_learner(policy, config), Shuffled(make.prompts(policy), config.seed), {})
 
     state = new_state()
     policy, prompts = state.learner.policy, state.prompts.take(2)

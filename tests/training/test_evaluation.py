@@ -10,7 +10,8 @@ import make
 import pytest
 
 from dppo_cli.config.sections import Sampling
-from dppo_cli.training.evaluation import EvalResult, evaluate, pass_at_k
+from dppo_cli.training.evaluation import EvalResult, compared, evaluate, pass_at_k
+from dppo_cli.training.intervals import accuracy_interval
 from dppo_cli.types import Completion, Group, Prompt, Score
 
 
@@ -104,3 +105,64 @@ def test_each_problem_keeps_its_samples_and_scores() -> None:
     assert [g.prompt for g in result.groups] == prompts
     assert [[s.value for s in g.scores] for g in result.groups] == [[30.0, 31.0], [50.0, 51.0]]
     assert result.accuracy == 0.5
+
+
+def voting(*problems: str) -> EvalResult:
+    """A letter a sample: its answer, right if it is a capital; `-` is a sample without an answer."""
+    groups = [
+        Group(
+            make.prompt(i),
+            [make.completion()] * len(row),
+            [Score(float(c.isupper()), answer=None if c == "-" else c) for c in row],
+        )
+        for i, row in enumerate(problems)
+    ]
+    return EvalResult(groups, success_reward=1.0)
+
+
+def test_a_majority_by_hand() -> None:
+    assert voting("AAb", "abB", "ccC").majority_at(3) == pytest.approx((1 + 1 / 3 + 0) / 3), "ties share the vote"
+    assert voting("AAb").majority_at(1) == pytest.approx(2 / 3), "of one sample it is the accuracy"
+    assert voting("AbbAA").majority_at(2) == pytest.approx((0.5 + 0.5) / 2), "two runs of two; the fifth is left over"
+    assert voting("--A", "---").majority_at(3) == pytest.approx(1 / 2), "what has no answer has no vote"
+    assert voting("AB", "c").majority_at(2) == 1.0, "only the first problem has two samples, and both are right"
+    assert voting("---").majority_at(3) is None, "a reward without answers has no majority"
+    assert voting("A").majority_at(2) is None
+
+
+def test_rates_keep_the_place_of_each_problem() -> None:
+    result = EvalResult([group(0, [1.0, 0.0]), group(1, [None]), group(2, []), group(3, [1.0, None])], 1.0)
+    assert result.rates == [0.5, None, None, 1.0]
+    assert result.interval() == accuracy_interval([1, 1], [2, 1])
+
+
+def test_figures_are_what_a_summary_holds() -> None:
+    assert evaluation([1.0, 0.0, 0.0, 0.0], 2).figures([1, 2]) == {
+        "problems": 2,
+        "samples": 4,
+        "accuracy": 0.25,
+        "standard_error": 0.25,
+        "interval": (0.0, 0.5),
+        "pass_at": {"1": 0.25, "2": 0.5},
+        "majority_at": {"1": None, "2": None},
+    }
+
+
+def test_a_comparison_before_and_after() -> None:
+    before = {"held_out": measured([0.0, 0.0, 1.0]), "more": measured([1.0])}
+    after = {"held_out": measured([1.0, 0.0, 1.0]), "more": measured([0.0])}
+    found = compared(before, after)
+    assert (found["eval_before"], found["eval_after"], found["eval_problems"]) == (1 / 3, 2 / 3, 3)
+    assert found["evaluations"]["held_out"]["difference"]["mean"] == pytest.approx(1 / 3)
+    assert found["evaluations"]["held_out"]["difference"]["problems"] == 3
+    assert found["evaluations"]["more"]["difference"] == {"mean": -1.0, "interval": None, "problems": 1}
+    assert "rates" not in found["evaluations"]["more"]["after"]
+    half = compared(before, None)
+    assert (half["eval_before"], half["eval_after"]) == (1 / 3, None)
+    assert half["evaluations"]["more"]["after"] is half["evaluations"]["more"]["difference"] is None
+    assert compared(None, None)["eval_before"] is None
+
+
+def measured(rates: list[float]) -> dict[str, Any]:
+    result = evaluation(list(rates), 1)
+    return {**result.figures(), "rates": result.rates}

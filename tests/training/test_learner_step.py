@@ -20,7 +20,8 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
 from dppo_cli.config.sections import AdamW
 from dppo_cli.errors import NumericalError
-from dppo_cli.training.learner import UpdateResult, lr_factor
+from dppo_cli.training.learner import UpdateResult
+from dppo_cli.training.optimizer import lr_factor
 
 
 def test_a_large_gradient_is_scaled_to_the_limit(train_config):
@@ -66,7 +67,7 @@ def test_the_second_update_starts_from_an_empty_gradient_and_remembers_the_momen
 
 
 def adamw(warmup_updates: int, schedule: str) -> AdamW:
-    return AdamW(1e-3, [0.9, 0.999], 1e-8, 0.0, None, warmup_updates, schedule, "stop")
+    return AdamW(1e-3, [0.9, 0.999], 1e-8, 0.0, None, warmup_updates, schedule, "stop", 32)
 
 
 def test_learning_rate_factors():

@@ -15,6 +15,7 @@ from dppo_cli.algorithm.approx import Binary
 from dppo_cli.algorithm.divergence import TotalVariation
 from dppo_cli.algorithm.loss import Loss, Visitor
 from dppo_cli.algorithm.objective import DPPO
+from dppo_cli.rollout.collect import Collected
 from dppo_cli.training.metrics import rollout_metrics, token_metrics
 from dppo_cli.types import Batch, Group, Sample, Score, Status, TokenStats
 
@@ -161,15 +162,18 @@ def test_rollout_metrics_by_hand():
     end, cut = make.completion([5, 6, 1]), replace(make.completion([5]), status=Status.CUT)
     groups = [
         Group(make.prompt(0, (3, 4)), [end, cut, end], [Score(1.0), Score(0.0), Score(None)], [0.5, -0.5, 0.0]),
-        Group(make.prompt(1, (3, 4, 5, 6, 7)), [end], [Score(0.5)], [0.0]),
+        Group(make.prompt(1, (3, 4, 5, 6, 7)), [end], [Score(0.5, {"near": 0.25, "form": None})], [0.0]),
     ]
-    found = rollout_metrics(groups, success_reward=0.5)
+    found = rollout_metrics(Collected(groups, {}), success_reward=0.5)
+    assert found.pop("reward_parts") == {"near": 0.25, "form": None}
     assert found == pytest.approx(
         {
             "reward": 1.5 / 3,
             "accuracy": 2 / 3,
             "unjudged": 1 / 4,
             "equal_groups": 1 / 2,
+            "sampled_groups": 2,
+            "sampling_rounds": 1,
             "prompt_tokens": (3 * 2 + 5) / 4,
             "response_tokens": 10 / 4,
             "response_tokens_max": 3,
@@ -178,8 +182,17 @@ def test_rollout_metrics_by_hand():
     )
 
 
+def test_groups_that_were_replaced_count_among_what_was_sampled():
+    """The reward is that of the policy, not that of the groups it is trained on."""
+    teaches = Group(make.prompt(0), [make.completion()] * 2, [Score(1.0), Score(0.0)], [0.5, -0.5])
+    solved = Group(make.prompt(1), [make.completion()] * 2, [Score(1.0), Score(1.0)], [0.0, 0.0])
+    found = rollout_metrics(Collected([teaches], {}, replaced=[solved, solved], rounds=3), success_reward=1.0)
+    figures = ("reward", "accuracy", "equal_groups", "sampled_groups", "sampling_rounds")
+    assert [found[name] for name in figures] == [pytest.approx(5 / 6), pytest.approx(5 / 6), 2 / 3, 3, 3]
+
+
 def test_a_step_without_samples_has_no_means():
-    found = rollout_metrics([Group(make.prompt(), [], [], [])], success_reward=0.5)
+    found = rollout_metrics(Collected([Group(make.prompt(), [], [], [])], {}), success_reward=0.5)
     assert {found[name] for name in ("reward", "accuracy", "unjudged", "response_tokens", "finished")} == {None}
 
 

@@ -19,8 +19,9 @@ from dppo_cli.rollout.collect import InStepCollector
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import GROWTH, Watch
-from dppo_cli.training.batches import PromptOrder
+from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
+from dppo_cli.training.samples import StepSamples
 from dppo_cli.training.state import RunState, Snapshot
 from dppo_cli.training.stopping import Stopping
 from dppo_cli.types import Completion, Prompt, Score
@@ -60,7 +61,7 @@ def new_run(config: TrainConfig) -> Run:
     masked = MaskedTokens(text_of=str)
     watch = Watch(config.objective.masks, lambda text: state.warnings.append(text))
     tallies = {"masked_tokens": masked, "watch": watch}
-    state = RunState(make_learner(policy, config), PromptOrder(prompts, config.seed), tallies)
+    state = RunState(make_learner(policy, config), Shuffled(prompts, config.seed), tallies)
     return Run(config, policy, masked, watch, state)
 
 
@@ -73,12 +74,11 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
     """Take the steps up to `until` as `dppo train` does; the lines of metrics.jsonl, apart from the times."""
     config = replace(run.config, steps=until)
     engine = config.rollout.load(run.policy, make.fail)
-    batch = config.batch
     collector = InStepCollector(
         engine,
         score,
         config.advantage,
-        batch.samples_per_prompt,
+        config.batch,
         config.sampling,
         config.approx.num_logprobs,
         config.seed,
@@ -97,6 +97,7 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
             lambda: saved.append(run.state.step),
             lambda: 0.0,
             opened,
+            StepSamples(config.samples, until, str, make.fail),
             listeners,
             stopping,
         )
@@ -123,7 +124,7 @@ def assert_same(found: Run, expected: Run) -> None:
     assert found.masked.rows(1000) == expected.masked.rows(1000)
     assert found.watch.state() == expected.watch.state()
     assert found.state.warnings == expected.state.warnings
-    assert found.state.eval_before == expected.state.eval_before
+    assert found.state.before == expected.state.before
     # And what no later step has shown yet: the optimizer's moments, the schedule, random numbers, the data cursor.
     assert as_bytes(found.state.snapshot()) == as_bytes(expected.state.snapshot())
 
@@ -131,11 +132,11 @@ def assert_same(found: Run, expected: Run) -> None:
 def test_a_resumed_run_equals_an_undisturbed_one(train_config, tmp_path):
     config = train_config(*CHOSEN)
     undisturbed = new_run(config)
-    undisturbed.state.eval_before = 0.25
+    undisturbed.state.before = {"held_out": {"accuracy": 0.25, "rates": [0.0, None, 0.5]}}
     metrics = go_on(undisturbed, 4, tmp_path / "undisturbed")
 
     stopped = new_run(config)
-    stopped.state.eval_before = 0.25
+    stopped.state.before = {"held_out": {"accuracy": 0.25, "rates": [0.0, None, 0.5]}}
     first = go_on(stopped, 2, tmp_path / "stopped")
     saved = through_files(stopped.state.snapshot())
 
@@ -190,11 +191,12 @@ PROMPTS = [make.prompt(i) for i in range(7)]
 @pytest.mark.parametrize("taken", [0, 1, 3, 6, 7, 8, 13, 14, 15, 21, 70, 100])
 def test_the_order_of_prompts_goes_on_where_it_stopped(taken):
     """Multiples of the number of prompts end a round; `taken` may lie many rounds on."""
-    order = PromptOrder(PROMPTS, seed=4)
+    order = Shuffled(PROMPTS, seed=4)
     for _ in range(taken // 5):
         order.take(5)
     order.take(taken % 5)
-    resumed = PromptOrder(PROMPTS, seed=4, taken=taken)
+    resumed = Shuffled(PROMPTS, seed=4)
+    resumed.load_state({"taken": taken})
     assert resumed.taken == order.taken == taken
     for size in (2, 7, 1, 30):
         assert resumed.take(size) == order.take(size)
