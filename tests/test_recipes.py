@@ -9,10 +9,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dppo_cli.cli.main import main
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir, recipes_dir
 
+GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
 RECIPES = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
 METHODS = sorted(p.stem for p in (recipes_dir() / "stability/method").glob("*.yaml"))
 
@@ -69,3 +71,73 @@ def test_the_picture_and_table_of_a_sweep(tmp_path: Path, plot: ModuleType) -> N
     )
     plot.draw(runs, tmp_path / "stability.png")
     assert (tmp_path / "stability.png").stat().st_size > 10_000
+
+
+# On real problems
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="there is no gsm8k_train.jsonl beside the checkout")
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("gsm8k_")])
+def test_a_gsm8k_recipe_trains_a_tiny_model_on_real_rows(
+    name: str, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but the model, the data's place and sizes."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    # What the tiny models' 256 positions hold, a token for each character.
+    short = sorted(rows, key=lambda row: len(row["question"]))[:40]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    data = ["data=file", "data.path=train.jsonl", "data.eval_problems=2", "data.prompt_column=question"]
+    data += ["data.answer_column=answer", "data.answer_pattern='####\\s*(.+)'"]
+    small = ["steps=1", "batch.prompts_per_step=2", "batch.prompts_per_update=1", "sampling.max_new_tokens=8"]
+    words = [f"recipe={name}", f"model.path={tiny_models['llama3']}", *data, *small, "prompt.too_long=drop"]
+    assert main(["train", *words, "hardware=cpu", "run_dir=run"]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert row["reward"] < 0.2 and row["unjudged"] == 0.0, "a random model, and every response is judged"
+    assert row["sampling_rounds"] == 3 and row["sampled_groups"] in (4, 5, 6)
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def curves() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("curves", recipes_dir() / "smollm2_arithmetic/plot.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_curve_and_table_of_a_real_run(tmp_path: Path, curves: ModuleType) -> None:
+    runs = []
+    for number, words in enumerate((["seed=3"], ["adapter=qlora", "batch.prompts_per_step=32", "steps=2"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(recipe("smollm2_arithmetic", *words)))
+        rows = [{"step": 1, "eval_accuracy": 0.5}, {"step": 2}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        before = {"accuracy": 0.1, "interval": [0.05, 0.15]}
+        after = {"accuracy": 0.75, "interval": [0.7, 0.8]}
+        difference = {"mean": 0.65, "interval": [0.6, 0.7], "problems": 100}
+        held_out = {"before": before, "after": after, "difference": difference}
+        summary = {"eval_before": 0.1, "eval_after": 0.75, "steps": 2, "seconds": 61.0, "peak_memory_gib": 2.25}
+        (folder / "summary.json").write_text(json.dumps({**summary, "evaluations": {"held_out": held_out}}))
+        runs.append(folder)
+    assert curves.curve(*curves.read(runs[1])) == ([0, 256, 512], [0.1, 0.5, 0.75])
+    assert curves.table(runs).splitlines()[2:] == [
+        "| LoRA, seed 3 | 10% | 75% (70% to 80%) | +65% (+60% to +70%) | 61 | 2.2 GiB |",
+        "| QLoRA, seed 1, 4 updates a rollout | 10% | 75% (70% to 80%) | +65% (+60% to +70%) | 61 | 2.2 GiB |",
+    ]
+    curves.draw(runs, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_without_a_hub_is_not_fetched_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("fetch", recipes_dir() / "smollm2_arithmetic/fetch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
+    (tmp_path / "config.json").write_text("{}")
+    module.fetch(tmp_path)
