@@ -5,8 +5,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# Of llama-cpp-python, whose source archive holds llama.cpp.
+LLAMA := 0.3.36
 
-.PHONY: demo stability bench test test-slow test-hostile format clean
+.PHONY: demo demo-real stability bench test test-slow test-hostile test-llama-cpp format clean
 
 # Train the embedded model, export it, and show what came out: three minutes, installation included.
 demo: $(VENV)/installed
@@ -14,6 +16,12 @@ demo: $(VENV)/installed
 	$(BIN)/dppo train run_dir=$(DEMO)
 	$(BIN)/dppo export run=$(DEMO) format=adapter
 	$(BIN)/dppo export run=$(DEMO) format=merged
+
+# A real language model learns sums, without a GPU: ten minutes, and 93 MB to fetch. recipes/smollm2_arithmetic/README.md.
+demo-real: $(VENV)/installed
+	$(BIN)/python recipes/smollm2_arithmetic/fetch.py runs/smollm2-135m
+	$(BIN)/dppo train recipe=smollm2_arithmetic model.path=runs/smollm2-135m run_dir=runs/demo-real resume=auto
+	$(BIN)/dppo sample run=runs/demo-real text="What is 25 + 17? Answer with a number." samples=4
 
 # Nine methods under stress, three seeds each: recipes/stability/README.md.
 stability: $(VENV)/installed
@@ -50,6 +58,16 @@ test-slow: $(VENV)/installed
 # Broken command lines, data files and run folders: HOSTILE_CASES of them (10000: hours), from HOSTILE_SEED (0) on.
 test-hostile: $(VENV)/installed
 	$(BIN)/pytest -s -m hostile tests/hostile
+
+# GGUF exports in llama.cpp itself: its converter and its runtime, compiled from their source (15 minutes on two cores).
+test-llama-cpp: $(VENV)/llama-cpp-python-$(LLAMA)
+	PATH="$(CURDIR)/$</vendor/llama.cpp:$$PATH" $(BIN)/pytest -m llama_cpp
+
+$(VENV)/llama-cpp-python-$(LLAMA): $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV) llama-cpp-python==$(LLAMA)
+	tar -xzf $(VENV)/llama_cpp_python-$(LLAMA).tar.gz -C $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(VENV)/llama_cpp_python-$(LLAMA)
+	mv $(VENV)/llama_cpp_python-$(LLAMA) $@
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -41,7 +41,7 @@ def seconds(rounds: int) -> dict[str, list[dict[str, float]]]:
     """For each approximation, seconds by phase of each round. The first round is a warm-up and is left out."""
     configs = {name: config(name) for name in NAMES}
     plain = configs["binary"]
-    policy = load_policy(plain.model.path, None, plain.hardware, warn=print, adapter=plain.adapter, seed=1)
+    policy = load_policy(plain.model, plain.hardware, warn=print, adapter=plain.adapter, seed=1)
     prompts = policy.encode(plain.data.load().train[:PROMPTS], plain.prompt)
     learners = {name: make_learner(policy, configs[name]) for name in NAMES}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}

@@ -17,8 +17,8 @@ import torch
 from measure import Spread, save, smollm2, sums
 from transformers import PreTrainedModel
 
-from dppo_cli.config.sections import Hardware, LoRA, Prompting, Sampling
-from dppo_cli.data.file import JsonLines
+from dppo_cli.config.sections import Hardware, LoRA, Model, Prompting, Sampling
+from dppo_cli.data.file import File
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import RolloutEngine
@@ -38,9 +38,9 @@ def main(max_new_tokens: int, rounds: int = 4) -> None:
         use_rslora=False,
         path=None,
     )
-    policy = load_policy(str(smollm2()), None, hardware, warn=print, adapter=adapter)
-    data = JsonLines(str(sums()), None, 8, "prompt", "answer", None)
-    prompts = policy.encode(data.load().train[:8], Prompting("chat", None, {}))
+    policy = load_policy(Model(str(smollm2()), None, None), hardware, warn=print, adapter=adapter)
+    data = File(str(sums()), None, None, None, "prompt", None, "answer", None, None, None, 8, "refuse")
+    prompts = policy.encode(data.load(print).train[:8], Prompting("chat", None, {}, "refuse"))
     sampling = Sampling(1.0, 1.0, 0, 0.0, max_new_tokens, [])
     engine = LocalRollout(weights="merged", dtype=None, concurrent_sequences=512, max_logprobs=1024).load(policy, print)
     with engine:

@@ -34,6 +34,7 @@ def outcome(run: Path) -> dict[str, Any]:
         # As text, which is to say in every bit.
         "metrics": [json.dumps({key: value for key, value in row.items() if key != "time"}) for row in rows],
         "masked_tokens": (run / "masked_tokens.json").read_text(encoding="utf-8"),
+        "samples": contents(run / "samples"),
         **{key: summary[key] for key in ("eval_before", "eval_after", "steps", "interrupted", "warnings")},
     }
 

@@ -31,7 +31,8 @@ TINY_RUN = (
 REWARDS = """\
 def late(prompts, completions, **columns):
     '''Mean place in the alphabet, so to say: two answers of a random model seldom get the same.'''
-    return [sum(ord(c) % 16 for c in text) / (15 * max(1, len(text))) for text in completions]
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ord(c) % 16 for c in text) / (15 * max(1, len(text))) for text in texts]
 
 
 def even(prompts, completions, **columns):

@@ -1,6 +1,7 @@
 """Prompts, completions and policies for tests, made by hand or by a tiny model."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ ALIKE = tuple(BEGINNING + rest for rest in ("1+2=", "12+34+56=", "7", "8"))
 def policy(config: TrainConfig, *, adapter_scale: float = 0.0, seed: int = 0) -> Policy:
     """The config's model with a fresh adapter; `adapter_scale` > 0 gives the adapter an effect."""
     made = load_policy(
-        config.model.path,
-        config.model.revision,
+        config.model,
         config.hardware,
         warn=fail,
         adapter=config.adapter,
@@ -43,7 +43,7 @@ def fail(text: str) -> None:
 
 def plain_policy(folder: Path, config: TrainConfig) -> Policy:
     """A model without an adapter."""
-    return load_policy(str(folder), None, config.hardware, warn=fail)
+    return load_policy(replace(config.model, path=str(folder)), config.hardware, warn=fail)
 
 
 def move_adapter(of: Policy, scale: float, seed: int = 0) -> None:

@@ -1,7 +1,8 @@
-"""docs/extending.md is run as it stands."""
+"""The code in docs/extending.md and docs/runs.md is run as it stands."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import read_json, read_lines, train, write_rewards
@@ -38,3 +39,24 @@ def test_the_reward_of_the_docs_scores() -> None:
     score = found["score"]
     assert callable(score)
     assert score(["1+1="] * 2, ["it is 2", "3"], answer=["2", "2"]) == [1.0, 0.0]
+
+
+def test_a_run_is_read_as_the_docs_read_it(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(model, "steps=3", "samples.groups=2", "optim.lr=0.05", "divergence.delta_low=0.001") == 0
+    capsys.readouterr()
+    found: dict[str, Any] = {}
+    exec(code_blocks((DOCS / "runs.md").read_text(encoding="utf-8"), "python")[0], found)
+    steps, *lines = capsys.readouterr().out.splitlines()
+    assert steps == f"3 {read_lines(work / 'runs/last/metrics.jsonl')[-1]['reward']}"
+    rows = read_lines(work / "runs/last/samples/step-3.jsonl")
+    masked = [[row["tokens"][t] for t, keep in enumerate(row["keep"]) if keep is False] for row in rows]
+    expected = [f"{row['score']} {row['completion']!r} {m}" for row, m in zip(rows, masked, strict=True)]
+    assert lines == expected and len(lines) == 8 and any(masked)
+    assert found["frame"]["step"].tolist() == [1, 2, 3]
+
+
+def test_the_docs_name_every_key_of_a_sample(model: Path, work: Path) -> None:
+    assert train(model, "steps=1") == 0
+    table = [line for line in (DOCS / "runs.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert named == list(read_lines(work / "runs/last/samples/step-1.jsonl")[0])

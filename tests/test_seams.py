@@ -14,13 +14,14 @@ from dppo_cli.commands.train import make_learner
 from dppo_cli.commands.train import train as loop
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.collect import Collected, InStepCollector
+from dppo_cli.rollout.collect import Collected, InStepCollector, Take
 from dppo_cli.telemetry.listeners import Listeners
-from dppo_cli.training.batches import PromptOrder
+from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
+from dppo_cli.training.samples import StepSamples
 from dppo_cli.training.state import RunState
 from dppo_cli.training.stopping import Stopping
-from dppo_cli.types import Batch, EvalReport, Prompt, RunInfo, Score, StepReport
+from dppo_cli.types import Batch, EvalReport, RunInfo, Score, StepReport
 
 # An engine: transformers' own generate(), a prompt at a time.
 
@@ -144,8 +145,8 @@ class StaleAndUneven:
         self.inner = inner
         self.waiting: Collected | None = None
 
-    def collect(self, prompts: Sequence[Prompt], step: int) -> Collected:
-        new = self.inner.collect(prompts, step)
+    def collect(self, take: Take, step: int) -> Collected:
+        new = self.inner.collect(take, step)
         ready, self.waiting = self.waiting or new, new
         groups = [
             replace(g, completions=g.completions[i:], scores=g.scores[i:], advantages=g.advantages[i:])
@@ -196,14 +197,17 @@ def test_a_second_collector_and_a_second_listener(
     folder, stopping = RunFolder(tmp_path / "run", "", policy.adapter_bytes), Stopping(60.0, make.fail)
     with folder, config.rollout.load(policy, make.fail) as engine, stopping:
         engine.sync(0)
-        inner = InStepCollector(engine, scorer, config.advantage, 3, config.sampling, 0, seed=1, mask_truncated=False)
-        state = RunState(make_learner(policy, config), PromptOrder(prompts, 1), {})
+        inner = InStepCollector(
+            engine, scorer, config.advantage, config.batch, config.sampling, 0, 1, mask_truncated=False
+        )
+        state = RunState(make_learner(policy, config), Shuffled(prompts, 1), {})
         collector, listeners = StaleAndUneven(inner), Listeners([recorder])
 
         def save() -> None:
             saved.append(state.step)
 
-        loop(state, config, collector, engine, make.fail, save, lambda: 0.0, folder, listeners, stopping)
+        samples = StepSamples(config.samples, config.steps, str, make.fail)
+        loop(state, config, collector, engine, make.fail, save, lambda: 0.0, folder, samples, listeners, stopping)
     assert state.step == 3 and saved == [2]
     assert [json.loads(line) for line in recorder.heard] == [
         {"step": 1, "versions": [0], "sizes": [3, 2]},

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo_cli import __version__
-from dppo_cli.cli.mistakes import FREE, check_words, explain
+from dppo_cli.cli.mistakes import FREE, check_words, explain, member
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.config.checks import check_no_secrets, did_you_mean, escaped, visible
@@ -31,6 +31,8 @@ TAKE_A_VALUE: dict[str, tuple[str, ...] | None] = {
     "--config-dir": None,
 }
 INTERRUPTED = 130
+LONGEST_LINE = 2000
+"""Characters of an error: a value in it may be a file that was typed by mistake."""
 OPTUNA = "hydra/sweeper=optuna"
 SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1")
 """What Optuna is told unless the user says otherwise: a job's value is an accuracy, and a failed job ends no search."""
@@ -73,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    """A line, whatever a value or a name in it holds."""
-    print(f"dppo: {visible(text)}", file=sys.stderr)
+    """A line, whatever a value or a name in it holds, and however long that is."""
+    line = visible(text)
+    print(f"dppo: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
 
 
 def _ignore_until_there_is_a_run() -> None:
@@ -128,12 +131,15 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def as_hydra_has_it(command: str, word: str) -> str:
     """`recipe=NAME` as the group option recipes/NAME/recipe.yaml; keys that need not be in YAML as new ones.
 
-    These are keys of a section that is the run's, and those below FREE. Text that is taken as it is typed is quoted.
+    These are keys of a section that is the run's, and those below FREE. Text that is taken as it is typed is quoted. A
+    member of a mapping is the choice of its group, at its place.
     """
     key, _, name = word.partition("=")
     if key in COMMANDS[command].verbatim:
         # What would be an interpolation is text, too.
         return f"{key}={_quoted(escaped(name))}"
+    if (group := member(key, name)) is not None:
+        return f"+{group}@{key}={name}"
     of_the_run = key.partition(".")[0] in COMMANDS[command].of_the_run and "." in key
     if of_the_run or key.startswith(FREE):
         return f"++{word}"
@@ -221,7 +227,7 @@ def _sweep_dir(overrides: Sequence[str]) -> Path:
 
     from dppo_cli.training.run_folder import default_run_dir
 
-    for word in overrides:
+    for word in reversed(overrides):  # The last of a key counts.
         if word.startswith("run_dir="):
             try:
                 override = OverridesParser.create().parse_override(word)
@@ -229,8 +235,7 @@ def _sweep_dir(overrides: Sequence[str]) -> Path:
                 continue  # Hydra will say what is wrong with it.
             if override.is_sweep_override():
                 raise ConfigError(f"{word}: run_dir is the folder of all jobs of a sweep; name one")
-            if override.value() is not None:
-                return Path(str(override.value()))
+            return default_run_dir("sweeps") if override.value() is None else Path(str(override.value()))
     return default_run_dir("sweeps")
 
 

@@ -12,8 +12,23 @@ from dppo_cli.config.checks import did_you_mean
 from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
 from dppo_cli.errors import ConfigError
 
-FREE = "prompt.template_kwargs."
-"""Keys below are the template's own, so none is unknown."""
+MEMBERS = {"eval_sets.": "data", "data.members.": "data", "reward.members.": "reward"}
+"""Mappings from names that the user gives to choices of a group."""
+FREE = ("prompt.template_kwargs.", "data.options.", "data.weights.", "reward.weights.", *MEMBERS)
+"""Keys below have names that the user gives, so none is unknown."""
+
+
+def member(key: str, value: str) -> str | None:
+    """The group of a word that names a member of a mapping: `eval_sets.NAME=CHOICE`; None for any other.
+
+    Raises ConfigError for a choice that the group does not have.
+    """
+    for prefix, group in MEMBERS.items():
+        if key.startswith(prefix) and re.fullmatch(r"[A-Za-z_]\w*", name := key.removeprefix(prefix)) and name:
+            if value not in groups()[group]:
+                raise ConfigError(f"{key}={value}: {_no_such_choice(group, value)}")
+            return group
+    return None
 
 
 def check_words(command: str, overrides: Sequence[str]) -> None:

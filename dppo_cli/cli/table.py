@@ -49,11 +49,32 @@ COMMANDS = {
         ("hardware",),
         ("text",),
     ),
+    "plan": Command(
+        "say what a run needs, in memory and time, before it starts",
+        "plan",
+        "PlanConfig",
+        None,
+        "plan",
+    ),
+    "data": Command(
+        "show the problems of a run as the model and the reward see them",
+        "data",
+        "DataConfig",
+        None,
+        "resume",
+    ),
     "doctor": Command(
         "say what is installed and whether it works here",
         "doctor",
         "DoctorConfig",
         None,
         "doctor",
+    ),
+    "report": Command(
+        "a run or a sweep as one HTML file: curves, samples, tokens",
+        "report",
+        "ReportConfig",
+        None,
+        "report",
     ),
 }

@@ -2,34 +2,26 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dppo_cli.commands.plain import base_config
 from dppo_cli.commands.schemas import EvalConfig
-from dppo_cli.commands.trained import folder_of, open_run, run_config
-from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.commands.trained import find_trained
 from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.loading import load_policy
-from dppo_cli.telemetry.table import percent, print_table, print_warning
+from dppo_cli.telemetry.table import percent, print_table, print_warning, with_interval
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Status
 
 OF_THE_RUN = ("data", "reward", "rollout", "hardware")
 """Sections that are the run's, apart from the keys that the user sets."""
-OF_A_PLAIN_MODEL = {"reward": "exact", "rollout": "local", "hardware": "auto"}
-PLAIN: dict[str, Any] = {
-    "adapter": None,
-    "prompt": {"template": "plain", "system": None, "template_kwargs": {}},
-    "sampling": {"max_new_tokens": 256, "stop": []},
-    "eval": {"temperature": 1.0, "success_reward": 1.0},
-}
-"""How a plain model is sampled where the user does not say."""
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -37,18 +29,16 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 
     Raises ConfigError unless there is one thing to evaluate, RunError if the run cannot be used.
     """
-    run, path = node.run, node.model.path
-    if (run is None) == (path is None):
-        raise ConfigError("name what to evaluate: a run (run=runs/last) or a plain model (model.path=...), one of them")
-    own = OmegaConf.masked_copy(node, list(OF_THE_RUN))
-    base = _plain_model(own, node) if run is None else run_config(folder_of(str(run)), own, bool(node.trust))
+    base = base_config(node, "evaluate", OF_THE_RUN)
+    if "_target_" not in (base.get("data") or {}):
+        raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")
     # Unresolved, so that values of the environment stay where they are.
     given: Any = OmegaConf.to_container(base)
     with open_dict(node):
         for name in (*OF_THE_RUN, "model", "adapter"):
             node[name] = given[name]
         whole = node.prompt.template is None
-        for name, none in (("template", None), ("system", None), ("template_kwargs", {})):
+        for name, none in (("template", None), ("system", None), ("template_kwargs", {}), ("too_long", "refuse")):
             if node.prompt[name] is None:
                 node.prompt[name] = given["prompt"][name] if whole else none
         if node.sampling.temperature is None:
@@ -61,58 +51,18 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     return node
 
 
-def _plain_model(own: DictConfig, node: DictConfig) -> DictConfig:
-    if own.data is None or "_target_" not in own.data:
-        raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")
-    defaults = {
-        name: OmegaConf.load(config_dir() / name / f"{choice}.yaml") for name, choice in OF_A_PLAIN_MODEL.items()
-    }
-    chosen = {name: section for name, section in own.items() if section is not None}
-    for name in OF_A_PLAIN_MODEL:
-        if "_target_" in (chosen.get(name) or {}):
-            del defaults[name]
-    base = OmegaConf.merge(PLAIN, {"model": node.model}, defaults, chosen)
-    assert isinstance(base, DictConfig)
-    return base
-
-
 def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     """`dppo eval`: writes summary.json and samples.jsonl, prints a table, returns the summary."""
     started = time.perf_counter()
-    run = None if config.run is None else open_run(config.run, print_warning, config.checkpoint)
+    run = None if config.run is None else find_trained(config.run, print_warning, config.checkpoint)
     out = Path(config.out) if config.out else default_run_dir(str(run.folder / "eval") if run else "evals")
     check_free(out, "out")
-    task, scorer = config.data.load(), config.reward.load(print_warning)
-    policy = load_policy(
-        config.model.path,
-        config.model.revision,
-        config.hardware,
-        warn=print_warning,
-        adapter=config.adapter,
-        saved_adapter=run.adapter if run else None,
-    )
-    prompts = policy.encode(task.heldout, config.prompt)
-    policy.check_length(prompts, config.sampling.max_new_tokens)
-    with config.rollout.load(policy, print_warning) as engine:
-        engine.sync(version=0)
-        result = evaluate(
-            engine,
-            prompts,
-            scorer,
-            config.sampling,
-            config.samples_per_prompt,
-            config.success_reward,
-            config.seed,
-        )
-    pass_at = {str(k): result.pass_at(k) for k in config.pass_k}
+    result = measure(config, run and run.adapter, print_warning)
     summary: dict[str, Any] = {
         "model": config.model.path,
         "run": config.run,
-        "problems": len(prompts),
+        **result.figures(config.pass_k),
         "samples_per_prompt": config.samples_per_prompt,
-        "accuracy": result.accuracy,
-        "standard_error": result.standard_error(),
-        "pass_at": pass_at,
         "sampling": asdict(config.sampling),
         "finished": result.finished,
         "seconds": time.perf_counter() - started,
@@ -126,11 +76,31 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
         write_samples(out / "samples.jsonl", result)
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {error.strerror}") from None
-    rows = [("accuracy", f"{percent(result.accuracy)} ± {percent(summary['standard_error'])} (standard error)")]
-    rows += [(f"pass@{k}", percent(value)) for k, value in pass_at.items()]
-    rows += [("problems x samples", f"{len(prompts)} x {config.samples_per_prompt}"), ("written to", str(out))]
+    rows = [("accuracy", with_interval(result.accuracy, result.interval()))]
+    rows += [(f"pass@{k}", percent(value)) for k, value in summary["pass_at"].items()]
+    rows += [(f"majority@{k}", percent(value)) for k, value in summary["majority_at"].items() if value is not None]
+    rows += [("problems x samples", f"{len(result.groups)} x {config.samples_per_prompt}"), ("written to", str(out))]
     print_table(f"eval {config.run or config.model.path}", rows)
     return summary
+
+
+def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None]) -> EvalResult:
+    """Load what `config` names and sample, score and count. `adapter`: the folder of a run's; None for a plain model."""
+    task, scorer = config.data.load(warn), config.reward.load(warn)
+    policy = load_policy(config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter)
+    prompts = policy.encode(task.heldout, config.prompt)
+    prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
+    with config.rollout.load(policy, warn) as engine:
+        engine.sync(version=0)
+        return evaluate(
+            engine,
+            prompts,
+            scorer,
+            config.sampling,
+            config.samples_per_prompt,
+            config.success_reward,
+            config.seed,
+        )
 
 
 def _kept_paths(config: EvalConfig, out: Path, config_yaml: str) -> dict[str, str | None]:

@@ -12,24 +12,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import GenerationConfig, TextStreamer
 
 from dppo_cli.commands.beside import Beside
+from dppo_cli.commands.plain import base_config
 from dppo_cli.commands.schemas import SampleConfig
-from dppo_cli.commands.trained import folder_of, open_run, run_config
-from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.commands.trained import find_trained
 from dppo_cli.config.sections import Prompting, Sampling
 from dppo_cli.errors import ConfigError, DataError, ModelError, NumericalError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.stop_strings import before_first
-from dppo_cli.telemetry.table import RichConsole
+from dppo_cli.telemetry.table import print_to_stderr
 from dppo_cli.types import Example
 
-PLAIN: dict[str, Any] = {
-    "adapter": None,
-    "prompt": {"template": "plain", "system": None, "template_kwargs": {}},
-    "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_new_tokens": 256, "stop": []},
-}
-"""How a plain model is sampled where the user does not say."""
 LONGEST_LINE = 2**20
 Messages = list[dict[str, str]]
 
@@ -39,15 +33,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 
     Raises ConfigError unless there is one thing to sample from, RunError if the run cannot be used.
     """
-    run, path = node.run, node.model.path
-    if (run is None) == (path is None):
-        raise ConfigError("name what to sample: a run (run=runs/last) or a plain model (model.path=...), one of them")
-    own = OmegaConf.masked_copy(node, ["hardware"])
-    if run is None:
-        auto = OmegaConf.load(config_dir() / "hardware/auto.yaml")
-        base: Any = OmegaConf.merge(PLAIN, {"model": node.model, "hardware": auto}, {"hardware": own.hardware or {}})
-    else:
-        base = run_config(folder_of(str(run)), own, bool(node.trust))
+    base = base_config(node, "sample", ["hardware"])
     with open_dict(node):
         for name in ("hardware", "model", "adapter"):
             node[name] = base[name]
@@ -63,12 +49,11 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 
 def run_sample(config: SampleConfig, config_yaml: str) -> dict[str, Any]:
     """Answer each prompt; returns what JSON holds of each."""
-    run = None if config.run is None else open_run(config.run, _warn)
+    run = None if config.run is None else find_trained(config.run, print_to_stderr)
     policy = load_policy(
-        config.model.path,
-        config.model.revision,
+        config.model,
         config.hardware,
-        warn=_warn,
+        warn=print_to_stderr,
         adapter=config.adapter,
         saved_adapter=run.adapter if run else None,
     )
@@ -224,8 +209,3 @@ def _lines() -> Iterator[str]:
 
 def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
-
-
-def _warn(text: str) -> None:
-    """On stderr: stdout has samples alone."""
-    RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.algorithm.aggregation import Aggregation
@@ -11,6 +12,9 @@ from dppo_cli.algorithm.divergence import Divergence
 from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import Objective
 from dppo_cli.commands.doctor import DoctorConfig as DoctorConfig  # there, because it has to load without torch
+from dppo_cli.commands.planning.cards import check_card
+from dppo_cli.commands.report import ReportConfig as ReportConfig  # there, for the same reason
+from dppo_cli.config.build import FilePath
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import (
     AdamW,
@@ -21,6 +25,7 @@ from dppo_cli.config.sections import (
     LoRA,
     Model,
     Prompting,
+    SamplesKept,
     Sampling,
     Stop,
 )
@@ -28,6 +33,10 @@ from dppo_cli.data.task import DataSource
 from dppo_cli.errors import ConfigError
 from dppo_cli.reward.scorer import RewardSource
 from dppo_cli.rollout.engine import RolloutSource
+from dppo_cli.telemetry.trackers import chosen
+from dppo_cli.training.card import HUB_NAME
+from dppo_cli.training.evaluation import HELD_OUT
+from dppo_cli.training.order import ORDERS
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,10 @@ class TrainConfig:
     sampling: Sampling
     prompt: Prompting
     eval: Evaluation
+    eval_sets: dict[str, DataSource]
     checkpoint: Checkpointing
     stop: Stop
+    samples: SamplesKept
     run_dir: str | None
     resume: str | None
     trust: bool
@@ -60,17 +71,28 @@ class TrainConfig:
     anchor: str
     kl_to_reference: float
     mask_truncated: bool
+    replacement_rounds: int
+    order: str
+    tracker: Any  # a name, or a list of them
 
     def __post_init__(self) -> None:
         check_choice("anchor", self.anchor, ("rollout", "recompute"))
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; to measure a model without training: dppo eval")
-        check_rules("", self, {"kl_to_reference >= 0": self.kl_to_reference >= 0})
+        check_choice("order", self.order, tuple(ORDERS))
+        chosen(self.tracker)
+        rules = {
+            "kl_to_reference >= 0": self.kl_to_reference >= 0,
+            "replacement_rounds >= 0": self.replacement_rounds >= 0,
+        }
+        check_rules("", self, rules)
         if self.batch.samples_per_prompt < self.advantage.min_samples:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
                 f"this advantage needs at least {self.advantage.min_samples} samples per prompt"
             )
+        if HELD_OUT in self.eval_sets:
+            raise ConfigError(f"eval_sets.{HELD_OUT}: the held-out problems of `data` have that name; choose another")
         if self.stop.accuracy is not None and self.eval.every == 0:
             raise ConfigError(
                 f"stop.accuracy={self.stop.accuracy:g} needs evaluations in between; set eval.every=10, for example"
@@ -108,6 +130,46 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Everything `dppo plan` needs: the run that it is about, and what it is planned for."""
+
+    json: bool
+    card: str | None
+    prompt_tokens: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_card(self.card)
+        check_rules("", self, {"prompt_tokens >= 1 or null": self.prompt_tokens is None or self.prompt_tokens >= 1})
+
+
+@dataclass(frozen=True)
+class DataConfig(TrainConfig):
+    """Everything `dppo data` needs: the run whose data is looked at, and at what."""
+
+    json: bool
+    rows: int
+    check: int
+    difficulty: bool
+    problems: int | None
+    keep: list[float]
+    out: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = {
+            "rows >= 0": self.rows >= 0,
+            "check >= 0": self.check >= 0,
+            "problems >= 1 or null": self.problems is None or self.problems >= 1,
+            "keep = [low, high] with 0 <= low <= high <= 1": len(self.keep) == 2
+            and 0 <= self.keep[0] <= self.keep[1] <= 1,
+        }
+        check_rules("", self, rules)
+        if self.out is not None and not self.difficulty:
+            raise ConfigError(f"out={self.out} is for the problems that difficulty=true keeps; add it")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Everything `dppo eval` needs. What the user has not set comes from the run (`evaluate.prepare`)."""
 
@@ -135,8 +197,10 @@ class EvalConfig:
                 raise ConfigError(f"pass_k={k} needs between 1 and samples_per_prompt={self.samples_per_prompt}")
 
 
-FORMATS = ("adapter", "merged")
+FORMATS = ("adapter", "merged", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTISATIONS = ("q8_0",)
+"""What llama.cpp's converter writes beside plain numbers."""
 BASES = ("original", "dequantized")
 
 
@@ -153,6 +217,9 @@ class ExportConfig:
     checkpoint: str
     check: str
     max_shard_size: str
+    converter: FilePath | None
+    push_to_hub: str | None
+    push_private: bool
     model: Model
     adapter: LoRA
     data: DataSource
@@ -166,11 +233,15 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, FORMATS)
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, (*DTYPES, *QUANTISATIONS) if self.format == "gguf" else DTYPES)
         check_choice("base", self.base, BASES)
         check_choice("check", self.check, ("logits", "accuracy"))
-        if self.base == "dequantized" and (self.format != "merged" or self.adapter.quantization is None):
+        if self.base == "dequantized" and (self.format == "adapter" or self.adapter.quantization is None):
             raise ConfigError("base=dequantized is for merging a run with a quantised base (format=merged, QLoRA)")
+        if self.converter is not None and self.format != "gguf":
+            raise ConfigError(f"converter={self.converter} is for format=gguf; leave it out")
+        if self.push_to_hub is not None and not HUB_NAME.fullmatch(self.push_to_hub):
+            raise ConfigError(f"push_to_hub={self.push_to_hub} is not OWNER/NAME; OWNER is you or an organisation")
         if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", self.max_shard_size):
             raise ConfigError(f"max_shard_size={self.max_shard_size} is no size; write 500MB or 5GB, for example")
 

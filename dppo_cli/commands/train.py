@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dppo_cli.commands.problems import encoded_problems
 from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.saved import as_written
@@ -25,20 +26,23 @@ from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.telemetry.console import Console
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.table import print_warning
+from dppo_cli.telemetry.trackers import Tracker, check_installed, chosen
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
-from dppo_cli.training.batches import PromptOrder, mini_batches
+from dppo_cli.training.batches import mini_batches
 from dppo_cli.training.card import card
 from dppo_cli.training.checkpoint import prune, read_checkpoint, sha256_of, write_checkpoint
-from dppo_cli.training.evaluation import EvalResult, evaluate
+from dppo_cli.training.evaluation import Evaluator, Measured, compared
 from dppo_cli.training.failures import describe
 from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.training.metrics import PhaseTimer, peak_memory_gib, rollout_metrics, update_metrics
+from dppo_cli.training.order import ORDERS
 from dppo_cli.training.rescue import rescue
 from dppo_cli.training.run_folder import RunFolder, default_run_dir
+from dppo_cli.training.samples import StepSamples
 from dppo_cli.training.state import RunState
 from dppo_cli.training.stopping import Stopping
-from dppo_cli.types import EvalReport, Group, RunInfo, StepReport
+from dppo_cli.types import Group, RunInfo, StepReport
 from dppo_cli.world import World
 
 
@@ -47,16 +51,17 @@ def train(
     config: TrainConfig,
     collector: Collector,
     engine: RolloutEngine,
-    evaluate_now: Callable[[int], EvalResult],
+    evaluator: Evaluator,
     save: Callable[[], object],
     elapsed: Callable[[], float],
     folder: RunFolder,
+    samples: StepSamples,
     listeners: Listeners,
     stopping: Stopping,
 ) -> None:
     """Take `state` from the step it is at to `config.steps`.
 
-    `evaluate_now` measures the held-out accuracy after a step, `save` writes a checkpoint, `elapsed` gives the seconds
+    `save` writes a checkpoint, `elapsed` gives the seconds
     of the whole run. Raises Stopped when a signal asks for it.
     """
     learner, every = state.learner, config.checkpoint.every
@@ -67,9 +72,10 @@ def train(
             break
         step, timer = state.step + 1, PhaseTimer()
         state.begin_step()
-        collected = collector.collect(state.prompts.take(config.batch.prompts_per_step), step)
+        collected = collector.collect(state.prompts.take, step)
         timer.seconds.update(collected.seconds)
-        groups = collected.groups
+        groups = samples.chosen(step, collected.groups)
+        state.prompts.learn(collected.sampled, lambda value: value >= config.eval.success_reward)
         with timer.phase("update"):
             if config.anchor == "recompute":
                 groups = learner.anchored(groups)
@@ -77,16 +83,17 @@ def train(
             updates = [update(learner, part, step, folder, config.optim.on_nonfinite) for part in parts]
         with timer.phase("sync"):
             engine.sync(version=step)
-        metrics = {"step": step, **rollout_metrics(groups, config.eval.success_reward), **update_metrics(updates)}
+        metrics = {"step": step, **rollout_metrics(collected, config.eval.success_reward), **update_metrics(updates)}
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             with timer.phase("eval"):
-                metrics["eval_accuracy"] = evaluate_now(step).accuracy
-        metrics["time"] = timer.seconds_and_rates(groups)
+                metrics["eval_accuracy"] = evaluator(step).accuracy
+        metrics["time"] = timer.seconds_and_rates(collected.sampled)
         is_best = state.is_best(metrics.get("eval_accuracy"))
         # A step is finished when its line is written and everybody has heard of it, all or nothing.
         with stopping.shielded():
             folder.log(metrics)
             listeners.stepped(StepReport(metrics, groups, [update.stats for update in updates]))
+            samples.keep(folder, step, groups, updates)
             state.finish_step(metrics.get("eval_accuracy"))
         if is_best or stopping.wants_checkpoint or (every and step % every == 0):
             stopping.wants_checkpoint = False
@@ -120,34 +127,41 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         raise ConfigError(f"{world.size} processes were started, and training runs in one; start dppo by itself")
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
     early = config.unusual()
+    check_installed(config.tracker)
     earlier = find_earlier(run_dir, config, config_yaml, early.append)
     if earlier.summary is not None:
         return earlier.summary
-    task, scorer = config.data.load(), config.reward.load(lambda text: warn(text))
+    scorer = config.reward.load(lambda text: warn(text))
     policy = load_policy(
-        config.model.path,
-        config.model.revision,
+        config.model,
         config.hardware,
         warn=early.append,
         # A checkpoint has the weights; the folder that they started from may be gone.
         adapter=config.adapter if earlier.checkpoint is None else replace(config.adapter, path=None),
         seed=config.seed,
     )
-    train_prompts = policy.encode(task.train, config.prompt)
-    heldout_prompts = policy.encode(task.heldout, config.prompt)
-    policy.check_length([*train_prompts, *heldout_prompts], config.sampling.max_new_tokens)
+    train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
     engine = config.rollout.load(policy, early.append)
     collector = InStepCollector(
         engine,
         scorer,
         config.advantage,
-        config.batch.samples_per_prompt,
+        config.batch,
         config.sampling,
         config.approx.num_logprobs,
         config.seed,
         config.mask_truncated,
+        config.replacement_rounds,
     )
-
+    evaluator = Evaluator(
+        engine,
+        scorer,
+        sets,
+        config.eval_sampling,
+        config.eval,
+        config.seed,
+        tell=lambda report: listeners.evaluated(report),
+    )
     described: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
 
     def warn(text: str) -> None:
@@ -157,24 +171,10 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     def elapsed() -> float:
         return state.seconds + time.perf_counter() - started
 
-    def evaluate_now(step: int) -> EvalResult:
-        result = evaluate(
-            engine,
-            heldout_prompts,
-            scorer,
-            config.eval_sampling,
-            config.eval.samples_per_prompt,
-            config.eval.success_reward,
-            config.seed,
-        )
-        listeners.evaluated(EvalReport(step, result.accuracy, result.standard_error(), result.groups))
-        return result
-
     def write_adapter(path: Path, results: Mapping[str, Any] | None = None) -> None:
         """The adapter, and what there is to say of it."""
         policy.save_adapter(path)
-        before = {"eval_before": state.eval_before, "eval_before_error": state.eval_before_error}
-        so_far = {**before, "eval_problems": len(heldout_prompts), "steps": state.step}
+        so_far = {**compared(state.before, None), "steps": state.step}
         (path / "README.md").write_text(card(described, results or so_far, "adapter"), encoding="utf-8")
 
     def save() -> Path:
@@ -184,15 +184,11 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         prune(folder.path, state.step, config.checkpoint.keep, also=[state.best[0]] if state.best else [])
         return path
 
-    def finish(after: EvalResult | None) -> dict[str, Any]:
+    def finish(after: dict[str, Measured] | None) -> dict[str, Any]:
         """Save the state as it is, and say what the run was."""
         save()
         results = {
-            "eval_before": state.eval_before,
-            "eval_before_error": state.eval_before_error,
-            "eval_after": None if after is None else after.accuracy,
-            "eval_after_error": None if after is None else after.standard_error(),
-            "eval_problems": len(heldout_prompts),
+            **compared(state.before, after),
             "steps": state.step,
             "interrupted": after is None,
             "seconds": elapsed(),
@@ -211,13 +207,18 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         folder.write("summary.json", {**summary, **kept})
         return summary
 
-    masked = MaskedTokens(text_of=lambda token: str(policy.tokenizer.decode([token])))
-    watch = Watch(config.objective.masks, warn)
-    listeners = Listeners([masked, watch, Console(masked)] if world.is_main else [], warn)
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(policy.tokenizer.decode(list(token_ids)))
+
+    masked = MaskedTokens(text_of=lambda token: decode([token]))
+    samples = StepSamples(config.samples, config.steps, decode, warn, writes=world.is_main)
+    watch = Watch(config.objective.masks and config.batch.updates_per_step > 1, warn)
+    trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
+    listeners = Listeners([masked, watch, *trackers, Console(masked)] if world.is_main else [], warn)
     state = RunState(
         make_learner(policy, config, warn, world),
-        PromptOrder(train_prompts, config.seed),
-        tallies={"masked_tokens": masked, "watch": watch},
+        ORDERS[config.order](train_prompts, config.seed),
+        tallies={"masked_tokens": masked, "watch": watch, "samples": samples},
     )
     folder = RunFolder(
         run_dir,
@@ -245,11 +246,10 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
                 (listeners.warned if text in state.warnings else warn)(text)
             engine.sync(version=state.step)
             try:
-                if state.eval_before is None:
-                    before = evaluate_now(0)
-                    state.eval_before, state.eval_before_error = before.accuracy, before.standard_error()
-                train(state, config, collector, engine, evaluate_now, save, elapsed, folder, listeners, stopping)
-                summary = finish(evaluate_now(state.step))
+                if state.before is None:
+                    state.before = evaluator.all(0)
+                train(state, config, collector, engine, evaluator, save, elapsed, folder, samples, listeners, stopping)
+                summary = finish(evaluator.all(state.step))
             except BaseException as error:
                 # Raised within, because the end of a shield may raise what is told here already: that the run stops.
                 with stopping.shielded():

@@ -29,7 +29,7 @@ class TrainedRun:
     summary: dict[str, Any] | None
 
 
-def open_run(run: str, warn: Callable[[str], None], which: str = "last") -> TrainedRun:
+def find_trained(run: str, warn: Callable[[str], None], which: str = "last") -> TrainedRun:
     """A run, finished or not, or one of its checkpoints (RUN/checkpoints/step-N).
 
     `which`: last, best (by evaluation) or step-N. Raises RunError, saying what is there, if there is none.

@@ -26,8 +26,19 @@ def groups() -> dict[str, list[str]]:
 
 def groups_of(command: str) -> list[str]:
     """The groups that a command composes its config from."""
-    entries = _load((config_dir() / f"{command}.yaml").read_text())["defaults"]
-    return [name for entry in entries if isinstance(entry, dict) for name in entry if name in groups()]
+    return [name for file in _files_of(command) for name in _chosen(file) if name in groups()]
+
+
+def _files_of(command: str) -> list[Path]:
+    """A command's own file, and before it that of another command whose keys it has, too."""
+    own = config_dir() / f"{command}.yaml"
+    entries = _load(own.read_text())["defaults"]
+    others = [entry for entry in entries if isinstance(entry, str) and entry not in ("_self_", "hydra_settings")]
+    return [*(config_dir() / f"{name}.yaml" for name in others), own]
+
+
+def _chosen(file: Path) -> list[str]:
+    return [name for entry in _load(file.read_text())["defaults"] if isinstance(entry, dict) for name in entry]
 
 
 def known_keys(command: str) -> list[str]:
@@ -40,7 +51,8 @@ def known_keys(command: str) -> list[str]:
         node.pop("defaults", None)
         keys.update(dict.fromkeys(dotted_keys({group: node} if group and "@package _global_" not in text else node)))
 
-    read(config_dir() / f"{command}.yaml", "")
+    for file in _files_of(command):
+        read(file, "")
     for group in groups_of(command):
         keys[group] = None
         for choice in groups()[group]:

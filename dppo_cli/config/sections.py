@@ -22,6 +22,11 @@ TEMPLATE_ARGUMENTS = frozenset(
 class Model:
     path: FilePath
     revision: str | None
+    gguf_file: str | None
+
+    def __post_init__(self) -> None:
+        if self.gguf_file is not None and not self.gguf_file.strip():
+            raise ConfigError("model.gguf_file is empty; write the name of the .gguf file, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Hardware:
     gradient_checkpointing: bool
 
     def __post_init__(self) -> None:
-        check_choice("hardware.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("hardware.device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("hardware.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         rules = {
             "tokens_per_micro_batch >= 1": self.tokens_per_micro_batch >= 1,
@@ -75,6 +80,7 @@ class AdamW:
     warmup_updates: int
     schedule: str
     on_nonfinite: str
+    bits: int
 
     def __post_init__(self) -> None:
         rules = {
@@ -87,6 +93,7 @@ class AdamW:
             "warmup_updates >= 0": self.warmup_updates >= 0,
         }
         check_rules("optim", self, rules)
+        check_choice("optim.bits", self.bits, (32, 8))
         check_choice("optim.schedule", self.schedule, ("constant", "cosine"))
         check_choice("optim.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
@@ -147,9 +154,11 @@ class Prompting:
     template: str
     system: str | None
     template_kwargs: dict[str, Any]
+    too_long: str
 
     def __post_init__(self) -> None:
         check_choice("prompt.template", self.template, ("plain", "chat"))
+        check_choice("prompt.too_long", self.too_long, ("refuse", "drop"))
         if self.system is not None and self.template == "plain":
             raise ConfigError("prompt.system is set, but prompt.template=plain cannot show it; use template=chat")
         if self.template_kwargs and self.template == "plain":
@@ -209,3 +218,14 @@ class Checkpointing:
     def __post_init__(self) -> None:
         rules = {"every >= 0": self.every >= 0, "keep >= 1": self.keep >= 1, "grace >= 0": self.grace >= 0}
         check_rules("checkpoint", self, rules)
+
+
+@dataclass(frozen=True)
+class SamplesKept:
+    every: int
+    groups: int
+    max_mib: float
+
+    def __post_init__(self) -> None:
+        rules = {"every >= 0": self.every >= 0, "groups >= 1": self.groups >= 1, "max_mib > 0": self.max_mib > 0}
+        check_rules("samples", self, rules)

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dppo_cli.telemetry.table import RichConsole, percent, print_table
+from dppo_cli.telemetry.table import RichConsole, print_table, with_interval
 from dppo_cli.telemetry.trust_region import MaskedTokens
+from dppo_cli.training.evaluation import HELD_OUT
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
 PLAIN_LINES = 20
@@ -56,9 +57,9 @@ class Console:
 
     def evaluated(self, report: EvalReport) -> None:
         samples = sum(len(group.completions) for group in report.groups)
+        of = "held-out" if report.name == HELD_OUT else report.name
         self._say(
-            f"step {report.step}: {percent(report.accuracy)} ± {percent(report.standard_error)} of {samples} held-out "
-            "samples right"
+            f"step {report.step}: {with_interval(report.accuracy, report.interval)} of {samples} {of} samples right"
         )
 
     def stepped(self, report: StepReport) -> None:
@@ -87,12 +88,10 @@ class Console:
                     escape(text), row["advantage"], str(row["masked"]), str(row["seen"]), share, f"{row['mean_pi']:.3f}"
                 )
             self.rich.print(table)
-        before, after = summary["eval_before"], summary["eval_after"]
         print_table(
             "train",
             [
-                ("accuracy before", percent(before)),
-                ("accuracy after", percent(after)),
+                *(row for name, found in summary["evaluations"].items() for row in _evaluation(name, found)),
                 ("steps", f"{summary['steps']} of {self.steps}"),
                 ("seconds", f"{summary['seconds']:.0f}"),
                 ("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"),
@@ -119,6 +118,18 @@ class Console:
     def _line(self, metrics: Mapping[str, Any]) -> str:
         cells = [cell for row in _cells(metrics) for cell in row]
         return f"step {metrics['step']}/{self.steps}  " + "  ".join(cells)
+
+
+def _evaluation(name: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an evaluation before and after training says of one set, with 95% intervals."""
+    of = "" if name == HELD_OUT else f", {name}"
+    rows = []
+    for when in ("before", "after"):
+        measured = found[when] or {"accuracy": None, "interval": None}
+        rows.append((f"accuracy {when}{of}", with_interval(measured["accuracy"], measured["interval"])))
+    if (difference := found["difference"]) is not None:
+        rows.append((f"difference{of}", with_interval(difference["mean"], difference["interval"], sign="+")))
+    return rows
 
 
 def _cells(m: Mapping[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""How commands print: the two-column table at the end, and warnings."""
+"""How commands print: the table at the end, and warnings."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,12 @@ class RichConsole(Console):
         self.quiet = True
 
 
-def print_table(title: str, rows: Sequence[tuple[str, str]], console: RichConsole | None = None) -> None:
-    """A two-column table. Long values are folded, not cut: somebody may want to copy a path."""
+def print_table(title: str, rows: Sequence[Sequence[str]], console: RichConsole | None = None) -> None:
+    """A table of at least one row. Long values are folded, not cut: somebody may want to copy a path."""
     table = Table(title=title, show_header=False)
     table.add_column()
-    table.add_column(overflow="fold")
+    for _ in rows[0][1:]:
+        table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     (console or RichConsole(highlight=False)).print(table)
@@ -28,6 +29,19 @@ def percent(share: float | None) -> str:
     return "not measured" if share is None else f"{share:.1%}"
 
 
+def with_interval(share: float | None, interval: Sequence[float] | None, sign: str = "") -> str:
+    """Example: `29.6% (95% interval 25.6 to 33.6%)`. `sign`: "+" to write one before positive numbers."""
+    if share is None or interval is None:
+        return "not measured" if share is None else f"{share:{sign}.1%}"
+    low, high = interval
+    return f"{share:{sign}.1%} (95% interval {100 * low:{sign}.1f} to {high:{sign}.1%})"
+
+
 def print_warning(text: str) -> None:
     """What a command without a live display warns of."""
     RichConsole(highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)
+
+
+def print_to_stderr(text: str) -> None:
+    """A warning of a command whose stdout is for other programs."""
+    RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", style="yellow", markup=False)

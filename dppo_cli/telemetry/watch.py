@@ -21,7 +21,7 @@ class Watch:
     """A listener that looks at each step's metrics and warns of what is unusual."""
 
     def __init__(self, masks: bool, warn: Callable[[str], None]) -> None:
-        """`masks`: whether the objective ever masks a token."""
+        """`masks`: whether the trust region can ever mask a token: with one update per rollout pi is mu."""
         self.masks, self.warn = masks, warn
         self.quiet_steps = 0
         self.first_mismatch: float | None = None

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("work")
 
 def on_tiny(model: Path, *overrides: str) -> list[str]:
     """Words of a `dppo train` that would run if the overrides let it."""
-    size = [] if "data=file" in overrides else ["data.train_problems=32"]
+    size = ["sampling.max_new_tokens=8"] + ([] if "data=file" in overrides else ["data.train_problems=32"])
     return ["train", "model=hf", f"model.path={model}", "batch=small", "data.eval_problems=4", *size, *overrides]
 
 
@@ -79,7 +79,7 @@ GOOD = {"prompt": "1+1=", "answer": "2"}
         (lines_of(GOOD, "", "[1, 2]"), ["problems.jsonl, line 3", "list"]),
         (lines_of(GOOD, {"prompt": "1+2="}), ["problems.jsonl, line 2", "no column 'answer'", "data.answer_column"]),
         (lines_of({"promt": "1+2=", "answer": "3"}), ["line 1", "no column 'prompt'", "did you mean 'promt'?"]),
-        (lines_of({"prompt": ["1"], "answer": "3"}), ["line 1", "column 'prompt' holds list"]),
+        (lines_of({"prompt": ["1"], "answer": "3"}), ["line 1", "message 1 is no object with the keys role"]),
         (lines_of(GOOD, {"prompt": " ", "answer": "3"}), ["line 2", "prompt is empty"]),
         (lines_of(GOOD, GOOD), ["has 2 problems", "data.eval_problems=4", "data.eval_path"]),
     ],

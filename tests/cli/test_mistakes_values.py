@@ -119,8 +119,8 @@ def test_memory_that_does_not_suffice_is_a_line(
 
 
 def test_more_evaluation_samples_than_memory_holds(model: Path, refused: Callable[..., str]) -> None:
-    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=4", "samples_per_prompt=1000000000"]
-    line = refused("eval", *words)
+    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=4", "sampling.max_new_tokens=8"]
+    line = refused("eval", *words, "samples_per_prompt=1000000000")
     assert line.startswith("samples_per_prompt=1000000000 makes 4,000,000,000 samples at once, 7,629 GiB or more")
 
 
@@ -134,3 +134,8 @@ def test_an_output_that_shows_no_boxes(
     said = sys.stdout.buffer.getvalue().decode("ascii")
     assert "run folder: ?" in said and "held-out samples right" in said
     assert (work / "ü/summary.json").is_file()
+
+
+def test_a_value_as_long_as_a_file_is_cut(refused: Callable[..., str]) -> None:
+    error = refused("train", f"sampling.max_new_tokens=[{','.join(['1'] * 3000)}]")
+    assert "sampling.max_new_tokens" in error and error.endswith("...") and len(error) < 2100

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dppo_cli.cli.main import main
+from dppo_cli.cli.table import COMMANDS
 from dppo_cli.config.conf_tree import config_dir
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("work")
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["trian"], ["no command 'trian'", "did you mean 'train'?", "Choices: doctor, eval, export, sample, train"]),
+        (["trian"], ["no command 'trian'", "did you mean 'train'?", f"Choices: {', '.join(sorted(COMMANDS))}"]),
         (["train", "--steps", "5"], ["no option '--steps'", "key=value"]),
         (["train", "--cfg", "jobb"], ["--cfg job"]),
         (["train", "steps", "5"], ["cannot read 'steps'", "key=value"]),
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("work")
             ["no key divergence.delta_hi", "did you mean divergence.delta_high?", "delta_high, delta_low"],
         ),
         (["train", "approx.k=5"], ["no key approx.k"]),
-        (["train", "data=file", "data.train_problems=9"], ["no key data.train_problems", "Choices in data: answer_c"]),
+        (["train", "data=file", "data.operands=9"], ["no key data.operands", "Choices in data: answer_c"]),
         (["train", "+unknown.key=1"], ["no key unknown", "Choices: adapter"]),
         (["train", "+divergence.detla=1"], ["no key divergence.detla", "did you mean 'delta_low'?"]),
         (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("work")
         (["eval", "divergence=tv"], ["no key divergence", "Choices: checkpoint, data, hardware, model"]),
         (["eval", "model=smollm2_135m"], ["model cannot be set as a whole", "model.path"]),
         (["export", "fromat=merged"], ["no key fromat", "did you mean format?"]),
-        (["export", "format=merge"], ["format=merge is an invalid value", "did you mean 'merged'?", "adapter, merged"]),
+        (["export", "format=merge"], ["did you mean 'merged'?", "adapter, gguf, merged"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].isalpha() else None,
 )

@@ -82,7 +82,8 @@ def test_a_sample_that_is_not_judged_has_no_reward_and_counts_for_nothing(model:
 
 
 def plain(model: Path, *overrides: str) -> int:
-    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=6", "hardware=cpu", *overrides]
+    words = [f"model.path={model}", "data=arithmetic", "data.eval_problems=6", "hardware=cpu"]
+    words += ["sampling.max_new_tokens=8", *overrides]
     return main(["eval", *words])
 
 

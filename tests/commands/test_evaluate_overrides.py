@@ -44,6 +44,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     return refusing
 
 
+ARITHMETIC = "dppo_cli.data.arithmetic.Arithmetic"
+
+
 def evaluated(*words: str) -> tuple[dict[str, Any], Any]:
     """Summary and config of an evaluation."""
     shutil.rmtree("result", ignore_errors=True)
@@ -65,7 +68,7 @@ def test_what_comes_from_the_run(run: Path) -> None:
         assert config[name] == trained[name], name
     assert [config.prompt[name] for name in ("template", "system")] == ["chat", "Add."]
     assert (config.sampling.max_new_tokens, config.sampling.temperature, config.success_reward) == (3, 0.5, 0.5)
-    assert config.data == {"_target_": "dppo_cli.data.arithmetic.Arithmetic", "train_problems": 32, "eval_problems": 4}
+    assert (config.data._target_, config.data.train_problems, config.data.eval_problems) == (ARITHMETIC, 32, 4)
     assert (summary["problems"], summary["sampling"]["max_new_tokens"], summary["sampling"]["temperature"]) == (
         4,
         3,
@@ -77,7 +80,7 @@ def test_single_keys_of_the_runs_sections(run: Path) -> None:
     words = ["data.eval_problems=2", r"reward.pattern='\d'", "rollout.concurrent_sequences=1"]
     summary, config = evaluated("run=run", *words, "hardware.tokens_per_micro_batch=64", "hardware.head_chunk=8")
     assert summary["problems"] == 2 == len(read_lines(Path("result/samples.jsonl")))
-    assert config.data == {"_target_": "dppo_cli.data.arithmetic.Arithmetic", "train_problems": 32, "eval_problems": 2}
+    assert (config.data._target_, config.data.train_problems, config.data.eval_problems) == (ARITHMETIC, 32, 2)
     assert config.reward == {"_target_": "dppo_cli.reward.exact.Exact", "pattern": r"\d"}
     assert (config.rollout.concurrent_sequences, config.rollout.max_logprobs) == (1, 1024)
     assert (config.hardware.tokens_per_micro_batch, config.hardware.head_chunk, config.hardware.device) == (
@@ -102,8 +105,6 @@ def test_whole_options_in_place_of_the_runs(run: Path) -> None:
     _, config = evaluated("run=run", "data=arithmetic", "data.eval_problems=3", "hardware=auto", "hardware.device=cpu")
     assert (config.data.train_problems, config.data.eval_problems) == (8000, 3)
     assert config.hardware.device == "cpu"
-    # The data option says how long answers are.
-    assert config.sampling.max_new_tokens == 8
 
 
 def test_the_words_of_eval_itself(run: Path) -> None:
@@ -156,15 +157,13 @@ def test_a_word_that_is_typed_twice(run: Path, refused: Refused) -> None:
 
 
 def test_the_defaults_of_a_plain_model(model: Path, work: Path) -> None:
-    summary, config = evaluated(*plain(model), "data=arithmetic", "data.eval_problems=2")
+    summary, config = evaluated(*plain(model), "data=arithmetic", "data.eval_problems=2", "sampling.max_new_tokens=8")
     assert summary["problems"] == 2 and summary["run"] is None
     assert [config.prompt[name] for name in ("template", "system")] == ["plain", None]
     assert (config.sampling.temperature, config.success_reward, config.adapter) == (1.0, 1.0, None)
     assert config.reward == {"_target_": "dppo_cli.reward.exact.Exact", "pattern": None}
     assert config.rollout._target_ == "dppo_cli.rollout.local.LocalRollout"
     assert (config.hardware.device, config.hardware.dtype) == ("cpu", "auto")
-    # The data option says how long answers are.
-    assert config.sampling.max_new_tokens == 8
 
 
 def test_the_length_of_answers_where_nothing_says_it(model: Path, work: Path, refused: Refused) -> None:
@@ -179,6 +178,7 @@ def test_the_length_of_answers_where_nothing_says_it(model: Path, work: Path, re
 def test_single_keys_for_a_plain_model(model: Path, work: Path) -> None:
     """On the defaults of sections that it has."""
     words = [*plain(model), "data=arithmetic", "data.eval_problems=2", "reward.pattern='x'", "rollout.max_logprobs=7"]
+    words.append("sampling.max_new_tokens=8")
     _, config = evaluated(*words, "hardware.head_chunk=9")
     assert (config.reward.pattern, config.rollout.max_logprobs, config.hardware.head_chunk) == ("x", 7, 9)
     _, config = evaluated(f"model.path={model}", *words[2:], "hardware.device=cpu", "hardware.dtype=float32")

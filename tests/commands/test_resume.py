@@ -11,6 +11,7 @@ from dppo_cli.cli.main import main
 from dppo_cli.commands import train as command
 from dppo_cli.rollout.local import LocalEngine
 from dppo_cli.telemetry.trust_region import MaskedTokens
+from dppo_cli.training import evaluation
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.run_folder import RunFolder
 
@@ -28,6 +29,8 @@ CHOSEN = (
     "divergence.delta_low=0.005",
     "divergence.delta_high=0.005",
     "steps=5",
+    "samples.every=2",
+    "samples.groups=1",
 )
 
 
@@ -36,12 +39,12 @@ STOPS = [
     (4, Learner, "update", False, 0),  # in the last update of step 1: nothing is kept
     (7, Learner, "update", False, 1),  # in the third of four updates of step 2
     (2, Learner, "_step", True, 1),  # weights and moments of step 2 have changed twice
-    (1, command, "evaluate", False, 1),  # in the evaluation after step 2
+    (1, evaluation, "evaluate", False, 1),  # in the evaluation after step 2
     (3, LocalEngine, "generate", False, 2),  # step 2, its evaluation, and in the rollout of step 3
     (2, RunFolder, "log", True, 3),  # step 3, and the line of step 4, which is not finished
     (2, LocalEngine, "sync", False, 3),  # after the updates of step 4
-    (2, command, "evaluate", False, 5),  # in between, after step 4; step 5, and in the evaluation at the end
-    (1, command, "evaluate", True, 5),
+    (2, evaluation, "evaluate", False, 5),  # in between, after step 4; step 5, and in the evaluation at the end
+    (1, evaluation, "evaluate", True, 5),
 ]
 # In the middle of the updates, of a rollout, and at the end.
 SOME = [STOPS[n] for n in (1, 4, 5, 7)]
@@ -50,6 +53,8 @@ METHODS = {
     "lora": (CHOSEN, STOPS),
     "qlora": ((*CHOSEN, "adapter=qlora"), SOME),
     "dora": ((*CHOSEN, "adapter=dora"), SOME),
+    # Of rank 128, matrices are large enough for 8 bits.
+    "8-bit moments": ((*CHOSEN, "optim=adamw_8bit", "adapter.r=128", "optim.lr=0.01"), SOME),
     "recompute, topk": ((*CHOSEN, "anchor=recompute", "approx=topk", "approx.k=4"), SOME),
     "gradient checkpointing": ((*CHOSEN, "hardware.gradient_checkpointing=true"), SOME),
 }
@@ -69,7 +74,7 @@ def test_a_run_that_is_stopped_again_and_again_equals_an_undisturbed_one(
     for call, owner, name, after, done in stops:
         with monkeypatch.context() as patch:
             # The process that starts evaluates once more.
-            first = not (work / "run").exists() and owner is command
+            first = not (work / "run").exists() and owner is evaluation
             interrupt(patch, call + first, owner, name, after)
             assert train(model, *words, "run_dir=run", "resume=auto") == 130
         said = capsys.readouterr().err
@@ -88,6 +93,7 @@ def test_a_run_that_is_stopped_again_and_again_equals_an_undisturbed_one(
     assert main(["train", "resume=run"]) == 0
     found, expected = outcome(work / "run"), outcome(work / "undisturbed")
     assert found == expected
+    assert sorted(found["samples"]) == [f"step-{step}.jsonl" for step in (1, 2, 4, 5)]
     resumes = read_json(work / "run/summary.json")["resumes"]
     # Those that finished no step, too.
     assert resumes == [{"step": step, "changes": {}} for step in reached]
@@ -195,7 +201,7 @@ def test_a_run_without_a_checkpoint_starts_anew(
         assert train(model, "run_dir=run") == 130
     with (work / "run/metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "reward": 0.')
-    assert sorted(contents(work / "run")) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(contents(work / "run")) == ["config.yaml", "metrics.jsonl", "samples/step-1.jsonl"]
     assert train(model, "run_dir=run", "resume=auto") == 0
     found = outcome(work / "run")
     assert found.pop("warnings") == ["the run has no complete checkpoint; it starts anew"]

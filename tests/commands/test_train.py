@@ -37,6 +37,7 @@ def test_a_run_folder_holds_what_it_promises(model: Path, work: Path) -> None:
         "config.yaml",
         "masked_tokens.json",
         "metrics.jsonl",
+        "samples",
         "summary.json",
     ]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1", "step-2", "step-3"]
@@ -68,6 +69,7 @@ def test_every_metric_is_finite_and_in_its_range(model: Path, work: Path) -> Non
     assert train(model, "steps=2", "batch.prompts_per_step=4", "optim.lr=0.01", "run_dir=run") == 0
     for row in read_lines(work / "run/metrics.jsonl"):
         time = row.pop("time")
+        assert row.pop("reward_parts") == {}
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values())
         for name in ("reward", "accuracy", "equal_groups", "finished", "skipped", "padding", "unjudged"):
             assert 0 <= row[name] <= 1, name
@@ -117,7 +119,7 @@ def test_the_best_by_evaluation_is_kept(model: Path, work: Path, monkeypatch: py
         monkeypatch.setattr(EvalResult, "accuracy", next(accuracies))
         return result
 
-    monkeypatch.setattr("dppo_cli.commands.train.evaluate", evaluated)
+    monkeypatch.setattr("dppo_cli.training.evaluation.evaluate", evaluated)
     words = ["steps=5", "eval.every=1", "checkpoint.every=0", "checkpoint.keep=1", "run_dir=run"]
     assert train(model, *words) == 0
     assert {p.name for p in (work / "run/checkpoints").iterdir()} == {"step-2", "step-5"}

@@ -136,7 +136,7 @@ def test_evaluations_have_a_temperature_of_their_own(model: Path, work: Path, mo
         seen.append((sampling.temperature, sampling.max_new_tokens, samples))
         return evaluate(engine, prompts, scorer, sampling, samples, *rest)
 
-    monkeypatch.setattr("dppo_cli.commands.train.evaluate", record)
+    monkeypatch.setattr("dppo_cli.training.evaluation.evaluate", record)
     words = ["eval.temperature=0", "eval.samples_per_prompt=3", "eval.every=1", "sampling.temperature=0.9"]
     assert train(model, *words, "run_dir=run") == 0
     assert seen == [(0.0, 4, 3)] * 3

@@ -8,7 +8,7 @@ import make
 import pytest
 from helpers import read_json, train, write_rewards
 
-from dppo_cli.commands.trained import folder_of, open_run, read_run_config
+from dppo_cli.commands.trained import find_trained, folder_of, read_run_config
 from dppo_cli.errors import RunError
 
 
@@ -40,14 +40,14 @@ def killed(run: Path) -> Path:
 
 def refused(run: str, match: str) -> None:
     with pytest.raises(RunError, match=match):
-        open_run(run, make.fail)
+        find_trained(run, make.fail)
 
 
 def test_a_finished_run(run: Path) -> None:
-    found = open_run("runs/a", make.fail)
+    found = find_trained("runs/a", make.fail)
     assert (found.folder, found.adapter) == (run, run / "adapter")
     assert found.summary == read_json(run / "summary.json")
-    assert open_run("runs/a/", make.fail) == found
+    assert find_trained("runs/a/", make.fail) == found
     config = read_run_config(run)
     assert (config.steps, config.adapter.r) == (3, 4)
 
@@ -55,13 +55,13 @@ def test_a_finished_run(run: Path) -> None:
 def test_a_run_that_was_stopped_is_told_by_its_summary(run: Path) -> None:
     summary = {**read_json(run / "summary.json"), "interrupted": True, "eval_after": None}
     (run / "summary.json").write_text(json.dumps(summary))
-    found = open_run("runs/a", make.fail)
+    found = find_trained("runs/a", make.fail)
     assert (found.adapter, found.summary) == (run / "adapter", summary)
 
 
 def test_of_a_run_that_was_killed_the_newest_checkpoint_is_used(killed: Path) -> None:
     warned: list[str] = []
-    found = open_run("runs/a", warned.append)
+    found = find_trained("runs/a", warned.append)
     assert (found.folder, found.adapter, found.summary) == (killed, killed / "checkpoints/step-3/adapter", None)
     assert warned == ["runs/a was not finished; using its checkpoint of step 3"]
 
@@ -69,7 +69,7 @@ def test_of_a_run_that_was_killed_the_newest_checkpoint_is_used(killed: Path) ->
 def test_of_a_run_that_was_killed_the_newest_complete_checkpoint_is_used(killed: Path) -> None:
     (killed / "checkpoints/step-3/state.json").unlink()
     warned: list[str] = []
-    assert open_run("runs/a", warned.append).adapter == killed / "checkpoints/step-2/adapter"
+    assert find_trained("runs/a", warned.append).adapter == killed / "checkpoints/step-2/adapter"
     assert warned == [
         "runs/a/checkpoints/step-3 is incomplete: it has no state.json; using an older checkpoint",
         "runs/a was not finished; using its checkpoint of step 2",
@@ -79,7 +79,7 @@ def test_of_a_run_that_was_killed_the_newest_complete_checkpoint_is_used(killed:
 @pytest.mark.parametrize("name", ["runs/a/checkpoints/step-2", "runs/a/checkpoints/step-2/"])
 def test_a_checkpoint_of_a_finished_run(name: str, run: Path) -> None:
     """What the run reached is not what this adapter reached."""
-    found = open_run(name, make.fail)
+    found = find_trained(name, make.fail)
     assert (found.folder, found.adapter, found.summary) == (run, run / "checkpoints/step-2/adapter", None)
     assert folder_of(name) == run
 

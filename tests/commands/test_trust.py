@@ -56,6 +56,7 @@ def half(prompts, completions, **columns):
 FROM_A_FILE = """\
   _target_: dppo_cli.reward.function.Function
   path: {here}/half.py:half
+  weights: null
   timeout: 60.0
   default: null
   max_failures: 10

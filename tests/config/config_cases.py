@@ -13,15 +13,30 @@ from helpers import composed
 from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.cli.main import as_hydra_has_it
-from dppo_cli.commands import doctor, evaluate, export, resume, sample
-from dppo_cli.commands.schemas import DoctorConfig, EvalConfig, ExportConfig, SampleConfig, TrainConfig
+from dppo_cli.commands import doctor, evaluate, export, plan, report, resume, sample
+from dppo_cli.commands.schemas import (
+    DataConfig,
+    DoctorConfig,
+    EvalConfig,
+    ExportConfig,
+    PlanConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir, groups
 from dppo_cli.config.saved import to_yaml
 
 MANDATORY = {
     ("data", "file"): ["data.path=problems.jsonl"],
+    ("data", "hub"): ["data.name=owner/name"],
+    ("data", "reasoning_gym"): ["data.task=spell_backward"],
+    ("data", "mixture"): ["+data@data.members.sums=arithmetic"],
     ("reward", "function"): ["reward.path=rewards.py:score"],
+    ("reward", "judge"): ["reward.url=http://localhost:8000/v1", "reward.model=judge"],
+    ("reward", "mixture"): ["+reward@reward.members.answer=exact"],
+    ("reward", "model"): ["reward.path=owner/name"],
     ("model", "hf"): ["model.path=some/model"],
 }
 """What has to be given with a choice whose YAML says ???."""
@@ -32,6 +47,9 @@ ROOTS = {
     "export": ExportConfig,
     "sample": SampleConfig,
     "doctor": DoctorConfig,
+    "plan": PlanConfig,
+    "report": ReportConfig,
+    "data": DataConfig,
 }
 PREPARE = {
     "train": resume.prepare,
@@ -39,6 +57,9 @@ PREPARE = {
     "export": export.prepare,
     "sample": sample.prepare,
     "doctor": doctor.prepare,
+    "plan": plan.prepare,
+    "report": report.prepare,
+    "data": resume.prepare,
 }
 
 
@@ -53,7 +74,9 @@ def a_run() -> str:
 
 def required(command: str) -> list[str]:
     """What has to be given to a command."""
-    return [] if command in ("train", "doctor") else [a_run()]
+    if command == "report":
+        return [a_run(), "out=report.html"]
+    return [] if command in ("train", "doctor", "plan", "data") else [a_run()]
 
 
 def prepared(command: str, *overrides: str) -> DictConfig:
@@ -84,6 +107,10 @@ def field_names(value: Any, prefix: str = "") -> set[str]:
     for field in dataclasses.fields(value):
         if field.init:
             child = getattr(value, field.name)
+            if isinstance(child, dict) and any(map(dataclasses.is_dataclass, child.values())):
+                for name, member in child.items():
+                    names |= field_names(member, f"{prefix}{field.name}.{name}.")
+                continue
             is_section = dataclasses.is_dataclass(child)
             names |= field_names(child, f"{prefix}{field.name}.") if is_section else {prefix + field.name}
             if is_section and not dataclasses.fields(child):

@@ -22,6 +22,8 @@ MEMORY = 4 * 2**30
 """Bytes that a case may map beyond what the imports have."""
 SMALL = ("batch.prompts_per_step=4", "batch.prompts_per_update=4", "data.eval_problems=4", "steps=1")
 """`dppo train` in half a second."""
+CONFIG_FOLDERS = ("config", "home/.config")  # XDG_CONFIG_HOME, and what an empty one stands for
+MAY_COME = {"canary-ran", *CONFIG_FOLDERS, *(f"{f}/dppo{key}" for f in CONFIG_FOLDERS for key in ("", "/key"))}
 OURS = ("runs", "sweeps", "evals")
 """Folders in the working folder that dppo writes without being told to."""
 MAY_STAY = ("work/runs", "work/runs/last", "work/evals")
@@ -167,7 +169,7 @@ def _places(result: Result) -> Iterator[str]:
     is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(result.case.words))
     for path in result.new:
         parts = Path(path).parts
-        if path in ("config/dppo", "config/dppo/key", "canary-ran") or "__pycache__" in parts:
+        if path in MAY_COME or "__pycache__" in parts:
             continue
         if parts[0] != "work" or not (parts[1] in named or "*" in named):
             yield f"wrote {path!r}"

@@ -33,8 +33,9 @@ TEXTS = ("", "\n", "null", "[]", "{}", "1", '"x"', "true", "[[[[", "NaN", "\ufef
 TAILS = (b"\0", b"x", b"\n", b"{}", b"\xff\xfe", b"0" * 10_000)
 FUNCTION = ("{_target_: dppo_cli.reward.function.Function, path: 'canary.py:f', timeout: 5, default: null, "
     "max_failures: 1, workers: 1, memory_gib: 4}")
-JSON_LINES = ("{_target_: dppo_cli.data.file.JsonLines, path: /dev/zero, eval_path: null, eval_problems: 1, "
-    "prompt_column: a, answer_column: b, answer_pattern: null}")
+JSON_LINES = ("{_target_: dppo_cli.data.file.File, path: /dev/zero, split: null, eval_path: null, eval_split: null, "
+    "prompt_column: a, prompt_template: null, answer_column: b, answer_pattern: null, shuffle: null, "
+    "train_problems: null, eval_problems: 1, on_bad_row: refuse}")
 YAML_LINES = ("a: &a [x, x]\nb: *a", "seed: 1\nseed: 2", "x: !!python/object/apply:os.system ['touch x']",
     "steps: !!binary aGk=", "<<: {seed: 3}", "objective: {_target_: canary.Mine}", f"reward: {FUNCTION}",
     f"data: {JSON_LINES}", "\t", "---\nseed: 2", "...", "? [1, 2]\n: 3", "1: 2", "null: 1", "'': 1", "é: ü",

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from dppo_cli.data.file import JsonLines
+from dppo_cli.data.file import File
 from dppo_cli.errors import DppoError
 
 Seeds = Callable[..., range]
@@ -73,8 +74,13 @@ OPTIONS = st.fixed_dictionaries(
         "prompt_column": st.sampled_from(["prompt"] * 4 + ["more", "", "é"]),
         "answer_column": st.sampled_from(["answer"] * 4 + ["prompt", "self"]),
         "answer_pattern": st.sampled_from([None, None, "(.*)", r"(\d+)", "(x)?", "()"]),
+        "on_bad_row": st.sampled_from(["refuse", "refuse", "drop"]),
+        "shuffle": st.sampled_from([None, None, 3]),
     }
 )
+
+OTHER = {"split": None, "eval_split": None, "prompt_template": None, "train_problems": None}
+"""Options that stay as they are."""
 
 
 def check(folder: Path, content: bytes, options: dict[str, object]) -> None:
@@ -82,23 +88,28 @@ def check(folder: Path, content: bytes, options: dict[str, object]) -> None:
     path.write_bytes(content)
     (folder / "heldout.jsonl").write_bytes(GOOD)
     heldout = str(folder / "heldout.jsonl") if options["eval_problems"] is None else None
+    told: list[str] = []
     try:
-        task = JsonLines(str(path), heldout, **options).load()  # type: ignore[arg-type]
+        task = File(path=str(path), eval_path=heldout, **OTHER, **options).load(told.append)  # type: ignore[arg-type]
     except DppoError as error:
         text = str(error)
         assert text and len(text.splitlines()) == 1 and text.isprintable(), text
         assert len(text) < 3000
         return
+    assert all(text.isprintable() and len(text) < 3000 for text in told), told
     # A line is what a line feed ends; white space is no problem.
-    lines = [line for line in content.split(b"\n") if line.removeprefix(b"\xef\xbb\xbf").decode().strip()]
-    assert len(task.train) + (0 if heldout else len(task.heldout)) == len(lines)
+    lines = [
+        line for line in content.split(b"\n") if line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").strip()
+    ]
+    dropped = sum(int(number[1]) for text in told if (number := re.match(r"(\d+) of \d+ ", text)))
+    assert len(task.train) + (0 if heldout else len(task.heldout)) + dropped == len(lines)
     assert task.train and task.heldout
+    assert not {e.prompt.strip() for e in task.train} & {e.prompt.strip() for e in task.heldout}
     for example in [*task.train, *task.heldout]:
         assert example.prompt.strip() and isinstance(example.answer, str)
         for text in (example.prompt, example.answer):
             text.encode()
         assert strict_json(json.dumps(example.columns, allow_nan=False)) == example.columns
-        assert not {"prompts", "completions", "answer"} & set(example.columns)
         assert pickle.loads(pickle.dumps(example)) == example
 
 
@@ -155,8 +166,9 @@ def _write(content: str, work: Path) -> None:
     (work / "data.jsonl").write_text(content, encoding="utf-8")
 
 
-@pytest.mark.parametrize("content", [GOOD + b"\n" + GOOD, GOOD * 2, b"\xff", b""])
+@pytest.mark.parametrize("content", [GOOD + b"\n" + GOOD.replace(b"1+1", b"1+2"), GOOD * 2, b"\xff", b""])
 def test_the_check_itself(content: bytes, tmp_path: Path) -> None:
     """A file that is read, and three that are refused."""
     options = {"eval_problems": 1, "prompt_column": "prompt", "answer_column": "answer", "answer_pattern": None}
+    options |= {"on_bad_row": "refuse", "shuffle": None}
     check(tmp_path, content, options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dppo_cli.kernels import products
-from dppo_cli.kernels.products import emulates_bfloat16, has_onednn, multiply
+from dppo_cli.kernels.products import emulates_bfloat16, has_onednn, has_wide_products, logits_product, multiply
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -53,3 +53,37 @@ def test_onednn_multiplies_except_transposed_weights_without_avx512(monkeypatch,
     weight = torch.randn(40, 24)
     multiply(torch.randn(5, 24), weight if layout == "plain" else weight.t().contiguous().t())
     assert bool(asked) is ((capability, layout) != ("AVX2", "transposed"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
+def test_logits_are_not_rounded_where_torch_multiplies_into_float32(monkeypatch, shape, bias):
+    """torch has this product on CUDA only; the test computes it as CUDA does."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 24).bfloat16(), torch.randn(shape)
+    b = torch.randn(40).bfloat16() if bias else None
+    rounded = logits_product(x, weight, b)
+    assert torch.equal(rounded, multiply(x, weight, b)) and rounded.dtype == torch.bfloat16
+    calls = []
+
+    def mm(a, b, out_dtype):
+        calls.append((a.dtype, b.dtype, out_dtype, a.shape, b.shape))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(products, "has_wide_products", lambda *_: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    found = logits_product(x, weight, b)
+    rows = x.numel() // 24
+    assert calls == [(torch.bfloat16, torch.bfloat16, torch.float32, (rows, 24), (24, 40))]
+    expected = x.bfloat16().double() @ weight.double().t() + (0 if b is None else b.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (rounded.double() - expected).abs().max() > 100 * (found.double() - expected).abs().max()
+
+
+def test_where_products_are_wider_than_their_factors(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert has_wide_products(cuda, torch.bfloat16) and has_wide_products(cuda, torch.float16)
+    assert not has_wide_products(cuda, torch.float32) and not has_wide_products(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not has_wide_products(cuda, torch.bfloat16)

@@ -42,8 +42,14 @@ FIGURES = [
 ]
 """What each step shows of METRICS; time left and progress belong to the panel alone."""
 SUMMARY: dict[str, Any] = {
-    "eval_before": 0.25,
-    "eval_after": 0.875,
+    "evaluations": {
+        "held_out": {
+            "before": {"accuracy": 0.25, "interval": [0.125, 0.375]},
+            "after": {"accuracy": 0.875, "interval": None},
+            "difference": {"mean": 0.625, "interval": [0.5, 0.75], "problems": 8},
+        },
+        "math": {"before": {"accuracy": 0.5, "interval": None}, "after": None, "difference": None},
+    },
     "steps": 6,
     "seconds": 12.4,
     "peak_memory_gib": 0.5,
@@ -85,9 +91,9 @@ def step(number: int, **changes: Any) -> StepReport:
     return StepReport({**METRICS, "step": number, **changes}, [], [])
 
 
-def evaluation(accuracy: float, standard_error: float, group_sizes: tuple[int, ...]) -> EvalReport:
+def evaluation(accuracy: float, group_sizes: tuple[int, ...], name: str = "held_out") -> EvalReport:
     groups = [Group(make.prompt(), [make.completion()] * n, [Score(1.0)] * n) for n in group_sizes]
-    return EvalReport(0, accuracy, standard_error, groups)
+    return EvalReport(0, name, accuracy, 0.25, (0.125, 0.5), groups)
 
 
 def rows(output: str) -> list[list[str]]:
@@ -144,8 +150,12 @@ def test_figures_that_there_are_none_of(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_evaluation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Of all samples, however they are grouped."""
-    console().evaluated(evaluation(0.25, 0.25, group_sizes=(1, 3)))
-    assert capsys.readouterr().out == "step 0: 25.0% ± 25.0% of 4 held-out samples right\n"
+    console().evaluated(evaluation(0.25, group_sizes=(1, 3)))
+    console().evaluated(evaluation(0.25, group_sizes=(2,), name="aime"))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0: 25.0% (95% interval 12.5 to 50.0%) of 4 held-out samples right",
+        "step 0: 25.0% (95% interval 12.5 to 50.0%) of 2 aime samples right",
+    ]
 
 
 def test_what_the_watch_finds_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,8 +194,11 @@ def test_the_end_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["' 7'", "+", "12", "340", "0.250", "0.500"] in found
     assert ["'\\n'", "-", "2", "9", "0.125", "0.000"] in found
     for row in (
-        ["accuracy before", "25.0%"],
+        ["accuracy before", "25.0% (95% interval 12.5 to 37.5%)"],
         ["accuracy after", "87.5%"],
+        ["difference", "+62.5% (95% interval +50.0 to +75.0%)"],
+        ["accuracy before, math", "50.0%"],
+        ["accuracy after, math", "not measured"],
         ["steps", "6 of 6"],
         ["seconds", "12"],
         ["peak memory", "0.50 GiB"],
@@ -205,7 +218,7 @@ def test_only_the_tokens_masked_most_are_shown(capsys: pytest.CaptureFixture[str
 def test_the_end_of_an_interrupted_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = console()
     shown.started(RUN)
-    shown.finished({**SUMMARY, "steps": 2, "eval_after": None})
+    shown.finished({**SUMMARY, "steps": 2})
     output = capsys.readouterr().out
     assert "not measured" in output and "2 of 6" in output
     assert "masked most" not in output
@@ -266,7 +279,7 @@ def test_the_panel_of_a_run_that_goes_on_begins_where_it_stopped(panel: Console,
 
 
 def test_lines_appear_above_the_panel(panel: Console, terminal: io.StringIO) -> None:
-    panel.evaluated(evaluation(1.0, 0.0, group_sizes=(2,)))
+    panel.evaluated(evaluation(1.0, group_sizes=(2,)))
     panel.warned("step 1: 50%")
     panel.finished(None)
     assert "step 0: 100.0%" in terminal.getvalue()

@@ -10,7 +10,7 @@ from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
 RUN = RunInfo(Path("run"), 0, 3, "some/model", 10, 2, "cpu", "float32", "merged weights")
-EVALUATION = EvalReport(0, 0.5, 0.1, [])
+EVALUATION = EvalReport(0, "held_out", 0.5, 0.1, (0.4, 0.6), [])
 STEP = StepReport({"step": 1}, [], [])
 SUMMARY = {"steps": 1}
 

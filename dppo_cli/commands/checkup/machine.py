@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
-from dppo_cli.config.sections import Hardware
+from dppo_cli.config.sections import Hardware, Model
 from dppo_cli.errors import ConfigError
 
 GIB = 2**30
@@ -178,7 +178,7 @@ def embedded_model(hardware: Hardware) -> Iterator[Row]:
         resolve_device(hardware)
     except ConfigError:
         hardware = replace(hardware, device="cpu", dtype="float32")
-    policy = load_policy("embedded:arithmetic_1m", None, hardware, warn=lambda text: None)
+    policy = load_policy(Model("embedded:arithmetic_1m", None, None), hardware, warn=lambda text: None)
     ids = torch.tensor([policy.tokenizer(QUESTION)["input_ids"]], device=policy.device)
     with torch.no_grad():
         log_pi_V = policy.head.log_probs(hidden_states(policy, ids)[0, -1:])[0]
