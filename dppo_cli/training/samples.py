@@ -55,11 +55,16 @@ class StepSamples:
         self.stride, self.sizes = int(state["stride"]), {int(step): int(size) for step, size in state["sizes"]}
 
     def chosen(self, step: int, groups: Sequence[Group]) -> list[Group]:
-        """All groups, those to be kept marked: the first that teach something, then the first that do not."""
+        """All groups, those to be kept marked: of those that teach something, then of those that do not.
+
+        They are spread over the step, because groups of its first update show no trust region: pi is mu there.
+        """
         if not self.writes or not self._is_due(step):
             return list(groups)
-        ranked = sorted(range(len(groups)), key=lambda g: not any(groups[g].advantages))
-        kept = set(ranked[: self.plan.groups])
+        teaching = [g for g, group in enumerate(groups) if any(group.advantages)]
+        others = [g for g, group in enumerate(groups) if not any(group.advantages)]
+        kept = set(_spread(teaching, self.plan.groups))
+        kept |= set(_spread(others, self.plan.groups - len(kept)))
         return [replace(group, kept=g in kept) for g, group in enumerate(groups)]
 
     def keep(self, folder: RunFolder, step: int, groups: Sequence[Group], updates: Sequence[UpdateResult]) -> None:
@@ -126,12 +131,26 @@ class StepSamples:
                     "token_ids": token_ids,
                     "tokens": [self._text_of(token) for token in token_ids],
                     **_columns(completion, seen.get(id(completion))),
+                    "top_texts": self._texts_of(completion.mu.topk_ids_NK),
                 }
 
     def _text_of(self, token: int) -> str:
         if token not in self.texts:
             self.texts[token] = _text(self.decode([token]))
         return self.texts[token]
+
+    def _texts_of(self, token_NK: Tensor | None) -> dict[str, str] | None:
+        """By id: JSON has no other keys than text."""
+        if token_NK is None:
+            return None
+        return {str(token): self._text_of(token) for token in token_NK.unique().tolist()}
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """The middle of each of `count` equal parts, or all where there are no more."""
+    if count >= len(items):
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _first(updates: Sequence[UpdateResult]) -> dict[int, SampleStats]:

@@ -98,6 +98,7 @@ def test_what_a_line_says_of_a_sample(folder: RunFolder) -> None:
         "top_ids": None,
         "top_logp_mu": None,
         "top_logp_pi": None,
+        "top_texts": None,
     }
     # It was in no update: what the sampler knew is there.
     assert (rows[1]["score"], rows[1]["note"], rows[1]["advantage"]) == (None, "timed out", 0.0)
@@ -116,6 +117,7 @@ def test_the_most_likely_tokens(folder: RunFolder) -> None:
     for row in rows:
         assert row["top_ids"] == [[1, 2], [], [3, 4]]
         assert row["top_logp_mu"] == [[-0.1, -2.5], [], [-1.0, None]]
+        assert row["top_texts"] == {"1": "[1]", "2": "[2]", "3": "[3]", "4": "[4]"}
     assert rows[0]["top_logp_pi"] == [[-0.25, -1.5], [], [-0.75, None]]
     assert rows[1]["top_logp_pi"] == [[None, None], [], [None, None]]
 
@@ -130,7 +132,7 @@ def test_texts_that_readers_of_json_refuse_are_repaired(folder: RunFolder) -> No
 
 def test_groups_that_teach_something_come_first() -> None:
     groups = [group(0.0, 0.0), group(1.0, -1.0), group(), group(0.0, 0.5), group(0.0)]
-    for number, expected in ((1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (9, [0, 1, 2, 3, 4])):
+    for number, expected in ((1, [3]), (2, [1, 3]), (3, [1, 2, 3]), (9, [0, 1, 2, 3, 4])):
         chosen = keeper(groups=number).chosen(1, groups)
         assert [g for g, one in enumerate(chosen) if one.kept] == expected
         assert [replace(one, kept=False) for one in chosen] == groups

@@ -1,7 +1,7 @@
 """Graphics cards: memory, and what their data sheets promise. All figures are dense, without sparsity.
 
-Sources, NVIDIA: data sheets of the H200, H100, A100, L40S, L4 and A10; "Ada GPU architecture" v2 (RTX 4090, 4080) and "Ampere
-GA102 GPU architecture" v2 (RTX 3090), there for sums in float32. Of memory, what the driver leaves to programs.
+Sources, NVIDIA: data sheets of the H200, H100, A100, L40S, L4 and A10; "Ada GPU architecture" v2 (RTX 4090, 4080) and
+"Ampere GA102 GPU architecture" v2 (RTX 3090), there for sums in float32. Of memory, what the driver leaves to programs.
 """
 
 import re

@@ -11,6 +11,7 @@ import torch
 from dppo_cli.commands.planning.cards import CARDS, Card
 from dppo_cli.config.sections import Hardware
 from dppo_cli.errors import ConfigError
+from dppo_cli.kernels.devices import MPS
 from dppo_cli.kernels.products import multiply
 
 GIB = 2**30
@@ -55,6 +56,10 @@ class Machine:
 def find_machine(hardware: Hardware, card: str | None) -> Machine:
     """Raises ConfigError if it is not known what to plan for."""
     has_gpu = torch.cuda.is_available()
+    if hardware.device == MPS and card is None:
+        raise ConfigError(
+            f"hardware.device={MPS} cannot be planned: its memory is shared with the system; plan for hardware=cpu"
+        )
     if card is not None and hardware.device == "cpu":
         raise ConfigError(f"card={card} is a GPU, but hardware.device=cpu; leave card out, or use hardware=auto")
     if card is None and hardware.device == "cuda" and not has_gpu:

@@ -95,7 +95,7 @@ def memory(
         always["libraries"] = runtime + AT_RUN_TIME
     else:
         always["library workspaces"] = WORKSPACE
-    adapter = {"adapter": 4.0 * trained, "gradients": 4.0 * trained, "AdamW moments": 8.0 * trained}
+    adapter = {"adapter": 4.0 * trained, "gradients": 4.0 * trained, "AdamW moments": _moments(config, shapes)}
     kept = _kept_samples(config, shapes) if on_cpu else 0.0
     weights = sampling_weights(config, shapes, machine, runtime + base if on_cpu else base + GPU_RUNTIME)
     copy, filling, packed_head = _copy(shapes, weights, on_cpu)
@@ -179,6 +179,14 @@ def memory(
         if name != "loading":
             phase["held free by the allocator"] = held[name]
     return Memory(phases, least, 0.0, weights)
+
+
+def _moments(config: TrainConfig, shapes: Shapes) -> float:
+    """Two of each trained parameter. In 8 bits with a scale for every 256, and small parameters in 32 bits."""
+    sizes = [p.numel() for p in shapes.policy.parameters]
+    if config.optim.bits == 32:
+        return 8.0 * sum(sizes)
+    return sum(2 * n * (1 + 4 / 256) if n >= 4096 else 8.0 * n for n in sizes)
 
 
 def _copy(shapes: Shapes, weights: SamplingWeights, on_cpu: bool) -> tuple[float, float, float]:

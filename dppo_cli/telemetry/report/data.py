@@ -93,7 +93,7 @@ def read_run(path: Path) -> RunData:
     problems = list(run.problems)
     metrics = [row for row in run.metrics if isinstance(row.get("step"), int)]
     if len(metrics) < len(run.metrics):
-        problems.append(f"{len(run.metrics) - len(metrics)} lines of metrics.jsonl are of no step, and were left out")
+        problems.append(f"metrics.jsonl has lines of no step, which were left out: {len(run.metrics) - len(metrics)}")
     if not metrics:
         problems.append("no step is finished yet")
     state, versions = _checkpoint(path)

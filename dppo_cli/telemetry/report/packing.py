@@ -126,6 +126,8 @@ def _json(rows: Sequence[Mapping[str, Any]]) -> str:
         sample["prompt"] = prompts.setdefault(_text(row.get("prompt")), len(prompts))
         if sample["ids"] and sample["tokens"]:
             texts.update(zip(sample["ids"], sample["tokens"], strict=True))
+        if isinstance(known := row.get("top_texts"), dict):
+            texts.update({int(i): _text(text) for i, text in known.items() if i.isdecimal()})
         for alternatives in sample["top"] or ():
             wanted.update(token for token, _, _ in alternatives)
         found.append(sample)

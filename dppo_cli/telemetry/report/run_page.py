@@ -41,7 +41,7 @@ def run_page(path: Path, served: Served | None = None) -> str:
         stat = file.stat() if file.exists() else None
         return (str(file), stat.st_mtime_ns, stat.st_size) if stat else (str(file), 0, 0)
 
-    packed = pack(run.run.sample_steps, run.run.samples, room, served and served.packed, file_of)
+    packed = pack(run.run.sample_steps, run.run.samples, room, served.packed if served else None, file_of)
     run.problems.extend(packed.problems)
     page.blocks = packed.blocks
     page.data["samples"] = {

@@ -130,7 +130,8 @@ function dppoSamples({ steps, delta }, root) {
       const n = masked(s);
       const about = [`score ${s.score === null ? "none" : number(s.score)}`, `${s.n} tokens`, n ? `${n} masked` : null];
       return node("li", {}, node("button", { type: "button", "data-sample": i, onclick: () => open(i) },
-        `Problem ${s.problem ?? "?"}, sample ${s.sample ?? "?"}`, node("small", {}, about.filter(Boolean).join(" · "))));
+        `Problem ${s.problem ?? "?"}, sample ${s.sample ?? "?"}`, node("small", {}, about.filter(Boolean).join(" · ")),
+        node("small", { class: "start" }, visible((s.completion || (s.tokens || []).slice(0, 80).join("")).slice(0, 80)))));
     }));
   }
 

@@ -199,3 +199,16 @@ def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "reward": NaN, "entropy": 1e999}\n{"step": 2, "reward": 0.5}\n')
     figures = data_of(run_page(run))["figures"]
     assert figures["reward"]["data"][0]["y"] == [None, 0.5] and "entropy" not in figures
+
+
+def test_figures_of_nonsense_are_left_out(tmp_path: Path) -> None:
+    """As a run of another program, or an edited one, may have them."""
+    run = write_run(tmp_path / "run", 2)
+    odd = {"before": {"accuracy": "high", "interval": [None, 1]}, "after": {"accuracy": 0.5, "interval": [0.4]}}
+    (run / "summary.json").write_text(json.dumps({"evaluations": {"held_out": odd}, "warnings": {"a": 1}}))
+    line = {"step": 1, "reward": [1], "accuracy": 7.0, "sampled_groups": -3, "divergence_p50": 1e308, "time": []}
+    write_lines(run / "metrics.jsonl", [line, {"reward": 1.0}])
+    html = run_page(run)
+    assert set(data_of(html)["figures"]) == {"accuracy", "divergence"}
+    text = Parsed(html).text
+    assert "50.0% after" in text and "metrics.jsonl has lines of no step, which were left out: 1" in text
