@@ -8,7 +8,7 @@ DEMO := runs/demo
 # Of llama-cpp-python, whose source archive holds llama.cpp.
 LLAMA := 0.3.36
 
-.PHONY: demo demo-real stability bench test test-slow test-hostile test-llama-cpp format clean
+.PHONY: demo demo-real stability bench bench-gpu test test-slow test-gpu test-hostile test-llama-cpp format clean
 
 # Train the embedded model, export it, and show what came out: three minutes, installation included.
 demo: $(VENV)/installed
@@ -44,6 +44,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/table.py
 
+# Speed and memory on a CUDA device, in at most eight minutes: docs/gpu.md. WORDS="--only decode" chooses; PY as in test-gpu.
+bench-gpu: $(if $(PY),,$(VENV)/installed)
+	$(or $(PY),$(BIN)/python) benchmarks/gpu.py $(WORDS)
+
 # Format check, lint, strict types, tests.
 test: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -54,6 +58,10 @@ test: $(VENV)/installed
 # The tests that take minutes: the accuracy of the default run over three seeds.
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+# What needs a CUDA device: docs/gpu.md. With PY=python3 a Python that has everything installed, without a network.
+test-gpu: $(if $(PY),,$(VENV)/installed)
+	$(or $(PY),$(BIN)/python) -m pytest -s -rs -W default -m gpu tests/gpu
 
 # Broken command lines, data files and run folders: HOSTILE_CASES of them (10000: hours), from HOSTILE_SEED (0) on.
 test-hostile: $(VENV)/installed

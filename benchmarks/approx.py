@@ -42,7 +42,7 @@ def seconds(rounds: int) -> dict[str, list[dict[str, float]]]:
     configs = {name: config(name) for name in NAMES}
     plain = configs["binary"]
     policy = load_policy(plain.model, plain.hardware, warn=print, adapter=plain.adapter, seed=1)
-    prompts = policy.encode(plain.data.load().train[:PROMPTS], plain.prompt)
+    prompts = policy.encode(plain.data.load(print).train[:PROMPTS], plain.prompt)
     learners = {name: make_learner(policy, configs[name]) for name in NAMES}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     with plain.rollout.load(policy, print) as engine:

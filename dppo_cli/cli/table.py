@@ -77,4 +77,19 @@ COMMANDS = {
         None,
         "report",
     ),
+    "compare": Command(
+        "two runs on the same problems: what is the difference?",
+        "compare",
+        "CompareConfig",
+        "out",
+        "compare",
+        ("data", "reward", "rollout", "hardware"),
+    ),
+    "runs": Command(
+        "list runs: state, step, accuracy, age and size",
+        "runs",
+        "RunsConfig",
+        None,
+        "runs",
+    ),
 }

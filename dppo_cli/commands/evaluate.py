@@ -15,6 +15,7 @@ from dppo_cli.commands.trained import find_trained
 from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import percent, print_table, print_warning, with_interval
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.run_folder import check_free, default_run_dir
@@ -57,7 +58,7 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
     run = None if config.run is None else find_trained(config.run, print_warning, config.checkpoint)
     out = Path(config.out) if config.out else default_run_dir(str(run.folder / "eval") if run else "evals")
     check_free(out, "out")
-    result = measure(config, run and run.adapter, print_warning)
+    result = measure(config, run.adapter if run else None, print_warning)
     summary: dict[str, Any] = {
         "model": config.model.path,
         "run": config.run,
@@ -85,12 +86,15 @@ def run_eval(config: EvalConfig, config_yaml: str) -> dict[str, Any]:
 
 
 def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None]) -> EvalResult:
-    """Load what `config` names and sample, score and count. `adapter`: the folder of a run's; None for a plain model."""
-    task, scorer = config.data.load(warn), config.reward.load(warn)
-    policy = load_policy(config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter)
+    """Load what `config` names; sample, score and count. `adapter`: the folder of a run's, None for a plain model."""
+    task = config.data.load(warn)
+    with phase("loading the reward"):
+        scorer = config.reward.load(warn)
+    with phase("loading the model"):
+        policy = load_policy(config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter)
     prompts = policy.encode(task.heldout, config.prompt)
     prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
-    with config.rollout.load(policy, warn) as engine:
+    with config.rollout.load(policy, warn) as engine, phase(f"sampling {len(prompts)} problems"):
         engine.sync(version=0)
         return evaluate(
             engine,

@@ -25,7 +25,7 @@ from dppo_cli.training.run_folder import check_free
 
 OF_THE_COMMAND = ("resume", "run_dir", "trust")
 """Keys that say where and whether to go on."""
-MAY_CHANGE = ("steps", "checkpoint", "stop", *OF_THE_COMMAND)
+MAY_CHANGE = ("steps", "checkpoint", "stop", "samples", "tracker", "console", *OF_THE_COMMAND)
 """Keys that do not change what a step computes (`steps` only where the learning rate does not depend on it)."""
 
 

@@ -14,6 +14,7 @@ from dppo_cli.algorithm.objective import Objective
 from dppo_cli.commands.doctor import DoctorConfig as DoctorConfig  # there, because it has to load without torch
 from dppo_cli.commands.planning.cards import check_card
 from dppo_cli.commands.report import ReportConfig as ReportConfig  # there, for the same reason
+from dppo_cli.commands.runs import RunsConfig as RunsConfig  # the same
 from dppo_cli.config.build import FilePath
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import (
@@ -33,6 +34,7 @@ from dppo_cli.data.task import DataSource
 from dppo_cli.errors import ConfigError
 from dppo_cli.reward.scorer import RewardSource
 from dppo_cli.rollout.engine import RolloutSource
+from dppo_cli.telemetry.console import MODES
 from dppo_cli.telemetry.trackers import chosen
 from dppo_cli.training.card import HUB_NAME
 from dppo_cli.training.evaluation import HELD_OUT
@@ -74,6 +76,7 @@ class TrainConfig:
     replacement_rounds: int
     order: str
     tracker: Any  # a name, or a list of them
+    console: str
 
     def __post_init__(self) -> None:
         check_choice("anchor", self.anchor, ("rollout", "recompute"))
@@ -81,6 +84,7 @@ class TrainConfig:
             raise ConfigError(f"steps={self.steps} must be at least 1; to measure a model without training: dppo eval")
         check_choice("order", self.order, tuple(ORDERS))
         chosen(self.tracker)
+        check_choice("console", self.console, MODES)
         rules = {
             "kl_to_reference >= 0": self.kl_to_reference >= 0,
             "replacement_rounds >= 0": self.replacement_rounds >= 0,
@@ -195,6 +199,22 @@ class EvalConfig:
         for k in self.pass_k:
             if not 1 <= k <= self.samples_per_prompt:
                 raise ConfigError(f"pass_k={k} needs between 1 and samples_per_prompt={self.samples_per_prompt}")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Everything `dppo compare` needs: how each side is evaluated (`compare.prepare`), and what is made of it."""
+
+    run: str
+    other: str
+    first: EvalConfig
+    second: EvalConfig
+    shown: int
+    out: str | None
+    json: bool
+
+    def __post_init__(self) -> None:
+        check_rules("", self, {"shown >= 0": self.shown >= 0})
 
 
 FORMATS = ("adapter", "merged", "gguf")

@@ -23,7 +23,7 @@ from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import Collector, InStepCollector
 from dppo_cli.rollout.engine import RolloutEngine
-from dppo_cli.telemetry.console import Console
+from dppo_cli.telemetry.console import make_console
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.table import print_warning
 from dppo_cli.telemetry.trackers import Tracker, check_installed, chosen
@@ -131,15 +131,19 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     earlier = find_earlier(run_dir, config, config_yaml, early.append)
     if earlier.summary is not None:
         return earlier.summary
-    scorer = config.reward.load(lambda text: warn(text))
-    policy = load_policy(
-        config.model,
-        config.hardware,
-        warn=early.append,
-        # A checkpoint has the weights; the folder that they started from may be gone.
-        adapter=config.adapter if earlier.checkpoint is None else replace(config.adapter, path=None),
-        seed=config.seed,
-    )
+    masked = MaskedTokens(text_of=lambda token: decode([token]))
+    console = make_console(config.console, masked, config.eval.every)
+    with console.phase("loading the reward"):
+        scorer = config.reward.load(lambda text: warn(text))
+    with console.phase("loading the model"):
+        policy = load_policy(
+            config.model,
+            config.hardware,
+            warn=early.append,
+            # A checkpoint has the weights; the folder that they started from may be gone.
+            adapter=config.adapter if earlier.checkpoint is None else replace(config.adapter, path=None),
+            seed=config.seed,
+        )
     train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
     engine = config.rollout.load(policy, early.append)
     collector = InStepCollector(
@@ -210,11 +214,10 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     def decode(token_ids: Sequence[int]) -> str:
         return str(policy.tokenizer.decode(list(token_ids)))
 
-    masked = MaskedTokens(text_of=lambda token: decode([token]))
     samples = StepSamples(config.samples, config.steps, decode, warn, writes=world.is_main)
     watch = Watch(config.objective.masks and config.batch.updates_per_step > 1, warn)
     trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
-    listeners = Listeners([masked, watch, *trackers, Console(masked)] if world.is_main else [], warn)
+    listeners = Listeners([masked, watch, *trackers, console] if world.is_main else [], warn)
     state = RunState(
         make_learner(policy, config, warn, world),
         ORDERS[config.order](train_prompts, config.seed),
@@ -247,7 +250,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             engine.sync(version=state.step)
             try:
                 if state.before is None:
-                    state.before = evaluator.all(0)
+                    with console.phase("evaluating before training"):
+                        state.before = evaluator.all(0)
                 train(state, config, collector, engine, evaluator, save, elapsed, folder, samples, listeners, stopping)
                 summary = finish(evaluator.all(state.step))
             except BaseException as error:

@@ -63,7 +63,9 @@ def choose_forward(policy: Policy) -> type[Forward]:
     """
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
     layers = DynamicCache(config=policy.model.config).layers
-    shares = not policy.model.is_activation_checkpointing and all(type(layer) in attention for layer in layers)
+    # transformers' own property for it was renamed between the versions that are supported.
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
+    shares = not recomputes and all(type(layer) in attention for layer in layers)
     return SharedPrompts if shares else WholeSequences
 
 

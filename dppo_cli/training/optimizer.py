@@ -23,10 +23,11 @@ def make_optimizer(parameters: Sequence[nn.Parameter], optim: AdamW, device: tor
         raise ConfigError(
             f"optim.bits={optim.bits} needs bitsandbytes, which has no kernels for hardware.device=mps; use optim=adamw"
         )
-    from bitsandbytes.optim import AdamW8bit  # Its import takes seconds.
+    import bitsandbytes  # It takes seconds.
 
+    library: Any = bitsandbytes
     # It rounds in blocks of 256 numbers, and leaves parameters of fewer than 4,096 in 32 bits.
-    made: torch.optim.Optimizer = AdamW8bit(
+    made: torch.optim.Optimizer = library.optim.AdamW8bit(
         parameters, lr=optim.lr, betas=(b1, b2), eps=optim.eps, weight_decay=optim.weight_decay
     )
     return made

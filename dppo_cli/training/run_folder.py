@@ -27,7 +27,7 @@ MASKED_TOKENS = "masked_tokens.json"
 SAMPLES = "samples"
 NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 """What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
-RESULTS = ("config.yaml", METRICS, RESUMES, SUMMARY, MASKED_TOKENS, SAMPLES, "adapter", "checkpoints")
+RESULTS = ("config.yaml", METRICS, RESUMES, SUMMARY, MASKED_TOKENS, SAMPLES, "trackers", "adapter", "checkpoints")
 TEMPORARY = (
     *(f".{name}.tmp" for name in RESULTS),
     ".nonfinite-*.tmp",

@@ -29,7 +29,7 @@ def run(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "rewards.py").write_text(
-            "def odd(prompts, completions, **columns):\n    return [sum(map(ord, text)) % 97 for text in completions]\n"
+            "def odd(completions, **columns):\n    return [sum(map(ord, c[0]['content'])) % 97 for c in completions]\n"
         )
         words = ["data.train_problems=32", f"model.path={tiny_models['llama3']}", "optim.lr=0.1", "run_dir=run"]
         words += ["reward=function", "reward.path=rewards.py:odd", "prompt.template=chat", "prompt.system=Hi."]

@@ -13,14 +13,16 @@ from helpers import composed
 from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.cli.main import as_hydra_has_it
-from dppo_cli.commands import doctor, evaluate, export, plan, report, resume, sample
+from dppo_cli.commands import compare, doctor, evaluate, export, plan, report, resume, runs, sample
 from dppo_cli.commands.schemas import (
+    CompareConfig,
     DataConfig,
     DoctorConfig,
     EvalConfig,
     ExportConfig,
     PlanConfig,
     ReportConfig,
+    RunsConfig,
     SampleConfig,
     TrainConfig,
 )
@@ -50,6 +52,8 @@ ROOTS = {
     "plan": PlanConfig,
     "report": ReportConfig,
     "data": DataConfig,
+    "compare": CompareConfig,
+    "runs": RunsConfig,
 }
 PREPARE = {
     "train": resume.prepare,
@@ -60,6 +64,8 @@ PREPARE = {
     "plan": plan.prepare,
     "report": report.prepare,
     "data": resume.prepare,
+    "compare": compare.prepare,
+    "runs": runs.prepare,
 }
 
 
@@ -76,7 +82,9 @@ def required(command: str) -> list[str]:
     """What has to be given to a command."""
     if command == "report":
         return [a_run(), "out=report.html"]
-    return [] if command in ("train", "doctor", "plan", "data") else [a_run()]
+    if command == "compare":
+        return [a_run(), "other=base"]
+    return [] if command in ("train", "doctor", "plan", "data", "runs") else [a_run()]
 
 
 def prepared(command: str, *overrides: str) -> DictConfig:

@@ -37,6 +37,7 @@ OTHER_VALUES = {
     "prompt.too_long": "drop",
     "order": "solve_rate",
     "tracker": "wandb",
+    "console": "quiet",
     "eval_sets": "{more: {_target_: dppo_cli.data.arithmetic.Arithmetic, train_problems: 8, eval_problems: 8, "
     "operands: [0, 9], operations: +, template: '{a}+{b}='}}",
     "problems": "7",
@@ -89,6 +90,7 @@ OTHER_VALUES = {
     "reward.cache": "kept",
     "run": "runs/other",
     "out": "elsewhere",
+    "folder": "sweeps",
     "format": "merged",
     "dtype": "bfloat16",
     "pass_k": "[1,2]",
@@ -214,7 +216,7 @@ def test_every_key_of_export_changes_the_config() -> None:
     check_every_key_has_an_effect("export", node, key_names(node))
 
 
-@pytest.mark.parametrize("command", ["sample", "doctor"])
+@pytest.mark.parametrize("command", ["sample", "doctor", "runs"])
 def test_every_key_of_the_commands_that_look_changes_the_config(command: str) -> None:
     node = prepared(command, *required(command))
     check_every_key_has_an_effect(command, node, key_names(node))

@@ -73,7 +73,9 @@ def test_apples_gpu_is_used_only_where_it_is_named(train_config, monkeypatch, lo
     assert resolve_device(replace(hardware, dtype="bfloat16")) == (torch.device("mps"), torch.bfloat16)
     assert resolve_device(replace(hardware, device="auto")) == (torch.device("cpu"), torch.float32)
     adapter = replace(train_config().adapter, quantization="nf4")
-    with pytest.raises(ConfigError, match=r"quantization=nf4 needs bitsandbytes.*hardware\.device=mps; use adapter=lora"):
+    with pytest.raises(
+        ConfigError, match=r"quantization=nf4 needs bitsandbytes.*hardware\.device=mps; use adapter=lora"
+    ):
         load(tiny_models["llama3"], adapter, device="mps")
 
 

@@ -28,6 +28,10 @@ MODULES = {
     "psutil": "psutil",
     "pyyaml": "yaml",
     "rich": "rich",
+    "datasets": "datasets",
+    "math-verify": "math_verify",
+    "httpx2": "httpx2",
+    "regex": "regex",
 }
 """Packages, and what they are imported as."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dppo_cli.telemetry.report.curves import Event, column
 from dppo_cli.telemetry.report.data import HELD_OUT, RunData, number, section
-from dppo_cli.telemetry.table import percent, with_interval
+from dppo_cli.telemetry.table import percent, points, with_interval
 
 QUIET = 30
 """Steps at the end without a masked token: the policy does not reach the edge of its trust region."""
@@ -141,8 +141,8 @@ def _in_words(measured: dict[str, Any], of: str) -> str:
         if found := measured.get(side):
             parts.append(f"{with_interval(number(found.get('accuracy')), found.get('interval'))} {side}")
     if of and (found := measured.get("difference")):
-        change = with_interval(number(found.get("mean")), found.get("interval"), sign="+")
-        parts.append(f"difference {change}")
+        mean = number(found.get("mean"))
+        parts.append("difference not measured" if mean is None else f"difference {points(mean, found.get('interval'))}")
     return of + ", ".join(parts)
 
 

@@ -1,0 +1,293 @@
+"""The steps of gpu.py: each measures one thing on one device and adds rows to its table."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gpu_model import Size, config, plain_model, policy, tokenizer
+from measure import BUILD
+from peft import LoraConfig
+
+from dppo_cli.commands.train import make_learner
+from dppo_cli.config.sections import Sampling
+from dppo_cli.kernels.devices import empty_cache
+from dppo_cli.policy.policy import Policy
+from dppo_cli.types import Completion, Example, Group, PolicyReport, Prompt, Score, Status
+
+CARD_16GB = 15.6 * 2**30
+"""Bytes that a program sees of a card of 16 GB."""
+BF16, NF4 = ("adapter=lora", "hardware=gpu_80gb"), ("adapter=qlora", "hardware=gpu_24gb", "rollout.weights=quantized")
+
+
+@dataclass
+class Bench:
+    """What the steps share. `policies`: at most one, the last that was asked for."""
+
+    size: Size
+    device: torch.device
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bandwidth: float | None = None
+    policies: dict[tuple[str, ...], Policy] = field(default_factory=dict)
+
+    def policy(self, words: tuple[str, ...]) -> Policy:
+        """Two of them would not fit."""
+        if words not in self.policies:
+            self.forget()
+            self.policies[words] = policy(self.size, self.device, config(self.size, *words))
+        return self.policies[words]
+
+    def forget(self) -> None:
+        self.policies.clear()
+        gc.collect()
+        empty_cache(self.device)
+
+    def add(self, what: str, **values: float | str) -> None:
+        self.rows.append({"what": what, **values})
+        print(what, values, flush=True)
+
+    def timed(self, work: Callable[[], object]) -> tuple[float, float | None]:
+        """Seconds, and the peak of the device's memory in GiB meanwhile; None where it has no counter."""
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read and written."""
+        if self.bandwidth is None:
+            data = torch.ones(2**28 if self.device.type == "cuda" else 2**20, device=self.device)
+            data.clone()
+            self.bandwidth = 2 * data.nbytes / min(self.timed(data.clone)[0] for _ in range(5))
+        return self.bandwidth
+
+
+def prompts_of(size: Size, count: int, tokens: int) -> list[Prompt]:
+    """No two begin alike: nothing is shared between prompts."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, size.model["vocab_size"], (count, tokens), generator=generator).tolist()
+    return [Prompt(i, Example("", ""), tuple(row)) for i, row in enumerate(ids)]
+
+
+def probe(bench: Bench) -> None:
+    """Versions, attention kernels that are on, bandwidth."""
+    cuda = torch.backends.cuda
+
+    def kernels() -> str:
+        names = ("flash", "mem_efficient", "cudnn", "math")
+        return " ".join(name for name in names if getattr(cuda, f"{name}_sdp_enabled")())
+
+    before = kernels()
+    bench.policy(BF16)  # its settings are those of every run
+    bench.add(
+        "probe",
+        attention_before=before,
+        attention=kernels(),
+        cuda=str(torch.version.cuda),
+        cudnn=str(torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None),
+        copy_gb_per_s=bench.copy_bandwidth() / 1e9,
+    )
+
+
+def decode(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 0) -> None:
+    """Tokens per second of the in-process engine, and the share of the floor."""
+    size, of, settings = bench.size, bench.policy(words), config(bench.size, *words)
+    width = size.prompt + (size.new - size.decoded) // 2
+    with settings.rollout.load(of, print) as engine:
+        engine.sync(version=0)
+        for rows in size.rows if num_logprobs == 0 else size.rows[1:2]:
+            group = min(size.group, rows)
+            prompts = prompts_of(size, rows // group, width)
+
+            def run(tokens: int, prompts: Sequence[Prompt] = prompts, group: int = group) -> tuple[float, float | None]:
+                sampling = Sampling(1.0, 1.0, 0, 0.0, tokens, [])
+                return bench.timed(lambda: engine.generate(prompts, group, sampling, num_logprobs, seed=1))
+
+            run(2)  # a warm-up
+            prefill, _ = run(1)
+            seconds, peak = run(size.decoded)
+            step = (seconds - prefill) / (size.decoded - 1)
+            layer_bytes = 0.516 if settings.adapter.quantization else 2.0
+            read = size.layer_parameters * layer_bytes + 2 * size.head_parameters
+            read += rows * (width + size.decoded / 2) * size.cache_bytes
+            bench.add(
+                f"{name}, {rows} rows" + (f", top-{num_logprobs}" if num_logprobs else ""),
+                ms_per_step=1e3 * step,
+                tokens_per_s=rows / step,
+                prefill_s=prefill,
+                share_of_floor=read / bench.copy_bandwidth() / step,
+                peak_gib=_or_nothing(peak),
+            )
+
+
+def generate(bench: Bench) -> None:
+    """transformers' `generate` on the same model and rows, without log-probs."""
+    size, of = bench.size, bench.policy(BF16)
+    rows, width = size.rows[1], size.prompt + (size.new - size.decoded) // 2
+    ids = torch.tensor([p.token_ids for p in prompts_of(size, rows, width)], device=bench.device)
+
+    def run(tokens: int) -> float:
+        with torch.no_grad(), of.autocast():
+            options: dict[str, Any] = dict(do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens)
+            return bench.timed(
+                lambda: of.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options
+                )
+            )[0]
+
+    run(2)
+    step = (run(size.decoded) - run(1)) / (size.decoded - 1)
+    bench.add(f"transformers' generate, {rows} rows", ms_per_step=1e3 * step, tokens_per_s=rows / step)
+
+
+def groups_of(size: Size, prompts: Sequence[Prompt], new: int) -> list[Group]:
+    """Random responses as if a uniform policy had sampled them; every advantage is 1 or -1, so that none is skipped."""
+    generator, vocabulary = torch.Generator().manual_seed(2), size.model["vocab_size"]
+    made = []
+    for prompt in prompts:
+        row = []
+        for ids_T in torch.randint(3, vocabulary, (size.group, new), generator=generator):
+            mu = PolicyReport(torch.full((new,), -torch.tensor(float(vocabulary)).log().item()))
+            row.append(Completion(ids_T, torch.ones(new, dtype=torch.bool), mu, "", Status.CUT, (0,)))
+        signs = [1.0 if i % 2 else -1.0 for i in range(size.group)]
+        made.append(Group(prompt, row, [Score(s) for s in signs], signs))
+    return made
+
+
+def update(bench: Bench, words: tuple[str, ...], name: str) -> None:
+    """Seconds of an update, the second of two, and its peak memory."""
+    size, settings = bench.size, config(bench.size, *words)
+    learner = make_learner(bench.policy(words), settings, print)
+    groups = groups_of(size, prompts_of(size, size.prompts, size.prompt), size.new)
+    first, _ = bench.timed(lambda: learner.update(groups))
+    seconds, peak = bench.timed(lambda: learner.update(groups))
+    tokens = size.prompts * size.group * size.new
+    bench.add(
+        f"{name}, {size.prompts} x {size.group} x ({size.prompt} + {size.new})",
+        seconds=seconds,
+        first_s=first,
+        tokens_per_s=tokens / seconds,
+        peak_gib=_or_nothing(peak),
+    )
+
+
+def step(bench: Bench) -> None:
+    """Sampling, scoring by nothing, and one update: the work that TRL's step does."""
+    size, settings = bench.size, config(bench.size, *BF16)
+    of = bench.policy(BF16)
+    learner = make_learner(of, settings, print)
+    prompts = prompts_of(size, size.prompts, size.prompt)
+
+    def run() -> None:
+        with settings.rollout.load(of, print) as engine:
+            engine.sync(version=0)
+            sampled = engine.generate(prompts, size.group, settings.sampling, settings.approx.num_logprobs, seed=4)
+        signs = [1.0 if i % 2 else -1.0 for i in range(size.group)]
+        scores = [Score(sign) for sign in signs]
+        learner.update([Group(p, row, scores, signs) for p, row in zip(prompts, sampled, strict=True)])
+
+    seconds, peak = bench.timed(run)
+    bench.add("whole step, bf16 LoRA", seconds=seconds, peak_gib=_or_nothing(peak))
+
+
+def peer(bench: Bench) -> None:
+    """TRL's DPPOTrainer with the same shapes, its second step."""
+    try:
+        from datasets import Dataset
+        from peer_step import StepClock
+        from trl.experimental.dppo import DPPOConfig, DPPOTrainer
+    except ImportError as error:
+        bench.add("whole step, TRL", not_run=f"{error}")
+        return
+    size, on_cuda = bench.size, bench.device.type == "cuda"
+    bench.forget()
+    texts = [" ".join(f"w{i}" for i in p.token_ids) for p in prompts_of(size, 2 * size.prompts, size.prompt)]
+    clock = StepClock()
+    settings = DPPOConfig(
+        output_dir=str(BUILD / "peer_gpu"),
+        num_generations=size.group,
+        per_device_train_batch_size=size.group,
+        gradient_accumulation_steps=size.prompts,
+        max_completion_length=size.new,
+        max_steps=2,
+        learning_rate=1e-5,
+        beta=0.0,
+        bf16=on_cuda,
+        use_cpu=not on_cuda,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = DPPOTrainer(
+        model=plain_model(size, bench.device, torch.bfloat16 if on_cuda else torch.float32),
+        processing_class=tokenizer(size.model["vocab_size"]),
+        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[clock],
+    )
+    _, peak = bench.timed(trainer.train)
+    seconds = [after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]
+    bench.add("whole step, TRL", seconds=seconds[-1], response_tokens=clock.tokens[-1], peak_gib=_or_nothing(peak))
+
+
+def small_card(bench: Bench) -> None:
+    """hardware=gpu_16gb with no more memory than that: a sub-batch with room for 256 + 2,048 tokens, and an update."""
+    size, words = bench.size, ("adapter=qlora", "hardware=gpu_16gb", "rollout=local_16gb")
+    settings = config(size, *words)
+    bench.forget()
+    with _capped(CARD_16GB) if bench.device.type == "cuda" else nullcontext():
+        of = bench.policy(words)
+        short, new = max(2, size.new // 8), 4 * size.new
+        room = prompts_of(size, 2, size.prompt + new - short)
+        learner = make_learner(of, settings, print)
+        with settings.rollout.load(of, print) as engine:
+            engine.sync(version=0)
+            rows, sampling = settings.rollout.concurrent_sequences // 2, Sampling(1.0, 1.0, 0, 0.0, short, [])
+            _, peak = bench.timed(lambda: engine.generate(room, rows, sampling, 0, seed=0))
+        bench.add(f"gpu_16gb, sampling {2 * rows} sequences of {size.prompt + new}", peak_gib=_or_nothing(peak))
+        groups = groups_of(size, prompts_of(size, 1, size.prompt), new)
+        seconds, peak = bench.timed(lambda: learner.update(groups))
+        bench.add(f"gpu_16gb, update of {size.group} such sequences", seconds=seconds, peak_gib=_or_nothing(peak))
+    bench.forget()
+
+
+@contextmanager
+def _capped(size: float) -> Iterator[None]:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _or_nothing(peak: float | None) -> float | str:
+    return "" if peak is None else peak
+
+
+STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
+    "probe": (40, probe),
+    "decode": (90, lambda b: decode(b, BF16, "decode, bf16 + LoRA")),
+    "topk": (40, lambda b: decode(b, BF16, "decode, bf16 + LoRA", 20)),
+    "generate": (60, generate),
+    "update": (60, lambda b: update(b, BF16, "update, bf16 LoRA")),
+    "step": (60, step),
+    "decode_nf4": (120, lambda b: decode(b, NF4, "decode, NF4 + LoRA")),
+    "topk_nf4": (50, lambda b: decode(b, NF4, "decode, NF4 + LoRA", 20)),
+    "update_nf4": (70, lambda b: update(b, NF4, "update, QLoRA, recomputing")),
+    "gpu_16gb": (70, small_card),
+    "peer": (110, peer),
+}
+"""Seconds a step may take, and its work; those of one base one after the other."""

@@ -1,0 +1,138 @@
+"""What is checked on a GPU, as functions of the device, so that the ordinary suite runs them on a CPU, too."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import make
+import pytest
+import torch
+from helpers import read_json, read_lines, train
+from safetensors.torch import load_file
+
+from dppo_cli.cli.main import main
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.commands.train import make_learner
+from dppo_cli.policy.loading import load_policy
+from dppo_cli.rollout.local import LocalEngine
+from dppo_cli.types import Completion, PolicyReport, Prompt
+
+FLOOR = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
+"""Mean |pi - mu| that is rounding. Where a tiny model's products do not depend on the size of a micro-batch at all, the
+trainer agrees with itself exactly, and no sampler could pass."""
+
+
+def runs(device: str, model: Path, run: Path, *words: str, agrees: bool = True) -> list[dict[str, Any]]:
+    """Two steps of a tiny model end well; the lines of its metrics.
+
+    `agrees`: sampler and trainer are one policy but for rounding; dropout makes them two.
+    """
+    rates = ("optim.lr=0.01", f"hardware.device={device}", "hardware.dtype=auto")
+    assert train(model, *rates, f"run_dir={run}", *words) == 0
+    rows, summary = read_lines(run / "metrics.jsonl"), read_json(run / "summary.json")
+    assert [row["step"] for row in rows] == [1, 2] and summary["peak_memory_gib"] > 0
+    for row in rows:
+        apart = row["mismatch_mean"]
+        assert not agrees or apart is None or apart < (2e-2 if device == "cuda" else 1e-5)
+    weights = load_file(run / "adapter/adapter_model.safetensors")
+    moved = [w for name, w in weights.items() if "lora_B" in name and w.any()]
+    assert moved and all(w.isfinite().all() for w in weights.values())
+    return rows
+
+
+def sampler_agrees_with_the_trainer(config: TrainConfig, device: str, dtype: str) -> tuple[float, float]:
+    """Mean |pi - mu| at step 0, and that of the trainer against itself with smaller micro-batches; compared."""
+    hardware = replace(config.hardware, device=device, dtype=dtype)
+    # A CPU may have no bfloat16, which is a warning.
+    policy = load_policy(config.model, hardware, warn=lambda _: None, adapter=config.adapter)
+    make.move_adapter(policy, 0.05)
+    prompts = make.prompts(policy)
+    with config.rollout.load(policy, make.fail) as engine:
+        engine.sync(0)
+        sampled = engine.generate(prompts, 4, config.sampling, config.approx.num_logprobs, seed=3)
+    mu_N = make.reported(sampled).logp_N.exp()
+    large, small = (
+        _anchors(replace(config, hardware=replace(hardware, tokens_per_micro_batch=budget)), policy, prompts, sampled)
+        for budget in (2048, 24)
+    )
+    assert mu_N.shape == large.shape == small.shape and mu_N.numel() > 16
+    apart, own = float((large - mu_N).abs().mean()), float((large - small).abs().mean())
+    assert apart <= max(1.5 * own, FLOOR[policy.dtype]), f"|pi - mu| {apart:.2g}, the trainer's own {own:.2g}"
+    return apart, own
+
+
+def _anchors(
+    config: TrainConfig, policy: Any, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Completion]]
+) -> torch.Tensor:
+    """pi of each sampled token by the learner's own forward."""
+    groups = make.groups(prompts, sampled, [1.0] * sum(map(len, sampled)))
+    anchored = make_learner(policy, config).anchored(groups)
+    return PolicyReport.cat([anchor for group in anchored for anchor in group.anchors or []]).logp_N.exp()
+
+
+def equal_commands_give_equal_tokens(device: str, model: Path, folder: Path) -> None:
+    """All that was sampled in two steps, token by token with its log-probs, and what the evaluations say."""
+    found = []
+    for name in ("first", "second"):
+        rows = runs(device, model, folder / name, "samples.every=1", "samples.groups=2", "samples.max_mib=8")
+        kept = [read_lines(folder / name / f"samples/step-{step}.jsonl") for step in (1, 2)]
+        found.append(([row["tokens"] for step in kept for row in step], [row["reward"] for row in rows]))
+    assert found[0] == found[1] and len(found[0][0]) == 16
+
+
+def learns(device: str, run: Path) -> None:
+    """The default run: 32% before, at least 80% after."""
+    assert main(["train", f"hardware.device={device}", f"run_dir={run}"]) == 0
+    summary = read_json(run / "summary.json")
+    assert 0.25 <= summary["eval_before"] <= 0.40 and summary["eval_after"] >= 0.80
+
+
+def memory_that_runs_out_ends_in_a_line(
+    device: str,
+    model: Path,
+    run: Path,
+    full: Callable[[], Any],
+    patch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the rollout of step 2; step 1 is saved, and the run goes on from there. `full`: a context with no memory."""
+    generate, calls = LocalEngine.generate, []
+
+    def generated(*args: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) != 3:  # the evaluation, step 1, step 2
+            return generate(*args)
+        with full():
+            return generate(*args)
+
+    words = (f"hardware.device={device}", "hardware.dtype=auto", "optim.lr=0.01", f"run_dir={run}", "resume=auto")
+    with patch.context() as patched:
+        patched.setattr(LocalEngine, "generate", generated)
+        assert train(model, *words) == 2
+    error = capsys.readouterr().err
+    assert "dppo: out of memory" in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 2
+    assert (run / "checkpoints/step-1").is_dir() and len(read_lines(run / "metrics.jsonl")) == 1
+    assert train(model, *words) == 0
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2]
+
+
+@contextmanager
+def a_full_gpu() -> Iterator[None]:
+    """No byte is left: the process may have no more than it holds, and what its allocator holds free is taken."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    taken: list[torch.Tensor] = []
+    try:
+        for size in (2**20, 2**14, 2**9):
+            try:
+                while True:
+                    taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                pass
+        yield
+    finally:
+        taken.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,92 @@
+"""Training and sampling on a GPU, end to end: `make test-gpu`."""
+
+from pathlib import Path
+
+import gpu_cases
+import pytest
+import tiny_models
+import torch
+
+from dppo_cli.config.conf_tree import groups
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+    pytest.mark.usefixtures("work"),
+]
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral")
+EMBEDDED = Path("embedded:arithmetic_1m")
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: tiny_models.save(root / family, family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("adapter", groups()["adapter"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_on_every_family(family: str, adapter: str, families: dict[str, Path], work: Path) -> None:
+    gpu_cases.runs("cuda", families[family], work / "run", f"adapter={adapter}")
+
+
+@pytest.mark.parametrize("weights", ["dequantized", "quantized"])
+def test_a_4_bit_base_is_sampled_from_in_both_ways(weights: str, families: dict[str, Path], work: Path) -> None:
+    gpu_cases.runs("cuda", families["llama"], work / "run", "adapter=qlora", f"rollout.weights={weights}")
+
+
+@pytest.mark.parametrize("approx", ["binary", "topk", "full"])
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+@pytest.mark.parametrize("model", ["llama", "embedded"])
+def test_every_approximation(model: str, divergence: str, approx: str, families: dict[str, Path], work: Path) -> None:
+    k = ["approx.k=5"] if approx == "topk" else []
+    folder = EMBEDDED if model == "embedded" else families[model]
+    gpu_cases.runs("cuda", folder, work / "run", f"divergence={divergence}", f"approx={approx}", *k)
+
+
+@pytest.mark.parametrize("objective", groups()["objective"])
+def test_every_objective(objective: str, families: dict[str, Path], work: Path) -> None:
+    gpu_cases.runs("cuda", families["qwen3"], work / "run", f"objective={objective}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optim=adamw_8bit", "adapter.r=128"),
+        ("hardware.gradient_checkpointing=true",),
+        ("hardware.dtype=float32",),
+        ("anchor=recompute", "approx=topk", "approx.k=4"),
+        ("kl_to_reference=0.1",),
+        ("adapter.dropout=0.1",),
+        ("sampling.max_new_tokens=20", "sampling.stop=[zz]"),
+        ("sampling.max_new_tokens=20",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_choices(words: tuple[str, ...], families: dict[str, Path], work: Path) -> None:
+    agrees = not words[0].startswith("adapter.dropout")
+    gpu_cases.runs("cuda", families["llama"], work / "run", *words, agrees=agrees)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3"])
+def test_the_sampler_agrees_with_the_trainer_as_the_trainer_with_itself(model: str, adapter: str, train_config) -> None:
+    config = train_config(f"adapter={adapter}", "sampling.max_new_tokens=32", model=model)
+    apart, own = gpu_cases.sampler_agrees_with_the_trainer(config, "cuda", "bfloat16")
+    print(f"{model} {adapter}: mean |pi - mu| {apart:.2g}, the trainer's own {own:.2g}")
+
+
+def test_equal_commands_give_equal_tokens(families: dict[str, Path], work: Path) -> None:
+    gpu_cases.equal_commands_give_equal_tokens("cuda", families["llama"], work)
+
+
+def test_the_default_run_learns(work: Path) -> None:
+    gpu_cases.learns("cuda", work / "run")
+
+
+def test_memory_that_runs_out_ends_in_a_line(
+    families: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_cases.memory_that_runs_out_ends_in_a_line(
+        "cuda", families["llama"], work / "run", gpu_cases.a_full_gpu, monkeypatch, capsys
+    )
