@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise ConfigError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
         options, overrides = split_options(args[1:])
+        if command == "compare":
+            overrides = [word for given in overrides for word in both_runs(given)]
         if "--config-dir" not in options:
             check_words(command, overrides)
         return _run_hydra(command, options, [as_hydra_has_it(command, word) for word in overrides])
@@ -126,6 +128,12 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if known is None and not os.path.isdir(value):
             raise ConfigError(f"{name} {value}: there is no such folder")
     return options, overrides
+
+
+def both_runs(word: str) -> list[str]:
+    """`runs=[A,B]` as `run=A other=B`: Hydra would take a folder `runs` for a group of choices."""
+    match = re.fullmatch(r"runs=\[([^,\[\]]+),([^,\[\]]+)\]", word)
+    return [word] if match is None else [f"run={match[1].strip()}", f"other={match[2].strip()}"]
 
 
 def as_hydra_has_it(command: str, word: str) -> str:

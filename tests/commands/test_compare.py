@@ -214,3 +214,10 @@ def test_the_second_is_looked_at_before_the_first_is_sampled(
     assert "out=taken is not empty" in refused("run=weak", "other=base", "out=taken")
     assert "shown=-1" in refused("run=weak", "other=base", "shown=-1")
     assert "there is no key data.eval_problem" in refused("run=weak", "other=base", "data.eval_problem=2")
+
+
+def test_both_runs_may_be_named_at_once(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "runs=[weak, base]", "data.eval_problems=4", "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["second"]["problems"] == 4
+    assert main(["compare", "runs=[weak]", "data.eval_problems=4"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
