@@ -9,6 +9,8 @@ QUIET_STEPS = 30
 """Steps in a row without a masked token after which the trust region is probably too wide, or nothing is learnt."""
 BUSY_SHARE = 0.20
 """Share of masked tokens above which the region is probably too narrow, or the steps are too large."""
+UNJUDGED_SHARE = 0.5
+"""Share of samples without a score above which the reward does not fit the data, most likely."""
 LARGE_MISMATCH = 0.02
 """Mean |pi-mu| before any update. A 1.5B model in bf16 with another engine shows about 0.004."""
 GROWTH = 3.0
@@ -31,7 +33,8 @@ class Watch:
     def evaluated(self, report: EvalReport) -> None: ...
 
     def stepped(self, report: StepReport) -> None:
-        for text in self.step(report.metrics):
+        notes = (score.note for group in report.groups for score in group.scores if score.value is None and score.note)
+        for text in self.step(report.metrics, next(notes, "")):
             self.warn(f"step {report.metrics['step']}: {text}")
 
     def warned(self, text: str) -> None: ...
@@ -49,9 +52,13 @@ class Watch:
         self.quiet_steps, self.first_mismatch = state["quiet_steps"], state["first_mismatch"]
         self.given = set(state["given"])
 
-    def step(self, metrics: Mapping[str, Any]) -> list[str]:
-        """What is to be said after this step, each kind of thing at most once a run."""
+    def step(self, metrics: Mapping[str, Any], note: str = "") -> list[str]:
+        """What is to be said after this step, each kind of thing at most once a run. `note`: why one was not judged."""
         found = {}
+        if (metrics.get("unjudged") or 0.0) > UNJUDGED_SHARE:
+            found["unjudged"] = f"{metrics['unjudged']:.0%} of the samples were not judged, and teach nothing" + (
+                f": {note}" if note else ""
+            )
         masked = [m for m in (metrics["masked_positive"], metrics["masked_negative"]) if m is not None]
         mismatch = metrics["mismatch_mean"]
         if masked:

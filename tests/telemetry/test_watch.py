@@ -7,7 +7,7 @@ import make
 import pytest
 
 from dppo_cli.telemetry.watch import BUSY_SHARE, GROWTH, LARGE_MISMATCH, NOISE, QUIET_STEPS, Watch
-from dppo_cli.types import StepReport
+from dppo_cli.types import Group, Score, StepReport
 
 
 def watching(masks: bool = True) -> Watch:
@@ -138,3 +138,13 @@ def test_a_resumed_watch_goes_on_as_if_undisturbed(steps: list[dict[str, Any]]) 
         first = said(before, *steps[:cut])
         after.load_state(json.loads(json.dumps(before.state())))
         assert first + said(after, *steps[cut:]) == whole
+
+
+def test_a_reward_that_judges_next_to_nothing_is_told_once() -> None:
+    warned: list[str] = []
+    watch = Watch(masks=True, warn=warned.append)
+    scores = [Score(None), Score(None, note="the row has no tests"), Score(1.0)]
+    groups = [Group(make.prompt(), [make.completion()] * 3, scores)]
+    for number, share in ((1, 0.5), (2, 2 / 3), (3, 1.0)):
+        watch.stepped(StepReport({**metrics(), "step": number, "unjudged": share}, groups, []))
+    assert warned == ["step 2: 67% of the samples were not judged, and teach nothing: the row has no tests"]
