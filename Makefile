@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# Tests run two at a time, on a core each.
+TWO := OMP_NUM_THREADS=1
 # Of llama-cpp-python, whose source archive holds llama.cpp.
 LLAMA := 0.3.36
 
@@ -53,11 +55,11 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(TWO) $(BIN)/pytest -n 2 --dist loadfile
 
 # The tests that take minutes: the accuracy of the default run over three seeds.
 test-slow: $(VENV)/installed
-	$(BIN)/pytest -m slow
+	$(TWO) $(BIN)/pytest -m slow -n 2 --dist load
 
 # What needs a CUDA device: docs/gpu.md. With PY=python3 a Python that has everything installed, without a network.
 test-gpu: $(if $(PY),,$(VENV)/installed)

@@ -214,7 +214,13 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     def decode(token_ids: Sequence[int]) -> str:
         return str(policy.tokenizer.decode(list(token_ids)))
 
-    samples = StepSamples(config.samples, config.steps, decode, warn, writes=world.is_main)
+    system = config.prompt.system or ""
+    samples = StepSamples(
+        *(config.samples, config.steps, decode, warn),
+        writes=world.is_main,
+        # Values of the environment go into no file.
+        whole_prompts=as_written(config_yaml, "prompt.system", system) == system,
+    )
     watch = Watch(config.objective.masks and config.batch.updates_per_step > 1, warn)
     trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
     listeners = Listeners([masked, watch, *trackers, console] if world.is_main else [], warn)

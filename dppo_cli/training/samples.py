@@ -39,9 +39,14 @@ class StepSamples:
         warn: Callable[[str], None],
         *,
         writes: bool = True,
+        whole_prompts: bool = True,
     ) -> None:
-        """`steps`: of the run. `decode`: token ids as text, with special tokens. `writes`: only one process does."""
+        """`steps`: of the run. `decode`: token ids as text, with special tokens. `writes`: only one process does.
+
+        `whole_prompts`: prompts as the model gets them; else the problem's own text alone.
+        """
         self.plan, self.steps, self.decode, self.warn, self.writes = plan, steps, decode, warn, writes
+        self.whole_prompts = whole_prompts
         self.stride = 1
         self.sizes: dict[int, int] = {}  # bytes of each file, by step
         self.told = False
@@ -112,7 +117,8 @@ class StepSamples:
 
     def _rows(self, step: int, groups: Sequence[Group], seen: dict[int, SampleStats]) -> Iterator[dict[str, Any]]:
         for group in groups:
-            prompt = _text(self.decode(group.prompt.token_ids))
+            own = group.prompt.example.prompt
+            prompt = _text(self.decode(group.prompt.token_ids) if self.whole_prompts else own)
             samples = zip(group.completions, group.scores, group.advantages, strict=True)
             for g, (completion, score, advantage) in enumerate(samples):
                 token_ids = completion.token_ids_T.tolist()

@@ -234,6 +234,7 @@ def test_a_run_that_starts_anew_needs_the_folder(
     assert sorted(path.name for path in (work / "run").iterdir() if path.name != ".lock") == [
         "config.yaml",
         "metrics.jsonl",
+        "samples",
     ]
     (work / "elsewhere").rename(adapter)
     assert main(["train", "resume=run"]) == 0

@@ -148,10 +148,10 @@ def test_four_bits_leave_room(llama_8b: Path) -> None:
     [
         ("gpu_16gb", ("rollout=local_16gb", "adapter=qlora")),
         ("gpu_24gb", ("rollout=local_24gb", "adapter=qlora")),
-        ("gpu_80gb", ("rollout=local_80gb", "adapter=lora")),
+        pytest.param("gpu_80gb", ("rollout=local_80gb", "adapter=lora"), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("tokens", [512, 2048])
+@pytest.mark.parametrize("tokens", [512, pytest.param(2048, marks=pytest.mark.slow)])
 def test_8b_fits_with_the_hardware_it_was_planned_for(
     llama_8b: Path, hardware: str, words: tuple[str, ...], tokens: int
 ) -> None:
@@ -206,6 +206,7 @@ def test_nothing_makes_it_fit_where_the_libraries_do_not() -> None:
     assert found["fits"] is False and found["change"] is None
 
 
+@pytest.mark.slow
 def test_a_smaller_model_is_tried_last(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dppo_cli.commands.planning.shapes.hub_answers", lambda: False)
     config = built("model=llama3_8b", f"model.path={llama_8b}", "prompt_tokens=16", "data=arithmetic")

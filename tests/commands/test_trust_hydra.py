@@ -80,7 +80,7 @@ def test_a_value_of_the_environment_is_used_and_is_in_no_file(
         seen.append(prompting.system)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dppo_cli.policy.policy.Policy.encode", stop)
+    monkeypatch.setattr("dppo_cli.policy.encoder.Encoder.encode", stop)
     assert main(["train", "resume=run", "steps=3"]) == 130
     monkeypatch.setenv("DPPO_MARK", "red8")
     for command in (["eval", "run=run"], ["export", "run=run", "out=again"]):
@@ -113,7 +113,9 @@ def test_nor_after_a_resume_that_asks_for_it(words: list[str], monkeypatch: pyte
 
 def test_nor_in_the_name_of_a_file(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / MARK).mkdir()
-    (tmp_path / MARK / "sums.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    (tmp_path / MARK / "sums.jsonl").write_text(
+        "".join(f'{{"prompt": "{n}+1=", "answer": "{n + 1}"}}\n' for n in range(8))
+    )
     data = ["data=file", "data.path=${oc.env:DPPO_MARK}/sums.jsonl", "data.eval_problems=4"]
     rest = [word for word in words if not word.startswith("data.")]
     assert main(["train", *rest, *data, "run_dir=run"]) == 0
@@ -124,7 +126,7 @@ def test_nor_by_the_paths_in_a_summary(words: list[str], tiny_models: dict[str, 
     (tmp_path / MARK / "model").parent.mkdir()
     shutil.copytree(tiny_models["llama3"], tmp_path / MARK / "model")
     where = "${oc.env:DPPO_MARK}"
-    plain = [f"model.path={where}/model", "data=arithmetic", "data.eval_problems=4"]
+    plain = [f"model.path={where}/model", "data=arithmetic", "data.eval_problems=4", "sampling.max_new_tokens=8"]
     assert main(["eval", *plain, f"out={where}/evaluation"]) == 0
     assert main(["train", *words, f"run_dir={where}/run"]) == 0
     assert main(["eval", f"run={where}/run"]) == 0
@@ -143,7 +145,7 @@ def test_text_that_looks_like_an_interpolation_stays_text(words: list[str], monk
         seen.append(prompting.system)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dppo_cli.policy.policy.Policy.encode", stop)
+    monkeypatch.setattr("dppo_cli.policy.encoder.Encoder.encode", stop)
     assert main(["train", *words, "prompt.template=chat", r"prompt.system='\${oc.env:DPPO_MARK}'"]) == 130
     assert seen == ["${oc.env:DPPO_MARK}"]
 
@@ -219,7 +221,7 @@ def test_escaped_text_of_somebody_elses_asks_nothing(run: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     config(run, "system: hello", r"system: \${oc.env:DPPO_MARK}")
-    monkeypatch.setattr("dppo_cli.policy.policy.Policy.encode", stop)
+    monkeypatch.setattr("dppo_cli.policy.encoder.Encoder.encode", stop)
     for words in (["eval", "run=run"], ["export", "run=run"], ["train", "resume=run", "steps=2"]):
         main(words)
     assert MARK not in str(seen)

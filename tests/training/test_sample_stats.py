@@ -1,13 +1,14 @@
 """What an update says of single samples, against a forward pass for each."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import make
 import pytest
 import torch
-from conftest import ComposeTrain
 from updates import ADVANTAGES, completions, off_policy, with_budget
 
+from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
 from dppo_cli.types import Group, TokenStats
 
@@ -17,7 +18,7 @@ def kept(groups: list[Group], *which: int) -> list[Group]:
 
 
 @pytest.mark.parametrize("anchor", ["rollout", "recompute"])
-def test_every_token_is_put_back_to_its_sample(train_config: ComposeTrain, anchor: str) -> None:
+def test_every_token_is_put_back_to_its_sample(train_config: Callable[..., TrainConfig], anchor: str) -> None:
     """Small micro-batches and chunks, which take the samples in another order and cut responses."""
     config = with_budget(train_config("approx=topk", "approx.k=4", f"anchor={anchor}"), 12, head_chunk=3)
     policy, groups = off_policy(config)
@@ -49,7 +50,7 @@ def test_every_token_is_put_back_to_its_sample(train_config: ComposeTrain, ancho
     )
 
 
-def test_looking_changes_nothing(train_config: ComposeTrain) -> None:
+def test_looking_changes_nothing(train_config: Callable[..., TrainConfig]) -> None:
     config = train_config("approx=topk", "approx.k=4")
     found = []
     for which in ((), (0, 1, 2, 3)):
@@ -63,14 +64,14 @@ def test_looking_changes_nothing(train_config: ComposeTrain) -> None:
 
 
 @pytest.mark.parametrize("approx", ["binary", "full"])
-def test_other_approximations_have_no_list(train_config: ComposeTrain, approx: str) -> None:
+def test_other_approximations_have_no_list(train_config: Callable[..., TrainConfig], approx: str) -> None:
     config = train_config(f"approx={approx}")
     policy, groups = off_policy(config)
     result = make_learner(policy, config).update(kept(groups, 0))
     assert [stats.topk_logp_pi_NK for stats in result.kept] == [None, None]
 
 
-def test_samples_that_were_skipped_are_not_seen(train_config: ComposeTrain) -> None:
+def test_samples_that_were_skipped_are_not_seen(train_config: Callable[..., TrainConfig]) -> None:
     advantages = (1.0, 0.0, *ADVANTAGES[2:])
     for words, seen in (((), 1), (("kl_to_reference=0.1",), 2)):
         policy, groups = off_policy(train_config(*words), advantages)
