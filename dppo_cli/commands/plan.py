@@ -46,7 +46,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 def _card(typed: Sequence[str]) -> str | None:
     """The card that a hardware option is named after, where this machine has no GPU."""
     chosen = [word.partition("=")[2] for word in typed if key_of(word) == "hardware"]
-    if HydraConfig.initialized():
+    if not chosen and HydraConfig.initialized():  # by a recipe, or a file of the user's
         chosen.append(str(HydraConfig.get().runtime.choices.get("hardware")))
     return card_of(chosen[-1]) if chosen and not torch.cuda.is_available() else None
 

@@ -85,7 +85,8 @@ def test_json_is_one_object_with_the_run_in_numbers(capsys: pytest.CaptureFixtur
     }
     assert found["model"]["parameters"] == 935_296
     assert found["prompts"]["source"].startswith("the data's")
-    assert 0.3 < found["peak_memory_gib"] < 1.5
+    # Of this process, which may have run many tests before.
+    assert 0.05 < found["peak_memory_gib"] - found["parts"]["libraries"] < 0.5
     for phase in found["phases"].values():
         assert sum(phase.values()) <= found["peak_memory_gib"] + 1e-9
     assert sum(found["phases"][found["peak_phase"]].values()) == pytest.approx(found["peak_memory_gib"])

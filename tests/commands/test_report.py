@@ -151,7 +151,10 @@ def test_only_this_machine_and_only_the_page(served: tuple[int, list[Served]]) -
 
 def test_ctrl_c_ends_it(run: Path) -> None:
     command = [sys.executable, "-m", "dppo_cli", "report", "run=run", "serve=true", "port=0", "refresh=2"]
+    # A shell has background jobs ignore Ctrl-C, and they hand that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -169,7 +169,8 @@ def _places(result: Result) -> Iterator[str]:
     is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(result.case.words))
     for path in result.new:
         parts = Path(path).parts
-        if path in MAY_COME or "__pycache__" in parts:
+        # reasoning-gym imports matplotlib, which keeps a list of fonts.
+        if path in MAY_COME or "matplotlib" in parts or path == "home/.cache" or "__pycache__" in parts:
             continue
         if parts[0] != "work" or not (parts[1] in named or "*" in named):
             yield f"wrote {path!r}"
@@ -204,7 +205,8 @@ def _results(result: Result) -> Iterator[str]:
 
 def _summary(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
     for key in ("eval_before", "eval_after", "accuracy"):
-        if key in summary and not (isinstance(summary[key], float | int) and 0 <= summary[key] <= 1):
+        # None: not judged, by a reward that the data does not fit.
+        if summary.get(key) is not None and not (isinstance(summary[key], float | int) and 0 <= summary[key] <= 1):
             yield f"summary.json has {key}={summary[key]}"
     if "accuracy" in summary:
         samples = _lines(folder / "samples.jsonl")

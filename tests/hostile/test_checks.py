@@ -60,7 +60,7 @@ def test_endings_and_places(made: dict[str, object], words: list[str], tmp_path:
     ("summary", "steps", "value", "words"),
     [
         ({}, [1, 2], 1.0, None),
-        ({"eval_after": None}, [1, 2], 1.0, "eval_after=None"),
+        ({"eval_after": None}, [1, 2], 1.0, None),
         ({"eval_after": 1.5}, [1, 2], 1.0, "eval_after=1.5"),
         ({"eval_after": float("nan")}, [1, 2], 1.0, "NaN is not JSON"),
         ({}, [1], 1.0, "steps [1] of 2"),

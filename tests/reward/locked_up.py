@@ -2,6 +2,7 @@
 
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def run(source: str, stdin: bytes = b"", limits: Limits = LIMITS) -> Outcome:
 
 
 def printed(source: str, **options: bytes) -> str:
-    outcome = run(source, **options)
+    # It takes a while to fork a process that has run many tests.
+    outcome = run(source, limits=replace(LIMITS, seconds=30.0), **options)
     assert (outcome.status, outcome.stopped) == (0, ""), outcome.errors.decode()
     return outcome.output.decode()
