@@ -8,7 +8,7 @@ from locked_up import needs_namespaces, printed, run
 from dppo_cli.reward.functions import sandbox
 from dppo_cli.reward.functions.sandbox import Limits
 
-pytestmark = needs_namespaces
+pytestmark = [needs_namespaces, pytest.mark.sandbox]
 
 
 # What it is for
