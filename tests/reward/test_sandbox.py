@@ -1,9 +1,11 @@
 """Programs in the sandbox: what they can do, and that each ends in time and within its limits."""
 
 import os
+import time
+from dataclasses import replace
 
 import pytest
-from locked_up import needs_namespaces, printed, run
+from locked_up import LIMITS, needs_namespaces, printed, run
 
 from dppo_cli.reward.functions import sandbox
 from dppo_cli.reward.functions.sandbox import Limits
@@ -143,3 +145,16 @@ def test_printing_gigabytes(stream):
 def test_a_machine_that_runs_short_of_memory_stops_it(monkeypatch):
     monkeypatch.setattr(sandbox, "LEAST_LEFT", 1.1)
     assert run("import time; time.sleep(600)").stopped == sandbox.SHORT_OF_MEMORY
+
+
+def test_the_callers_memory_is_not_the_jobs():
+    """A job shares the pages of what started it until it starts a program, which takes longer on a busy machine."""
+    held = bytearray(os.urandom(2**20)) * 1200
+
+    def job() -> None:
+        time.sleep(0.4)
+        os.write(1, b"done\n")
+
+    outcome = sandbox.run(job, replace(LIMITS, memory=64 * 2**20))
+    assert (outcome.output, outcome.status, outcome.stopped) == (b"done\n", 0, "")
+    assert len(held) == 1200 * 2**20

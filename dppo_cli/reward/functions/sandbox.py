@@ -99,6 +99,8 @@ def _watched(limits: Limits, out: int, err: int, said: int) -> Outcome:
     init = _started(said, parts[said])
     stopped, is_open, start = "", set(parts), time.monotonic()
     end, next_look = start + limits.seconds, start + POLL
+    # Until the job starts a program it shares the caller's pages, as process 1 does: none of them is its own.
+    inherited = _own_memory_of(init)
     while said in is_open and not stopped:
         for fd in select.select(list(is_open), [], [], POLL)[0]:
             if not (part := os.read(fd, 2**16)):
@@ -110,7 +112,7 @@ def _watched(limits: Limits, out: int, err: int, said: int) -> Outcome:
             stopped = f"it took longer than {limits.seconds:g} seconds"
         elif now >= next_look:
             next_look = now + POLL
-            if _memory_of(init) > limits.memory:
+            if _memory_of(init) > limits.memory + inherited:
                 stopped = "it used too much memory"
             elif _memory_left() < LEAST_LEFT:
                 stopped = SHORT_OF_MEMORY
@@ -166,11 +168,16 @@ def _memory_of(pid: int) -> int:
     total = 0
     with suppress(OSError, ValueError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            total += _memory_of(int(child))
-            with suppress(OSError):
-                sizes = Path(f"/proc/{child}/smaps_rollup").read_text().split("Pss:", 1)[1]
-                total += int(sizes.split()[0]) * 1024
+            total += _memory_of(int(child)) + _own_memory_of(int(child))
     return total
+
+
+def _own_memory_of(pid: int) -> int:
+    """Of one process; 0 if it is gone."""
+    with suppress(OSError, ValueError, IndexError):
+        sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:", 1)[1]
+        return int(sizes.split()[0]) * 1024
+    return 0
 
 
 def _memory_left() -> float:
