@@ -65,10 +65,6 @@ test-slow: $(VENV)/installed
 test-gpu: $(if $(PY),,$(VENV)/installed)
 	$(or $(PY),$(BIN)/python) -m pytest -s -rs -W default -m gpu tests/gpu
 
-# Hostile programs in the sandbox of reward=code: one at a time, on a machine that does nothing else.
-test-sandbox: $(VENV)/installed
-	$(BIN)/pytest -m sandbox
-
 # Broken command lines, data files and run folders: HOSTILE_CASES of them (10000: hours), from HOSTILE_SEED (0) on.
 test-hostile: $(VENV)/installed
 	$(BIN)/pytest -s -m hostile tests/hostile

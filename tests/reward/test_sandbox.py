@@ -10,7 +10,7 @@ from locked_up import LIMITS, needs_namespaces, printed, run
 from dppo_cli.reward.functions import sandbox
 from dppo_cli.reward.functions.sandbox import Limits
 
-pytestmark = [needs_namespaces, pytest.mark.sandbox]
+pytestmark = needs_namespaces
 
 
 # What it is for

@@ -14,7 +14,7 @@ from locked_up import needs_namespaces, printed, run
 
 from dppo_cli.reward.functions import namespaces, sandbox
 
-pytestmark = [needs_namespaces, pytest.mark.sandbox]
+pytestmark = needs_namespaces
 
 
 # What it sees
