@@ -123,7 +123,7 @@ class Planner:
             try:
                 found = self.estimate(changed)
             except DppoError:
-                continue  # It is no choice for this model.
+                continue  # This model cannot take it.
             if found.fits(self.machine):
                 return words, found
         return None
