@@ -40,8 +40,12 @@ class Limits:
     output: int
 
 
-def start(job: Callable[[], None], limits: Limits, seen: Sequence[str], fds: tuple[int, int, int, int]) -> NoReturn:
-    said = fds[3]
+Fds = tuple[int, int, int, int, int]
+"""Standard input, output and errors of the job; what is said of it; what closes when it starts a program, or ends."""
+
+
+def start(job: Callable[[], None], limits: Limits, seen: Sequence[str], fds: Fds) -> NoReturn:
+    said, forked = fds[3:]
     try:
         _prctl(PDEATHSIG, signal.SIGKILL)
         process = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
@@ -62,6 +66,7 @@ def start(job: Callable[[], None], limits: Limits, seen: Sequence[str], fds: tup
         init = os.fork()
         if init == 0:
             _init(job, limits, fds)
+        os.close(forked)
         _say(said, init=init)
         os.waitpid(init, 0)
     except BaseException as error:
@@ -118,9 +123,9 @@ def _make_root(seen: Sequence[str], disk: int) -> None:
     _set_read_only("/", 0)
 
 
-def _init(job: Callable[[], None], limits: Limits, fds: tuple[int, int, int, int]) -> NoReturn:
+def _init(job: Callable[[], None], limits: Limits, fds: Fds) -> NoReturn:
     """Process 1 inside: waits for the job, and for what it leaves behind."""
-    said = fds[3]
+    said, forked = fds[3:]
     try:
         _prctl(PDEATHSIG, signal.SIGKILL)
         _prctl(DUMPABLE, 0)
@@ -133,6 +138,7 @@ def _init(job: Callable[[], None], limits: Limits, fds: tuple[int, int, int, int
         inside = os.fork()
         if inside == 0:
             _inside(job, limits, fds)
+        os.close(forked)
         while (ended := os.wait())[0] != inside:
             pass
         _say(said, status=os.waitstatus_to_exitcode(ended[1]))
@@ -141,15 +147,18 @@ def _init(job: Callable[[], None], limits: Limits, fds: tuple[int, int, int, int
     os._exit(0)
 
 
-def _inside(job: Callable[[], None], limits: Limits, fds: tuple[int, int, int, int]) -> NoReturn:
-    given, out, err, said = fds
+def _inside(job: Callable[[], None], limits: Limits, fds: Fds) -> NoReturn:
+    given, out, err, said, forked = fds
     try:
         os.setsid()
         os.environ.clear()
         for source, target in ((given, 0), (out, 1), (err, 2)):
             os.dup2(source, target)
+        # Both may be among the numbers that they get.
+        said, forked = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 5) for fd in (said, forked))
         os.dup2(said, 3, inheritable=False)
-        os.closerange(4, 2**20)
+        os.dup2(forked, 4, inheritable=False)
+        os.closerange(5, 2**20)
         said = 3
         _limit(limits)
         if platform.machine() in KEYCTL:

@@ -54,16 +54,16 @@ class SandboxError(Exception):
 def run(job: Callable[[], None], limits: Limits, seen: Sequence[str] = (), stdin: bytes = b"") -> Outcome:
     """Call `job` inside. It may replace its process (exec), or return. Raises SandboxError."""
     given = _sealed(stdin)
-    (out, out_w), (err, err_w), (said, said_w) = os.pipe(), os.pipe(), os.pipe()
+    (out, out_w), (err, err_w), (said, said_w), (forked, forked_w) = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     outside = os.fork()
     if outside == 0:
-        start(job, limits, [*python_folders(), *seen], (given, out_w, err_w, said_w))
-    for fd in (given, out_w, err_w, said_w):
+        start(job, limits, [*python_folders(), *seen], (given, out_w, err_w, said_w, forked_w))
+    for fd in (given, out_w, err_w, said_w, forked_w):
         os.close(fd)
     try:
-        return _watched(limits, out, err, said)
+        return _watched(limits, out, err, said, forked)
     finally:
-        for fd in (out, err, said):
+        for fd in (out, err, said, forked):
             os.close(fd)
         _reap(outside)
 
@@ -93,14 +93,15 @@ def python_folders() -> list[str]:
 # In the caller
 
 
-def _watched(limits: Limits, out: int, err: int, said: int) -> Outcome:
-    """Read until the job ends, or breaks a limit and is killed."""
+def _watched(limits: Limits, out: int, err: int, said: int, forked: int) -> Outcome:
+    """Read until the job ends, or breaks a limit and is killed. `forked` ends when the job has started a program."""
     parts = {out: bytearray(), err: bytearray(), said: bytearray()}
     init = _started(said, parts[said])
     stopped, is_open, start = "", set(parts), time.monotonic()
     end, next_look = start + limits.seconds, start + POLL
-    # Until the job starts a program it shares the caller's pages, as process 1 does: none of them is its own.
-    inherited = _own_memory_of(init)
+    # Until the job starts a program it shares the caller's pages, as process 1 does: none of them is its own. With how
+    # many others changes while they start, so all of each page (Rss) is allowed, not its share (Pss).
+    inherited = _own_memory_of(init, "Rss")
     while said in is_open and not stopped:
         for fd in select.select(list(is_open), [], [], POLL)[0]:
             if not (part := os.read(fd, 2**16)):
@@ -112,7 +113,8 @@ def _watched(limits: Limits, out: int, err: int, said: int) -> Outcome:
             stopped = f"it took longer than {limits.seconds:g} seconds"
         elif now >= next_look:
             next_look = now + POLL
-            if _memory_of(init) > limits.memory + inherited:
+            allowed = limits.memory + (0 if select.select([forked], [], [], 0)[0] else inherited)
+            if _memory_of(init) > allowed:
                 stopped = "it used too much memory"
             elif _memory_left() < LEAST_LEFT:
                 stopped = SHORT_OF_MEMORY
@@ -172,10 +174,10 @@ def _memory_of(pid: int) -> int:
     return total
 
 
-def _own_memory_of(pid: int) -> int:
+def _own_memory_of(pid: int, kind: str = "Pss") -> int:
     """Of one process; 0 if it is gone."""
     with suppress(OSError, ValueError, IndexError):
-        sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:", 1)[1]
+        sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().split(f"{kind}:", 1)[1]
         return int(sizes.split()[0]) * 1024
     return 0
 
