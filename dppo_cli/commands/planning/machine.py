@@ -129,10 +129,10 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Speed:
 
 
 def _fastest(work: Callable[[], object], device: torch.device, seconds: float = 0.15) -> float:
-    """Seconds that it takes undisturbed: the least of several tries."""
-    least, end = float("inf"), time.perf_counter() + seconds
+    """Seconds that it takes undisturbed: the least of several tries, of one at least."""
     work()
-    while time.perf_counter() < end:
+    least, end = float("inf"), time.perf_counter() + seconds
+    while least == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
