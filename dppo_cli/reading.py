@@ -16,7 +16,15 @@ from omegaconf import OmegaConf
 
 from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
-from dppo_cli.training.run_folder import MASKED_TOKENS, METRICS, SUMMARY, sample_steps, samples_path
+from dppo_cli.training.run_folder import (
+    MASKED_BY_MU,
+    MASKED_TOKENS,
+    METRICS,
+    SUMMARY,
+    WARNINGS,
+    sample_steps,
+    samples_path,
+)
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
@@ -29,9 +37,9 @@ JOB = "job.json"
 class Run:
     """A run as it was when it was opened; its samples are read when they are asked for.
 
-    `config`: as in config.yaml, interpolations unresolved. `metrics`: a dict for each step. `summary`, `masked_tokens`:
-    None for a run that was killed or is still going on. `sample_steps`: the steps that `samples` has. `problems`: what
-    was left out, in words.
+    `config`: as in config.yaml, interpolations unresolved. `metrics`: a dict for each step. `summary`, `masked_tokens`,
+    `masked_by_mu`: None for a run that was killed or is still going on. `sample_steps`: the steps that `samples` has.
+    `warnings`: those of the run so far. `problems`: what was left out, in words.
     """
 
     path: Path
@@ -39,7 +47,9 @@ class Run:
     summary: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     masked_tokens: list[dict[str, Any]] | None
+    masked_by_mu: list[dict[str, Any]] | None
     sample_steps: list[int]
+    warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def samples(self, step: int) -> list[dict[str, Any]]:
@@ -88,13 +98,17 @@ def open_run(path: str | Path) -> Run:
     node, _ = read_config(folder / CONFIG, trust=True)  # Nothing is built of it.
     config: Any = OmegaConf.to_container(node)
     problems: list[str] = []
+    summary = _json(folder / SUMMARY, dict)
+    so_far = _warnings(folder / WARNINGS, problems) if summary is None else summary.get("warnings")
     return Run(
         path=folder,
         config=config,
-        summary=_json(folder / SUMMARY, dict),
+        summary=summary,
         metrics=_metrics(folder / METRICS, problems),
         masked_tokens=_json(folder / MASKED_TOKENS, list),
+        masked_by_mu=_json(folder / MASKED_BY_MU, list),
         sample_steps=sample_steps(folder),
+        warnings=[str(text) for text in so_far] if isinstance(so_far, list) else [],
         problems=problems,
     )
 
@@ -136,6 +150,17 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if rest:
         problems.append(f"{path}: the last line is not complete and was left out; the run was killed, or still writes")
     return [_object(path, line, f"line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _warnings(path: Path, problems: list[str]) -> list[str]:
+    """What follows the last line break is being written. A line may be damaged where the disk was full."""
+    found = []
+    for n, line in enumerate(_text(path).split("\n")[:-1] if path.is_file() else [], 1):
+        try:
+            found.append(str(_object(path, line, f"line {n}").get("warning")))
+        except RunError as error:
+            problems.append(f"{error}; it was left out")
+    return found
 
 
 def _lines(path: Path) -> list[str]:

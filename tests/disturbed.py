@@ -18,6 +18,8 @@ import pytest
 import torch
 from helpers import read_json, read_lines, train, train_words
 
+from dppo_cli.training.metrics import COST
+
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 # Forks of a process that has imported everything start at once, and have run nothing before.
@@ -32,9 +34,11 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "adapter": hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest(),
         # As text, which is to say in every bit.
-        "metrics": [json.dumps({key: value for key, value in row.items() if key != "time"}) for row in rows],
+        "metrics": [json.dumps({key: value for key, value in row.items() if key not in COST}) for row in rows],
         "masked_tokens": (run / "masked_tokens.json").read_text(encoding="utf-8"),
+        "masked_by_mu": (run / "masked_by_mu.json").read_text(encoding="utf-8"),
         "samples": contents(run / "samples"),
+        "warned": read_lines(run / "warnings.jsonl") if (run / "warnings.jsonl").exists() else [],
         **{key: summary[key] for key in ("eval_before", "eval_after", "steps", "interrupted", "warnings")},
     }
 
@@ -75,6 +79,7 @@ def as_if_killed(run: Path) -> None:
     """Take away what a process that was killed did not come to write."""
     (run / "summary.json").unlink()
     (run / "masked_tokens.json").unlink()
+    (run / "masked_by_mu.json").unlink()
     shutil.rmtree(run / "adapter")
 
 

@@ -72,11 +72,22 @@ def test_a_run_that_is_going_on(run: Path) -> None:
         file.write('{"step": 4, "rew')
     found = dppo_cli.open_run("run")
     assert (found.summary, found.masked_tokens, len(found.metrics)) == (None, None, 3)
+    assert found.warnings == []
     assert found.problems == [
         "run/metrics.jsonl: the last line is not complete and was left out; the run was killed, or still writes"
     ]
     (run / "metrics.jsonl").unlink()
     assert dppo_cli.open_run("run").metrics == []
+
+
+def test_the_warnings_so_far(run: Path) -> None:
+    """Those of the summary once there is one."""
+    (run / "warnings.jsonl").write_text('{"warning": "one"}\n[2]\n{"warning": "three"}\n{"warning": "fo')
+    assert dppo_cli.open_run("run").warnings == read_json(run / "summary.json")["warnings"]
+    (run / "summary.json").unlink()
+    found = dppo_cli.open_run("run")
+    assert found.warnings == ["one", "three"]
+    assert found.problems == ["run/warnings.jsonl is damaged: line 2 is not a JSON object; it was left out"]
 
 
 def test_a_value_of_the_environment_is_not_asked_for(run: Path) -> None:

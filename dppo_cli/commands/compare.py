@@ -2,8 +2,10 @@
 
 import gc
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from dppo_cli.telemetry.table import (
     with_interval,
 )
 from dppo_cli.training.evaluation import EvalResult
+from dppo_cli.training.files import write_json, write_text
 from dppo_cli.training.intervals import paired_difference
-from dppo_cli.training.run_folder import check_free, default_run_dir, write_json, write_text
+from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Group
 
 BASE = "base"
@@ -53,7 +56,9 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     if runs[0] == BASE:
         raise ConfigError(f"run={BASE}: the base model is that of the run; write run=RUN other={BASE}")
     n = node.samples_per_prompt
-    pass_k = [2**i for i in range(n.bit_length()) if 2**i <= n] if isinstance(n, int) else [1]
+    if not isinstance(n, int):
+        raise ConfigError(f"samples_per_prompt={n} is not a whole number")
+    pass_k = [2**i for i in range(n.bit_length()) if 2**i <= n] or [1]
     own = {key: value for key, value in given.items() if key not in ("other", "shown", "json")}
     nothing = dict.fromkeys(("template", "system", "template_kwargs", "too_long"))
     model = dict.fromkeys(("path", "revision", "gguf_file"))
@@ -63,9 +68,19 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
         second = OmegaConf.merge(first, {"run": None, "adapter": None})
     else:
         settings = {name: first[name] for name in ("data", "reward", "sampling", "success_reward")}
-        second = evaluate.prepare(OmegaConf.create({**own, **settings, "run": runs[1]}), typed)
+        with _of_the_other():
+            second = evaluate.prepare(OmegaConf.create({**own, **settings, "run": runs[1]}), typed)
     kept = {key: given[key] for key in ("run", "other", "shown", "out", "json")}
     return OmegaConf.create({"first": first, "second": second, **kept})
+
+
+@contextmanager
+def _of_the_other() -> Iterator[None]:
+    """What is wrong with the second run is said of `other`, as the user has typed it."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(re.sub(r"^run=", "other=", str(error))) from None
 
 
 def run_compare(config: CompareConfig, config_yaml: str) -> dict[str, Any]:
@@ -74,7 +89,10 @@ def run_compare(config: CompareConfig, config_yaml: str) -> dict[str, Any]:
     warn = print_to_stderr if config.json else print_warning
     sides = (config.first, config.second)
     # Both, before the first is sampled: that may take long.
-    adapters = [None if side.run is None else find_trained(side.run, warn).adapter for side in sides]
+    adapters: list[Path | None] = []
+    for side in sides:
+        with _of_the_other() if adapters else nullcontext():
+            adapters.append(None if side.run is None else find_trained(side.run, warn).adapter)
     out = Path(config.out) if config.out else default_run_dir("comparisons")
     check_free(out, "out")
     results = [_measured(*each, warn) for each in zip(sides, adapters, strict=True)]

@@ -20,6 +20,7 @@ from dppo_cli.errors import ConfigError, ModelError, RunError
 from dppo_cli.policy.encoder import Encoder
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.reward.scorer import Scorer
+from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import RichConsole, percent, print_table, print_warning
 from dppo_cli.training.evaluation import evaluate
 from dppo_cli.types import Completion, Example, PolicyReport, Prompt, Status
@@ -55,7 +56,10 @@ def run_data(config: DataConfig, config_yaml: str) -> dict[str, Any]:
         "reward": None,
         "difficulty": None,
     }
-    scorer = config.reward.load(told.append) if config.check or config.difficulty else None
+    scorer = None
+    if config.check or config.difficulty:
+        with phase("loading the reward"):
+            scorer = config.reward.load(told.append)
     if scorer is not None and config.check:
         report["reward"] = try_reward(scorer, prompts["train"], encoder, config)
     if scorer is not None and config.difficulty:
@@ -142,7 +146,10 @@ def _completion(text: str, encoder: Encoder) -> Completion:
 
 def measure_difficulty(config: DataConfig, prompts: list[Prompt], scorer: Scorer) -> dict[str, Any]:
     """How often the model solves each problem; writes those that are kept. Raises RunError if it cannot."""
-    policy = load_policy(config.model, config.hardware, warn=print_warning, adapter=config.adapter, seed=config.seed)
+    with phase("loading the model"):
+        policy = load_policy(
+            config.model, config.hardware, warn=print_warning, adapter=config.adapter, seed=config.seed
+        )
     fitting = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, print_warning)
     chosen = fitting[: config.problems]
     n = config.batch.samples_per_prompt

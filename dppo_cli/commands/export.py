@@ -36,6 +36,7 @@ from dppo_cli.config.sections import Hardware, Model
 from dppo_cli.errors import ModelError, RunError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
+from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import percent, print_table, print_warning
 from dppo_cli.training.agreement import Agreement, agreement
 from dppo_cli.training.card import card
@@ -91,8 +92,10 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
         ("largest logit difference", f"{found.logit:.2g}"),
     ]
     if config.check == "accuracy":
-        trained = accuracy(load_trained(config, run.adapter), config)
-        exported = accuracy(_exported(config, out), config)
+        with phase("measuring the accuracy of the trained policy"):
+            trained = accuracy(load_trained(config, run.adapter), config)
+        with phase("measuring the accuracy of the export"):
+            exported = accuracy(_exported(config, out), config)
         for name, result in (("trained", trained), ("exported", exported)):
             summary |= {f"accuracy_{name}": result.accuracy, f"accuracy_{name}_error": result.standard_error()}
             rows.append((f"accuracy, {name}", f"{percent(result.accuracy)} ± {percent(result.standard_error())}"))
@@ -115,18 +118,22 @@ def _write(config: ExportConfig, run: TrainedRun, out: Path, converter: Path | N
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
             written = Path(folder) / "export"
-            trained = load_trained(config, run.adapter)
+            with phase("loading the trained policy"):
+                trained = load_trained(config, run.adapter)
             if converter is not None:
-                check_converts(trained, converter)
-            probes = make_probes(trained, config)
-            expected = logits_of(trained.model, trained, probes)
+                with phase(f"trying {converter.name} on the vocabulary"):
+                    check_converts(trained, converter)
+            with phase("sampling the responses to compare on"):
+                probes = make_probes(trained, config)
+                expected = logits_of(trained.model, trained, probes)
             if config.format == "adapter":
                 check_disk(out, 2 * _size(run.adapter))
                 written.mkdir()
                 for name in ("adapter_config.json", "adapter_model.safetensors"):
                     shutil.copyfile(run.adapter / name, written / name)
-                policy = load_trained(config, written)
-                found = logits_of(policy.model, policy, probes)
+                with phase("loading what was written, and comparing"):
+                    policy = load_trained(config, written)
+                    found = logits_of(policy.model, policy, probes)
                 check_same(expected, found, SAME, "the adapter that was written is not the one that was trained")
             else:
                 found = _write_merged(config, trained, run.adapter, written, converter, probes)
@@ -147,25 +154,31 @@ def _write_merged(
 
     Raises ModelError if something else was read than written.
     """
-    merged, policy = merge(config, trained, adapter, probes)
+    with phase("merging in float32"):
+        merged, policy = merge(config, trained, adapter, probes)
     quantised = config.dtype not in DTYPES
     dtype = torch.float32 if quantised else getattr(torch, config.dtype)
     # A GGUF file is made of a folder, so both are there for a while.
     check_disk(out, size_of(merged, dtype) * (1 if converter is None else 2))
     folder = out if converter is None else out.with_name("merged")
-    rounded = write_model(merged, policy, dtype, folder, config.max_shard_size, probes)
+    with phase("writing the merged model"):
+        rounded = write_model(merged, policy, dtype, folder, config.max_shard_size, probes)
     if quantised:
-        round_to_q8_0(merged)
-        rounded = logits_of(merged, policy, probes)
+        with phase(f"rounding to {config.dtype}, to compare"):
+            round_to_q8_0(merged)
+            rounded = logits_of(merged, policy, probes)
     if converter is None:
-        found = read_model(folder, policy, probes)
+        with phase("loading what was written, and comparing"):
+            found = read_model(folder, policy, probes)
     else:
         out.mkdir()
         file = out / gguf_name(config.dtype)
-        convert(converter, folder, file, policy.tokenizer, ["--outtype", OUTTYPES[config.dtype]])
+        with phase(f"converting with {converter.name}"):
+            convert(converter, folder, file, policy.tokenizer, ["--outtype", OUTTYPES[config.dtype]])
         shutil.rmtree(folder)
         try:
-            read = _exported(config, out)
+            with phase(f"loading {file.name}"):
+                read = _exported(config, out)
         except ModelError as error:
             raise ModelError(f"what {converter} wrote cannot be read back: {error}") from None
         texts = [str(policy.tokenizer.decode(ids)) for ids, _ in probes]
@@ -175,7 +188,8 @@ def _write_merged(
                 f"transformers tokenises {others} of {len(texts)} texts otherwise when it reads the tokenizer from "
                 f"{file.name}; llama.cpp's own tokenizer may be right, compare it before you rely on it"
             )
-        found = logits_of(read.model, read, probes)
+        with phase("comparing"):
+            found = logits_of(read.model, read, probes)
         (out / "Modelfile").write_text(modelfile(file.name, policy, config.prompt, config.sampling), encoding="utf-8")
     check_same(rounded, found, SAME, "what was read back is not what was written")
     return found

@@ -3,7 +3,6 @@
 A run folder may be broken in any way, and be written at this moment: what cannot be read is said in its row.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -24,7 +23,8 @@ from dppo_cli.config.checks import check_rules, visible
 from dppo_cli.config.saved import MAX_BYTES
 from dppo_cli.errors import RunError
 from dppo_cli.telemetry.table import RichConsole, age, size
-from dppo_cli.training.run_folder import LOCK, METRICS, SUMMARY
+from dppo_cli.training.lock import LOCK, is_held
+from dppo_cli.training.run_folder import BEFORE, METRICS, SUMMARY
 
 CONFIG = "config.yaml"
 RECORD = "job.json"
@@ -128,7 +128,7 @@ def _row(path: Path) -> Row:
     if summary is not None:
         state = STOPPED if summary.get("interrupted") else FINISHED
         step = _whole(summary.get("steps"), step)
-    elif _is_held(path / LOCK):
+    elif is_held(path):
         state = RUNNING
     elif isinstance(error := record.get("error"), str):
         state, problems = FAILED, [next(iter(error.splitlines()), "")]
@@ -188,26 +188,14 @@ def _last_step(path: Path) -> int | None:
 
 
 def _before(path: Path) -> float | None:
-    """The first evaluation of a run that has no summary, as its newest checkpoint knows it."""
-    try:
-        steps = [p for p in (path / "checkpoints").iterdir() if p.name.removeprefix("step-").isdecimal()]
-        newest = max(steps, key=lambda p: int(p.name.removeprefix("step-")))
-    except (OSError, ValueError):
-        return None
-    state = _mapping(newest / "state.json", [])
-    return _number(_section(_section(state, "before"), "held_out").get("accuracy"))
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process has the run open. A shared lock that is given back at once stands in nobody's way."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+    """The first evaluation of a run that has no summary."""
+    found = _mapping(path / BEFORE, [])
+    if not found:  # An older version left it in the checkpoints alone.
+        with suppress(OSError, ValueError):
+            steps = [p for p in (path / "checkpoints").iterdir() if p.name.removeprefix("step-").isdecimal()]
+            newest = max(steps, key=lambda p: int(p.name.removeprefix("step-")))
+            found = dict(_section(_mapping(newest / "state.json", []), "before"))
+    return _number(_section(found, "held_out").get("accuracy"))
 
 
 def _size(path: Path) -> int:
@@ -274,7 +262,7 @@ def _print(folder: Path, rows: Sequence[Row], total: int) -> None:
             _shown(row.run),
             state,
             f"{_or_dash(row.step)} of {_or_dash(row.steps)}",
-            f"{_share(row.accuracy_before)} -> {_share(row.accuracy_after)}",
+            _accuracy(row),
             age(time.time() - row.changed),
             size(row.bytes),
             _shown(row.model or "-"),
@@ -291,6 +279,12 @@ def _shown(text: str) -> str:
 
 def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _accuracy(row: Row) -> str:
+    """Before and after training. Example: 29.6% -> 97.4%."""
+    known = (row.accuracy_before, row.accuracy_after)
+    return "-" if known == (None, None) else " -> ".join(map(_share, known))
 
 
 def _share(value: float | None) -> str:

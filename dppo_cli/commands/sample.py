@@ -21,6 +21,7 @@ from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.stop_strings import before_first
+from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import print_to_stderr
 from dppo_cli.types import Example
 
@@ -50,13 +51,14 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 def run_sample(config: SampleConfig, config_yaml: str) -> dict[str, Any]:
     """Answer each prompt; returns what JSON holds of each."""
     run = None if config.run is None else find_trained(config.run, print_to_stderr)
-    policy = load_policy(
-        config.model,
-        config.hardware,
-        warn=print_to_stderr,
-        adapter=config.adapter,
-        saved_adapter=run.adapter if run else None,
-    )
+    with phase("loading the model"):
+        policy = load_policy(
+            config.model,
+            config.hardware,
+            warn=print_to_stderr,
+            adapter=config.adapter,
+            saved_adapter=run.adapter if run else None,
+        )
     policy.model.eval()
     # A model's own (a repetition penalty, a top_k) would fill in what is not said, and sample another distribution.
     policy.model.generation_config = GenerationConfig()

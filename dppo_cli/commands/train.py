@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dppo_cli.commands.problems import encoded_problems
 from dppo_cli.commands.resume import find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.saved import as_written
-from dppo_cli.errors import ConfigError, NumericalError
+from dppo_cli.errors import ConfigError
 from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
@@ -33,16 +32,18 @@ from dppo_cli.training.batches import mini_batches
 from dppo_cli.training.card import card
 from dppo_cli.training.checkpoint import prune, read_checkpoint, sha256_of, write_checkpoint
 from dppo_cli.training.evaluation import Evaluator, Measured, compared
-from dppo_cli.training.failures import describe
-from dppo_cli.training.learner import Learner, UpdateResult
-from dppo_cli.training.metrics import PhaseTimer, peak_memory_gib, rollout_metrics, update_metrics
+from dppo_cli.training.learner import Learner
+from dppo_cli.training.memory_use import memory_metrics, peak_memory_gib
+from dppo_cli.training.metrics import PhaseTimer, rollout_metrics, update_metrics
+from dppo_cli.training.nonfinite import update
 from dppo_cli.training.order import ORDERS
 from dppo_cli.training.rescue import rescue
-from dppo_cli.training.run_folder import RunFolder, default_run_dir
+from dppo_cli.training.run_folder import BEFORE, RunFolder, default_run_dir
 from dppo_cli.training.samples import StepSamples
 from dppo_cli.training.state import RunState
 from dppo_cli.training.stopping import Stopping
-from dppo_cli.types import Group, RunInfo, StepReport
+from dppo_cli.training.system import system_facts
+from dppo_cli.types import RunInfo, StepReport
 from dppo_cli.world import World
 
 
@@ -87,7 +88,7 @@ def train(
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             with timer.phase("eval"):
                 metrics["eval_accuracy"] = evaluator(step).accuracy
-        metrics["time"] = timer.seconds_and_rates(collected.sampled)
+        metrics |= {"time": timer.seconds_and_rates(collected.sampled), "memory": memory_metrics(learner.policy.device)}
         is_best = state.is_best(metrics.get("eval_accuracy"))
         # A step is finished when its line is written and everybody has heard of it, all or nothing.
         with stopping.shielded():
@@ -98,22 +99,6 @@ def train(
         if is_best or stopping.wants_checkpoint or (every and step % every == 0):
             stopping.wants_checkpoint = False
             save()
-
-
-def update(learner: Learner, groups: Sequence[Group], step: int, folder: RunFolder, on_nonfinite: str) -> UpdateResult:
-    """One update. A batch that gives a NaN or an infinity is kept, and ends the run or is left out."""
-    try:
-        return learner.update(groups)
-    except NumericalError as error:
-        # A step has several updates.
-        names = (f"nonfinite-step-{step}{more}.json" for more in chain([""], (f"-{n}" for n in count(2))))
-        name = next(name for name in names if not (folder.path / name).exists())
-        folder.write(name, describe(groups))
-        text = f"step {step}: {error}; no weight was changed, and the batch is in {folder.path / name}"
-        if on_nonfinite == "stop":
-            raise NumericalError(text) from None
-        learner.warn(f"{text}; this update is left out")
-        return learner.skipped(groups)
 
 
 def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
@@ -170,6 +155,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
 
     def warn(text: str) -> None:
         state.warnings.append(text)
+        folder.warned(text)
         listeners.warned(text)
 
     def elapsed() -> float:
@@ -197,6 +183,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             "interrupted": after is None,
             "seconds": elapsed(),
             "peak_memory_gib": peak_memory_gib(policy.device),
+            "system": {**system_facts(policy.device, policy.dtype), "sampled from": engine.samples_with},
             "trained_parameters": sum(p.numel() for p in policy.parameters),
             "warnings": state.warnings,
             "resumes": folder.resumes(),
@@ -247,6 +234,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         with folder, engine, stopping:
             if earlier.goes_on:
                 folder.cut(state.step)
+                folder.warned_before(state.warnings)
             if earlier.checkpoint is not None:
                 folder.resumed(state.step, earlier.changes)
             listeners.started(run_info(folder.path, config, policy, engine, state.step))
@@ -258,8 +246,11 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
                 if state.before is None:
                     with console.phase("evaluating before training"):
                         state.before = evaluator.all(0)
+                        folder.write(BEFORE, state.before)
                 train(state, config, collector, engine, evaluator, save, elapsed, folder, samples, listeners, stopping)
-                summary = finish(evaluator.all(state.step))
+                with console.phase("evaluating after training"):
+                    after = evaluator.all(state.step)
+                summary = finish(after)
             except BaseException as error:
                 # Raised within, because the end of a shield may raise what is told here already: that the run stops.
                 with stopping.shielded():

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from dppo_cli.training.run_folder import write_json
+from dppo_cli.telemetry.masked_by_mu import MaskedByMu
+from dppo_cli.training.files import write_json
+from dppo_cli.training.run_folder import MASKED_BY_MU, MASKED_TOKENS
 from dppo_cli.types import EvalReport, RunInfo, StepReport, TokenStats
 
 MOST = 20
@@ -25,13 +27,17 @@ class TokenTally:
 
 
 class MaskedTokens:
-    """A listener that counts, over a run, which tokens the trust region masked, and writes masked_tokens.json."""
+    """A listener that counts, over a run, which tokens the trust region masked, and how likely the sampler found them.
+
+    Writes masked_tokens.json and masked_by_mu.json.
+    """
 
     def __init__(self, text_of: Callable[[int], str]) -> None:
         """`text_of`: a token's text."""
         self.text_of = text_of
         self.run_dir: Path | None = None
         self.tallies: dict[tuple[int, int], TokenTally] = {}
+        self.by_mu = MaskedByMu()
 
     def started(self, run: RunInfo) -> None:
         self.run_dir = run.run_dir
@@ -47,17 +53,21 @@ class MaskedTokens:
 
     def finished(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None and self.run_dir is not None:
-            write_json(self.run_dir / "masked_tokens.json", self.rows(MOST))
+            write_json(self.run_dir / MASKED_TOKENS, self.rows(MOST))
+            write_json(self.run_dir / MASKED_BY_MU, self.by_mu.rows())
             self.run_dir = None  # Once: a run calls this before it writes its summary, and again with all listeners.
 
     def state(self) -> dict[str, Any]:
         """The counts so far, as JSON."""
-        return {"tallies": [[*key, *astuple(tally)] for key, tally in self.tallies.items()]}
+        tallies = [[*key, *astuple(tally)] for key, tally in self.tallies.items()]
+        return {"tallies": tallies, "by_mu": self.by_mu.sums.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.tallies = {(token, sign): TokenTally(*sums) for token, sign, *sums in state["tallies"]}
+        self.by_mu.sums = torch.tensor(state["by_mu"], dtype=torch.float64)
 
     def add(self, stats: TokenStats) -> None:
+        self.by_mu.add(stats)
         for sign in (1, -1):
             side_N = stats.advantage_N.sign() == sign
             ids, index_N = stats.token_N[side_N].unique(return_inverse=True)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dppo_cli.errors import RunError
-from dppo_cli.training.run_folder import sync_folder, write_json
+from dppo_cli.training.files import sync_folder, write_json
 from dppo_cli.training.state import Snapshot
 
 FOLDER = "checkpoints"

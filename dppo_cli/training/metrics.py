@@ -4,23 +4,20 @@ Mask fractions are over tokens with A != 0, split by the sign of A. Shapes: N to
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dppo_cli.kernels.devices import peak_bytes
 from dppo_cli.rollout.collect import Collected
 from dppo_cli.training.learner import UpdateResult
 from dppo_cli.types import Group, Status, TokenStats
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+COST = ("time", "memory")
+"""The parts of a line that say what a step cost. In all others a run that was resumed equals an undisturbed one."""
 
 
 class PhaseTimer:
@@ -128,19 +125,6 @@ def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
         found[f"ratio_p{round(100 * q)}"] = _quantile(ratio_N, q)
     found["ratio_p1"] = _quantile(ratio_N, 0.01)
     return found
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, GiB: of the GPU where there is one, else resident memory of this process."""
-    of_device = peak_bytes(device)
-    if of_device is not None:
-        return of_device / 2**30
-    if sys.platform == "linux":
-        # Not getrusage, whose maximum begins with that of the process that started this one.
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _mean_of(values: Sequence[float]) -> float | None:

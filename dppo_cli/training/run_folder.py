@@ -1,11 +1,11 @@
-"""A run's folder: config.yaml, metrics.jsonl (a line per step), resumes.json (where it went on), summary.json,
-masked_tokens.json, samples/step-N.jsonl, adapter/, checkpoints/step-N/.
+"""A run's folder: config.yaml, metrics.jsonl (a line per step), warnings.jsonl (a line for each), eval_before.json,
+resumes.json (where it went on), summary.json, masked_tokens.json, masked_by_mu.json, samples/step-N.jsonl, adapter/,
+checkpoints/step-N/.
 
-It appears on the disk only when everything that can be refused has been checked and loaded. Every file but
-metrics.jsonl is complete or not there. Imports no torch.
+It appears on the disk only when everything that can be refused has been checked and loaded. Every file is complete or
+not there, but for the last line of the two that grow. Imports no torch.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -18,16 +18,21 @@ from typing import IO, Any
 
 from dppo_cli.config.saved import sign
 from dppo_cli.errors import RunError
+from dppo_cli.training.files import remove, write_json, write_text
+from dppo_cli.training.lock import LOCK, hold
 
 METRICS = "metrics.jsonl"
-LOCK = ".lock"
+WARNINGS = "warnings.jsonl"
+BEFORE = "eval_before.json"
 RESUMES = "resumes.json"
 SUMMARY = "summary.json"
 MASKED_TOKENS = "masked_tokens.json"
+MASKED_BY_MU = "masked_by_mu.json"
 SAMPLES = "samples"
 NO_RUN = (LOCK, "job.json", ".job.json.tmp", ".config.yaml.tmp")
 """What may be in a free folder: it is of a sweep, or of a process that was killed before the run began."""
-RESULTS = ("config.yaml", METRICS, RESUMES, SUMMARY, MASKED_TOKENS, SAMPLES, "trackers", "adapter", "checkpoints")
+FILES = ("config.yaml", METRICS, WARNINGS, BEFORE, RESUMES, SUMMARY, MASKED_TOKENS, MASKED_BY_MU)
+RESULTS = (*FILES, SAMPLES, "trackers", "adapter", "checkpoints")
 TEMPORARY = (
     *(f".{name}.tmp" for name in RESULTS),
     ".nonfinite-*.tmp",
@@ -103,7 +108,7 @@ class RunFolder:
         try:
             with ExitStack() as undo:
                 self._make()
-                self.lock = undo.enter_context(_lock(self.path))
+                self.lock = undo.enter_context(hold(self.path))
                 if not self.goes_on:
                     check_free(self.path, "run_dir")  # Another run may have come and ended since it was found free.
                 undo.callback(self._remove)
@@ -119,6 +124,7 @@ class RunFolder:
             self._remove()
         if self.lock is not None:
             self.lock.close()
+            self.lock = None
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -129,6 +135,21 @@ class RunFolder:
         self.steps_logged += 1
         if self.steps_logged == 1:
             point_last(self.path)
+
+    def warned(self, text: str) -> None:
+        """Append a line to warnings.jsonl, for who looks at a run that goes on. Does nothing while it is not open.
+
+        Never raises: it was said elsewhere, too, and a disk that is full ends the run at its next line of metrics.
+        """
+        if self.lock is not None:
+            with suppress(OSError), (self.path / WARNINGS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"warning": text}) + "\n")
+
+    def warned_before(self, texts: Iterable[str]) -> None:
+        """Have warnings.jsonl hold these alone: steps that run again warn again."""
+        remove(self.path / WARNINGS)
+        for text in texts:
+            self.warned(text)
 
     def check_goes_on(self, steps: int) -> None:
         """Raise RunError, before anything is removed, unless the folder is that of a run that goes on after `steps`."""
@@ -167,7 +188,7 @@ class RunFolder:
     def remove_samples(self, steps: Iterable[int]) -> None:
         """Remove the files of these steps, if they are there."""
         for step in steps:
-            _remove(samples_path(self.path, step))
+            remove(samples_path(self.path, step))
 
     def write(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -194,9 +215,9 @@ class RunFolder:
     def save_adapter(self, write_adapter: Callable[[Path], None]) -> Path:
         """Write adapter/, complete or not at all. `write_adapter` fills a folder."""
         target, temporary = self.path / "adapter", self.path / ".adapter.tmp"
-        _remove(temporary)
+        remove(temporary)
         write_adapter(temporary)
-        _remove(target)
+        remove(target)
         temporary.replace(target)
         return target
 
@@ -218,7 +239,7 @@ class RunFolder:
             return
         for pattern in (*RESULTS, *TEMPORARY):
             for path in self.path.glob(pattern):
-                _remove(path)
+                remove(path)
         with suppress(OSError):
             (self.path / LOCK).unlink()
             if self.made_folder:
@@ -228,10 +249,10 @@ class RunFolder:
         """Remove what a process that was killed left unfinished, and results that the run will write anew."""
         for pattern in TEMPORARY:
             for path in self.path.glob(pattern):
-                _remove(path)
+                remove(path)
         if self.goes_on:
-            for name in (SUMMARY, MASKED_TOKENS, "adapter"):
-                _remove(self.path / name)
+            for name in (SUMMARY, MASKED_TOKENS, MASKED_BY_MU, "adapter"):
+                remove(self.path / name)
 
 
 def _step_of(line: str) -> Any:
@@ -242,26 +263,6 @@ def _step_of(line: str) -> Any:
         return None
 
 
-def _lock(path: Path) -> IO[str]:
-    """Held until it is closed or the process ends, in whatever way; nothing where the file system has no locks."""
-    file = (path / LOCK).open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RunError(f"run_dir={path} is in use by another process; wait for it, or choose another run_dir") from None
-    except OSError:
-        pass
-    return file
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def samples_path(run: Path, step: int) -> Path:
     return run / SAMPLES / f"step-{step}.jsonl"
 
@@ -270,36 +271,6 @@ def sample_steps(run: Path) -> list[int]:
     """The steps of which a run has samples, in order."""
     names = (re.fullmatch(r"step-([1-9][0-9]{0,17})\.jsonl", path.name) for path in (run / SAMPLES).glob("step-*"))
     return sorted(int(name[1]) for name in names if name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        # On a full disk what was written so far takes room.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(path: Path) -> None:
-    """Have the system write a folder's names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, complete or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def point_last(run: Path) -> None:

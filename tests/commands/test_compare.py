@@ -203,12 +203,21 @@ def test_two_runs_are_named(work: Path, refused: Callable[..., str]) -> None:
     assert "run=nowhere points nowhere" in refused("run=nowhere", "other=base")
 
 
+def test_the_run_that_is_wrong_is_named_by_its_key(runs: Path, refused: Callable[..., str]) -> None:
+    assert refused("run=weak", "other=nowhere").startswith("dppo: other=nowhere points nowhere; there are: ")
+    assert refused("run=nowhere", "other=weak").startswith("dppo: run=nowhere points nowhere; there are: ")
+    (runs / "file").mkdir()
+    assert refused("run=weak", "other=file") == "dppo: other=file is not a run: it has no config.yaml\n"
+    said = refused("run=weak", "other=base", "samples_per_prompt=many")
+    assert said == "dppo: samples_per_prompt=many is not a whole number\n"
+
+
 def test_the_second_is_looked_at_before_the_first_is_sampled(
     runs: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dppo_cli.commands.evaluate.measure", lambda *_: pytest.fail("sampled"))
     (runs / "strong/adapter/adapter_model.safetensors").unlink()
-    assert "run=strong has lost its adapter" in refused("run=weak", "other=strong")
+    assert "other=strong has lost its adapter" in refused("run=weak", "other=strong")
     (runs / "taken").mkdir()
     (runs / "taken/notes.txt").write_text("mine")
     assert "out=taken is not empty" in refused("run=weak", "other=base", "out=taken")

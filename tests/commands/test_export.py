@@ -20,6 +20,7 @@ from dppo_cli.cli.main import main
 from dppo_cli.commands.export import PLAIN_CPU
 from dppo_cli.commands.trained import read_run_config
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.telemetry import phases
 
 IDS = [[3, 4, 13, 5, 6, 15], [9, 14, 10, 15, 3, 3]]
 
@@ -203,6 +204,50 @@ def test_the_default_target_lies_in_the_run(model: Path, work: Path) -> None:
     assert (work / "runs/last/export-adapter/adapter_config.json").is_file()
     assert main(["export", "format=merged"]) == 0
     assert (work / "runs/last/export-merged/config.json").is_file()
+
+
+# What is said meanwhile
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["format=adapter"], ["loading what was written, and comparing"]),
+        (
+            ["format=merged", "check=accuracy"],
+            [
+                "merging in float32",
+                "writing the merged model",
+                "loading what was written, and comparing",
+                "measuring the accuracy of the trained policy",
+                "measuring the accuracy of the export",
+            ],
+        ),
+    ],
+    ids=["adapter", "merged"],
+)
+def test_every_phase_that_takes_long_is_a_line(
+    words: list[str],
+    own: list[str],
+    trained: Path,
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On stderr, when it begins and when it ends; here all of them do."""
+    monkeypatch.setattr(phases, "LONG", 0.0)
+    assert main(["export", f"run={trained}", "out=mine", *words]) == 0
+    captured = capsys.readouterr()
+    ends = [line for line in captured.err.splitlines() if not line.endswith(" ...")]
+    expected = ["loading the trained policy", "sampling the responses to compare on", *own]
+    assert [line.rpartition(": ")[0] for line in ends] == expected
+    assert all(re.fullmatch(r".+: \d+ s", line) for line in ends)
+    assert "loading" not in captured.out
+
+
+def test_a_phase_that_takes_no_time_is_no_line(trained: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", f"run={trained}", "out=mine", "format=merged"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 # Mistakes

@@ -19,6 +19,7 @@ from dppo_cli.commands.export import PLAIN_CPU
 from dppo_cli.commands.trained import read_run_config
 from dppo_cli.config.sections import Model
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.telemetry import phases
 
 CONVERTER = f"converter={gguf_files.__file__}"
 AS_MODULE = f"import sys\nsys.path.insert(0, {str(Path(gguf_files.__file__).parent)!r})\nimport gguf_files as g\n"
@@ -98,6 +99,25 @@ def test_a_gguf_file_is_the_trained_policy(exported: Callable[..., str], trained
     assert torch.allclose(found, expected, atol=1e-4)
     # The base model's logits are others, so the comparison means something.
     assert (base - expected).abs().max() > 0.5
+
+
+def test_every_phase_that_takes_long_is_a_line(
+    trained: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phases, "LONG", 0.0)
+    assert main(["export", f"run={trained}", "format=gguf", "out=mine", "dtype=q8_0", CONVERTER]) == 0
+    ends = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ...")]
+    assert [line.rpartition(": ")[0] for line in ends] == [
+        "loading the trained policy",
+        "trying gguf_files.py on the vocabulary",
+        "sampling the responses to compare on",
+        "merging in float32",
+        "writing the merged model",
+        "rounding to q8_0, to compare",
+        "converting with gguf_files.py",
+        "loading model-q8_0.gguf",
+        "comparing",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dppo_cli.training import learner as learner_module
 from dppo_cli.training.learner import Learner, UpdateResult
+from dppo_cli.training.metrics import COST
 from dppo_cli.types import Group
 
 WORDS = ("steps=4", "eval.every=0", "optim.lr=0.01", "optim.schedule=cosine", "adapter.dropout=0.1")
@@ -91,7 +92,7 @@ def names_a_token(text: str, groups: Sequence[Group]) -> bool:
 
 def without_times(run: Path) -> list[str]:
     rows = [strict(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [json.dumps({key: value for key, value in row.items() if key != "time"}) for row in rows]
+    return [json.dumps({key: value for key, value in row.items() if key not in COST}) for row in rows]
 
 
 # Stop

@@ -266,7 +266,7 @@ def test_prompts_are_assumed_where_the_data_is_not_there(tmp_path: Path) -> None
         (["cart=l4"], "there is no key cart; did you mean card?"),
         (["hardware=gpu_48gb"], "there is no hardware=gpu_48gb"),
         (["steps=0"], "steps=0 must be at least 1"),
-        (["rollout.weights=quantized"], "needs a quantised base"),
+        (["rollout.weights=dequantized"], "needs a quantised base"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

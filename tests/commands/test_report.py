@@ -43,7 +43,7 @@ def test_a_run_becomes_a_file(run: Path, work: Path, capsys: pytest.CaptureFixtu
     assert main(["report", "run=run", "out=report.html"]) == 0
     assert "report.html" in capsys.readouterr().out
     html = (work / "report.html").read_text(encoding="utf-8")
-    assert html.startswith("<!doctype html>") and html.endswith("</html>\n") and "not finished: 1 of 2 steps" in html
+    assert html.startswith("<!doctype html>") and html.endswith("</html>\n") and "not running: 1 of 2 steps" in html
     assert sorted(p.name for p in work.iterdir()) == ["report.html", "rewards.py", "run"]
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
 

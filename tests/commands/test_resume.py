@@ -201,8 +201,14 @@ def test_a_run_without_a_checkpoint_starts_anew(
         assert train(model, "run_dir=run") == 130
     with (work / "run/metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "reward": 0.')
-    assert sorted(contents(work / "run")) == ["config.yaml", "metrics.jsonl", "samples/step-1.jsonl"]
+    assert sorted(contents(work / "run")) == [
+        "config.yaml",
+        "eval_before.json",
+        "metrics.jsonl",
+        "samples/step-1.jsonl",
+    ]
     assert train(model, "run_dir=run", "resume=auto") == 0
     found = outcome(work / "run")
-    assert found.pop("warnings") == ["the run has no complete checkpoint; it starts anew"]
-    assert found == {key: value for key, value in undisturbed.items() if key != "warnings"}
+    told = "the run has no complete checkpoint; it starts anew"
+    assert (found.pop("warnings"), found.pop("warned")) == ([told], [{"warning": told}])
+    assert found == {key: value for key, value in undisturbed.items() if key not in ("warnings", "warned")}

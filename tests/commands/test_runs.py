@@ -119,6 +119,17 @@ def test_the_table(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 2 runs; limit=null shows all" in output
 
 
+def test_what_is_known_of_the_accuracy(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first evaluation is there before the first checkpoint."""
+    make_run(work / "runs/new")
+    started = make_run(work / "runs/started")
+    (started / "eval_before.json").write_text('{"held_out": {"accuracy": 0.25}}')
+    assert {row["run"]: row["accuracy_before"] for row in listed(capsys)} == {"runs/new": None, "runs/started": 0.25}
+    assert main(["runs"]) == 0
+    lines = {line.split()[1]: line.split("│") for line in capsys.readouterr().out.splitlines() if "killed" in line}
+    assert lines["runs/new"][4].strip() == "-" and lines["runs/started"][4].strip() == "25.0% -> -"
+
+
 BROKEN = {
     "no config": ("config.yaml", None, "config.yaml is missing"),
     "config is no YAML": ("config.yaml", b"a: [", "config.yaml is damaged"),

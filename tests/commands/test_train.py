@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dppo_cli.cli.main import main
 from dppo_cli.commands.trained import read_run_config
 from dppo_cli.training.evaluation import EvalResult, evaluate
+from dppo_cli.training.metrics import COST
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("work")
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in COST} for row in rows]
 
 
 # What a run leaves
@@ -35,6 +36,8 @@ def test_a_run_folder_holds_what_it_promises(model: Path, work: Path) -> None:
         "adapter",
         "checkpoints",
         "config.yaml",
+        "eval_before.json",
+        "masked_by_mu.json",
         "masked_tokens.json",
         "metrics.jsonl",
         "samples",
@@ -69,6 +72,7 @@ def test_every_metric_is_finite_and_in_its_range(model: Path, work: Path) -> Non
     assert train(model, "steps=2", "batch.prompts_per_step=4", "optim.lr=0.01", "run_dir=run") == 0
     for row in read_lines(work / "run/metrics.jsonl"):
         time = row.pop("time")
+        memory = row.pop("memory")
         assert row.pop("reward_parts") == {}
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values())
         for name in ("reward", "accuracy", "equal_groups", "finished", "skipped", "padding", "unjudged"):
@@ -85,6 +89,7 @@ def test_every_metric_is_finite_and_in_its_range(model: Path, work: Path) -> Non
         assert row["gradient_norm"] > 0 and row["lr"] == 0.01
         phases = [time[name] for name in ("rollout", "reward", "update", "sync")]
         assert min(phases) >= 0 and sum(phases) <= time["total"] + 1e-6
+        assert 0.01 < memory["process_gib"] <= memory["process_peak_gib"] < 64
         assert time["rollout_tokens_per_second"] > time["tokens_per_second"] > 0
 
 

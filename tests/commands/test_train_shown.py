@@ -12,7 +12,7 @@ def test_json_is_all_of_stdout(model: Path, work: Path, capsys: pytest.CaptureFi
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [event["event"] for event in events]
     phases = [(event["name"], event["state"]) for event in events if event["event"] == "phase"]
-    loads = ("loading the reward", "loading the model", "evaluating before training")
+    loads = ("loading the reward", "loading the model", "evaluating before training", "evaluating after training")
     assert phases == [(name, state) for name in loads for state in ("begins", "ends")]
     assert [name for name in names if name not in ("phase", "warned")] == [
         "started",

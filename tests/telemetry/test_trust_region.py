@@ -93,7 +93,8 @@ def test_the_end_of_a_run_writes_the_table(tmp_path: Path):
     )
     assert list(tmp_path.iterdir()) == []
     table.finished({"steps": 1})
-    assert [p.name for p in tmp_path.iterdir()] == ["masked_tokens.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["masked_by_mu.json", "masked_tokens.json"]
+    assert json.loads((tmp_path / "masked_by_mu.json").read_text(encoding="utf-8")) == table.by_mu.rows()
     written = json.loads((tmp_path / "masked_tokens.json").read_text(encoding="utf-8"))
     assert len(written) == MOST
     assert written == table.rows(MOST)
@@ -131,6 +132,7 @@ def test_resumed_counts_go_on_as_if_undisturbed():
         for later in parts[cut:]:
             resumed.add(later)
         assert resumed.rows(20) == whole.rows(20)
+        assert resumed.by_mu.rows() == whole.by_mu.rows()
         assert resumed.state() == whole.state()
 
 

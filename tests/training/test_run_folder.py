@@ -19,7 +19,6 @@ from dppo_cli.training.run_folder import (
     check_free,
     default_run_dir,
     point_last,
-    write_json,
 )
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -166,26 +165,6 @@ def test_a_summary_is_written_whole_or_not_at_all() -> None:
         with pytest.raises(TypeError):
             run.write("summary.json", {"steps": object()})
         assert read_json(Path("run/summary.json")) == {"steps": 1}
-
-
-def test_a_file_is_complete_before_it_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old one stays until the new one is on the disk."""
-    write_json(Path("summary.json"), {"steps": 1})
-
-    def refuse(handle: int) -> None:
-        raise full()
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="No space"):
-        write_json(Path("summary.json"), {"steps": 2})
-    assert read_json(Path("summary.json")) == {"steps": 1}
-
-
-def test_a_json_file_is_replaced_and_ends_with_a_line_break() -> None:
-    for steps in (1, 2):
-        write_json(Path("summary.json"), {"steps": steps})
-    assert Path("summary.json").read_text() == '{\n  "steps": 2\n}\n'
-    assert [p.name for p in Path().iterdir()] == ["summary.json"]
 
 
 # runs/last

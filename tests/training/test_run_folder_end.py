@@ -168,3 +168,46 @@ def test_last_points_at_a_run_that_goes_on() -> None:
     with folder(goes_on=True) as run:
         run.cut(2)
         assert Path("runs/last/config.yaml").is_file()
+
+
+def test_the_warnings_of_steps_that_run_again_are_taken_back() -> None:
+    def warned() -> list[str]:
+        return [row["warning"] for row in read_lines(Path("run/warnings.jsonl"))]
+
+    with folder() as run:
+        run.log({"step": 1})
+        for text in ("first", "second \u2028 line\n"):
+            run.warned(text)
+        assert warned() == ["first", "second \u2028 line\n"], "while it goes on"
+    with Path("run/warnings.jsonl").open("a") as file:
+        file.write('{"warning": "th')
+    with folder(goes_on=True) as run:
+        run.warned_before(["first"])
+        run.warned("other")
+        assert warned() == ["first", "other"]
+        run.warned_before([])
+        assert not Path("run/warnings.jsonl").exists()
+
+
+def test_a_warning_never_ends_a_run_nor_makes_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = folder()
+    run.warned("before it is open")
+    assert not Path("run").exists()
+    with run:
+        Path("run/warnings.jsonl").mkdir()  # It cannot be written.
+        run.warned("lost here")
+        Path("run/warnings.jsonl").rmdir()
+    run.warned("after it is closed")
+    assert not Path("run/warnings.jsonl").exists()
+
+
+def test_a_run_that_finished_no_step_leaves_no_warning() -> None:
+    def start() -> None:
+        with folder() as run:
+            run.warned("odd")
+            run.write("eval_before.json", {})
+            raise ConfigError("no")
+
+    with pytest.raises(ConfigError):
+        start()
+    assert not Path("run").exists()

@@ -19,6 +19,7 @@ from dppo_cli.rollout.collect import InStepCollector
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import GROWTH, Watch
+from dppo_cli.training.metrics import COST
 from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.training.samples import StepSamples
@@ -103,7 +104,8 @@ def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
         )
     assert saved == [], "checkpoint.every is more than these steps"
     assert len(listeners.listening) == 2, "no listener failed"
-    return [{key: value for key, value in row.items() if key != "time"} for row in read_lines(folder / "metrics.jsonl")]
+    rows = read_lines(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in COST} for row in rows]
 
 
 def through_files(snapshot: Snapshot) -> Snapshot:

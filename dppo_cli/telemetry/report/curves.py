@@ -115,8 +115,8 @@ def plot(
     figure = go.Figure(
         data=list(traces),
         layout={
-            "height": 250,
-            "margin": {"l": 52, "r": 12, "t": 8, "b": 36},
+            "height": 256,
+            "margin": {"l": 52, "r": 12, "t": 8, "b": 42},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"color": "var(--muted)", "size": 12, "family": "system-ui, sans-serif"},
@@ -129,7 +129,7 @@ def plot(
             },
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "itemsizing": "constant"},
             "showlegend": sum(t.get("showlegend", True) for t in traces) > 1,
-            "xaxis": {**axis, "title": {"text": x, "standoff": 6}, "showgrid": False, "tickformat": "~d", **few},
+            "xaxis": {**axis, "title": {"text": x, "standoff": 12}, "showgrid": False, "tickformat": "~d", **few},
             "yaxis": {**axis, "tickformat": form, "nticks": 6, "exponentformat": "power", **y_axis},
             "shapes": event_lines(events),
             "dragmode": False,

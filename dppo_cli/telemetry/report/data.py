@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.errors import RunError
 from dppo_cli.reading import Run, open_run
-from dppo_cli.training.run_folder import RESUMES
+from dppo_cli.training.lock import is_held
+from dppo_cli.training.run_folder import BEFORE, RESUMES
 
 HELD_OUT = "held_out"
 ABSENT = "–"
@@ -30,6 +31,7 @@ class RunData:
     """A run that was read, and what else its folder says of it.
 
     `metrics`: those of `run` that are of a step. `before`: figures of the first evaluation by set; `seconds`: so far.
+    `running`: a process has it open.
     """
 
     run: Run
@@ -40,6 +42,7 @@ class RunData:
     before: dict[str, Any]
     seconds: float | None
     versions: dict[str, str]
+    running: bool = False
 
     @property
     def path(self) -> Path:
@@ -98,7 +101,8 @@ def read_run(path: Path) -> RunData:
         problems.append("no step is finished yet")
     state, versions = _checkpoint(path)
     told = run.summary or state
-    warnings, before = told.get("warnings"), state.get("before")
+    # An older version left both in the checkpoints alone.
+    warnings, before = run.warnings or told.get("warnings"), _json(path / BEFORE, dict) or state.get("before")
     return RunData(
         run=run,
         metrics=metrics,
@@ -108,6 +112,7 @@ def read_run(path: Path) -> RunData:
         before=before if isinstance(before, dict) else {},
         seconds=number(told.get("seconds")),
         versions=versions,
+        running=is_held(path),
     )
 
 

@@ -20,7 +20,6 @@ from dppo_cli.telemetry.report.curves import (
     limit,
     line,
     log_axis,
-    plain,
     plot,
     share_axis,
 )
@@ -44,9 +43,11 @@ def run_figures(run: RunData, events: Sequence[Event]) -> dict[str, list[Figure]
             masked(rows, events),
             shift(rows, events),
             ratio(rows, events),
+            reference(rows, events),
         ],
-        "Optimiser and cost": [
+        "Optimizer and cost": [
             gradient(rows, events),
+            learning_rate(rows, events),
             samples(rows, events),
             speed(rows, events),
             seconds(rows, events),
@@ -130,6 +131,22 @@ def ratio(rows: Rows, events: Sequence[Event]) -> Figure | None:
     return _lines("ratio", "Ratio pi / mu", "Quantiles over tokens.", rows, curves, ".3f", events, log="~g")
 
 
+def reference(rows: Rows, events: Sequence[Event]) -> Figure | None:
+    """None without a reference term, where all values are 0."""
+    if not any(column(rows, "reference_kl")):
+        return None
+    caption = "Mean of log pi - log of the model before training, at sampled tokens, nats: how far the policy has gone."
+    curves = {"reference_kl": ("log pi - log reference", MAIN)}
+    return _lines("reference", "KL to the reference", caption, rows, curves, ".3~g", events)
+
+
+def learning_rate(rows: Rows, events: Sequence[Event]) -> Figure | None:
+    caption = "Of the step's last update."
+    return _lines(
+        "lr", "Learning rate", caption, rows, {"lr": ("lr", MAIN)}, ".3~g", events, rangemode="tozero", tickformat="~g"
+    )
+
+
 def gradient(rows: Rows, events: Sequence[Event]) -> Figure | None:
     caption = "Norm before clipping, mean over the step's updates."
     curves = {"gradient_norm": ("gradient norm", MAIN)}
@@ -145,7 +162,18 @@ def samples(rows: Rows, events: Sequence[Event]) -> Figure | None:
         "padding": ("padding, of positions", FAINT),
     }
     caption = "Shares. A problem whose samples all get the same reward teaches nothing."
-    return _lines("samples", "What became of the samples", caption, rows, curves, ".1%", events, range=[-0.02, 1.05])
+    figure = _lines(
+        "samples",
+        "What became of the samples",
+        caption,
+        rows,
+        curves,
+        ".1%",
+        events,
+        range=[-0.02, 1.05],
+        tickformat=".0%",
+    )
+    return _dotted(figure, "left out of updates")  # Often the same as the samples that are alike.
 
 
 def speed(rows: Rows, events: Sequence[Event]) -> Figure | None:
@@ -173,9 +201,22 @@ def seconds(rows: Rows, events: Sequence[Event]) -> Figure | None:
 
 
 def memory(rows: Rows, events: Sequence[Event]) -> Figure | None:
-    keys = {key for row in rows for key in row if "memory" in key and key.endswith("_gib")}
-    curves = {key: (plain(key.removesuffix("_gib").replace("_", " ")), MAIN) for key in sorted(keys)}
-    return _lines("memory", "Memory", "GiB.", rows, curves, ".2f", events, rangemode="tozero")
+    curves = {
+        "memory.device_peak_gib": ("GPU, peak of the step", MAIN),
+        "memory.process_gib": ("process, after the step", SECOND),
+        "memory.process_peak_gib": ("process, peak so far", THIRD),
+    }
+    caption = "GiB. What the process holds should level off; a GPU's peak depends on the longest samples of a step."
+    figure = _lines("memory", "Memory", caption, rows, curves, ".2f", events, rangemode="tozero")
+    return _dotted(figure, "process, peak so far")
+
+
+def _dotted(figure: Figure | None, name: str) -> Figure | None:
+    """With one of the lines dotted, because it may lie on another."""
+    for trace in figure.plot["data"] if figure is not None else ():
+        if trace["name"] == name:
+            trace["line"]["dash"] = "dot"
+    return figure
 
 
 def _lines(

@@ -79,7 +79,7 @@ def accuracy(run: RunData, events: Sequence[Event]) -> Figure | None:
         texts = [f"{a:.1%} (95%: {b:.1%} to {c:.1%})" for a, b, c in zip(y, low, high, strict=True)]
         marks = {"mode": "lines+markers", "marker": {"size": 7, "color": colour}}
         shown = {"text": texts, "hovertemplate": "%{text}"}
-        traces.append({**line(label, x, y, colour, form, error_y=bars), **marks, **shown})
+        traces.append({**line(label, x, y, colour, form, error_y=bars, dash="dot", width=1.2), **marks, **shown})
     if not traces:
         return None
     return Figure("accuracy", "Accuracy", f"{caption}.", plot(traces, ".0%", events, rangemode="tozero"))

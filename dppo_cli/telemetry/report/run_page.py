@@ -70,8 +70,8 @@ def _facts(run: RunData) -> list[str]:
     if run.seconds is not None:
         facts.append(duration(run.seconds))
     file = run.path / "metrics.jsonl"
-    if run.summary is None and file.is_file():
-        facts.append(f"last step written {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(file.stat().st_mtime))}")
+    if file.is_file():
+        facts.append(f"last step {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(file.stat().st_mtime))}")
     return [*facts, f"seed {run.config['seed']}"] if "seed" in run.config else facts
 
 
@@ -106,9 +106,9 @@ def _masked(rows: list[dict[str, Any]] | None) -> str:
 
 def _config(config: Mapping[str, Any]) -> str:
     changed = [(key, _value(own), _value(default)) for key, own, default in differences(config)]
-    body = table_html(("key", "this run", "default"), changed, "What differs from dppo train without any words")
+    body = table_html(("key", "this run", "default"), changed, "What differs from the defaults of dppo train")
     if not changed:
-        body = "<p>Everything is as in <code>dppo train</code> without any words.</p>"
+        body = "<p>Every key has the default of <code>dppo train</code>.</p>"
     rows = [(key, _value(value)) for key, value in flat(config).items()]
     everything = table_html(("key", "value"), rows, "config.yaml")
     return f"{body}<details><summary>All {len(rows)} keys</summary>{everything}</details>"
@@ -122,16 +122,16 @@ def _value(value: Any) -> str:
 
 def _system(run: RunData) -> dict[str, Any]:
     summary = run.summary or {}
-    hardware = section(run.config, "hardware")
-    facts: dict[str, Any] = {"run folder": run.path.resolve(), "hardware.device": hardware.get("device")}
-    facts["hardware.dtype"] = hardware.get("dtype")
+    found = {k: v for k, v in section(summary, "system").items() if not isinstance(v, dict | list)}
+    # What auto came to is known at the end.
+    asked = {f"hardware.{k}": section(run.config, "hardware").get(k) for k in ("device", "dtype") if k not in found}
+    facts: dict[str, Any] = {"run folder": run.path.resolve(), **asked, **found}
     if isinstance(n := summary.get("trained_parameters"), int):
         facts["trained parameters"] = f"{n:,}"
     if isinstance(gib := summary.get("peak_memory_gib"), float):
         facts["peak memory"] = f"{gib:.2f} GiB"
     if run.seconds is not None:
         facts["time"] = duration(run.seconds)
-    facts |= {name: value for name, value in section(summary, "system").items() if not isinstance(value, dict | list)}
     return facts | run.versions | {"SHA-256 of the adapter": summary.get("adapter_sha256", "not written yet")}
 
 

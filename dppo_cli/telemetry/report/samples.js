@@ -154,7 +154,7 @@ function dppoSamples({ steps, delta }, root) {
       fill(node("div", { class: "prompt", tabindex: 0, role: "region", "aria-label": "Prompt" }), block.prompts[s.prompt].slice(0, 100000), true),
       node("div", { class: "label", id: "tokens-label" }, `Completion, ${s.n} tokens`),
     );
-    detail.replaceChildren(node("p", { class: "note" }, "Point at a token, or move to it with Tab and the arrow keys, to see its figures. M goes to the next masked token."));
+    detail.replaceChildren(node("p", { class: "note" }, "Point at a token or tap it, or move to it with Tab and the arrow keys, to see its figures. M goes to the next masked token."));
     if (!s.tokens && !s.ids) {
       main.append(fill(node("div", { class: "tokens" }), (s.completion || "").slice(0, 100000), true), node("p", { class: "note" }, "The tokens of this sample were not kept."));
       return;

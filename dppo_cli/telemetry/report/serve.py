@@ -7,14 +7,23 @@ from pathlib import Path
 
 from dppo_cli.errors import DppoError, RunError
 from dppo_cli.telemetry.report.page import Served
+from dppo_cli.training.lock import is_held
 
 HOST = "127.0.0.1"
-WATCHED = ("metrics.jsonl", "summary.json", "resumes.json", "masked_tokens.json", "job.json")
+WATCHED = (
+    "metrics.jsonl",
+    "warnings.jsonl",
+    "summary.json",
+    "eval_before.json",
+    "resumes.json",
+    "masked_tokens.json",
+    "job.json",
+)
 
 
 def version_of(folder: Path) -> str:
-    """Another text whenever a run in `folder`, or in a folder in it, has got further."""
-    found = []
+    """Another text whenever a run in `folder`, or in a folder in it, has got further, or has ended."""
+    found = [str(is_held(folder))]
     for name in WATCHED:
         for path in sorted((folder / name, *folder.glob(f"*/{name}"))):
             try:

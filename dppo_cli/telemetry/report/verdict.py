@@ -66,7 +66,9 @@ def trust_region(run: RunData) -> Verdict:
     if not any(value is not None for value in (*up, *down)):
         return Verdict(question, "Not measured", "neutral", ["No step has figures of it."])
     means = [_mean(side) for side in (up, down)]
-    lines = [f"Masked on average: {_share(means[0])} of tokens with A > 0, {_share(means[1])} with A < 0"]
+    lines = [
+        f"Masked on average: {_share(means[0])} of tokens with A\u00a0>\u00a00, {_share(means[1])} with A\u00a0<\u00a00"
+    ]
     high = run.delta("high")
     if (p99 := _mean(column(run.metrics, "divergence_p99"))) is not None:
         against = "" if high is None else f", against delta {high:g}"
@@ -94,6 +96,8 @@ def warnings(run: RunData, events: Sequence[Event]) -> Verdict:
         if event.kind != "resume"
     ]
     texts += run.problems
+    if run.summary is None and not run.running:
+        texts.append(f"It ended without a summary, as a run that is killed does; dppo train resume={run.path} goes on")
     if not texts:
         return Verdict(
             question, "Nothing was flagged", "good", ["The run gave no warning, and all its files could be read."]
@@ -124,7 +128,7 @@ def state_of(run: RunData) -> str:
     """How far the run is, in words."""
     of = f"{run.steps} of {run.planned_steps} steps" if run.planned_steps else f"{run.steps} steps"
     if run.summary is None:
-        return f"not finished: {of} so far"
+        return f"running: {of} so far" if run.running else f"not finished, and not running: {of}"
     return f"stopped early: {of}" if run.summary.get("interrupted") else f"finished: {of}"
 
 

@@ -60,6 +60,7 @@ def metrics(step: int, steps: int) -> dict[str, Any]:
     found["ratio_p1"] = 0.9
     time = {"rollout": 0.5, "reward": 0.001, "update": 1.7, "total": 2.3}
     found["time"] = {**time, "rollout_tokens_per_second": 3000.0, "tokens_per_second": 500.0}
+    found["memory"] = {"process_gib": 0.5, "process_peak_gib": 0.75}
     return found
 
 

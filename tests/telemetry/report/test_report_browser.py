@@ -14,6 +14,7 @@ from report_runs import HOSTILE, metrics, sample, summary, write_run
 from dppo_cli.telemetry.report.run_page import run_page
 from dppo_cli.telemetry.report.serve import Pages, make_server
 from dppo_cli.telemetry.report.sweep_page import sweep_page
+from dppo_cli.training.lock import hold
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
@@ -261,13 +262,19 @@ def test_a_page_that_is_served_follows_the_run(open_page: Open, tmp_path: Path) 
     server = make_server(Pages(run, lambda served: run_page(run, served), 1.0), 0)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
+    lock = hold(run)
     try:
         page = open_page(url=f"http://127.0.0.1:{server.server_address[1]}/")
-        expect(page.get_by_text("not finished: 3 of 3 steps so far")).to_be_visible()
+        expect(page.get_by_text("running: 3 of 3 steps so far")).to_be_visible()
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics(4, 4)) + "\n")
-        expect(page.get_by_text("not finished: 4 of 3 steps so far")).to_be_visible(timeout=20_000)
+        expect(page.get_by_text("running: 4 of 3 steps so far")).to_be_visible(timeout=20_000)
+        (run / "warnings.jsonl").write_text('{"warning": "step 4: odd"}\n')
+        expect(page.get_by_text("Step 4: odd")).to_be_visible(timeout=20_000)
+        lock.close()  # It was killed: no file changes.
+        expect(page.get_by_text("not finished, and not running: 4 of 3 steps")).to_be_visible(timeout=20_000)
     finally:
+        lock.close()
         server.shutdown()
         thread.join()
         server.server_close()

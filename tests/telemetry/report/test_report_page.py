@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, sample, summary, write_lines, write_run
+from report_runs import HOSTILE, figures, sample, summary, write_lines, write_run
 
 from dppo_cli.telemetry.report.page import LIMIT
 from dppo_cli.telemetry.report.run_page import run_page
+from dppo_cli.training.lock import hold
 
 
 class Parsed(HTMLParser):
@@ -75,9 +76,11 @@ def test_every_figure_has_a_place_and_the_numbers_of_the_run(tmp_path: Path) -> 
         "shift",
         "ratio",
         "gradient",
+        "lr",
         "samples",
         "speed",
         "seconds",
+        "memory",
     }
     reward = figures["reward"]["data"][0]
     assert reward["x"] == list(range(1, 13)) and reward["y"][-1] == pytest.approx(0.8)
@@ -155,10 +158,63 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     (run / "checkpoints/step-8/state.json").write_text(json.dumps(state))
     (run / "checkpoints/step-8/manifest.json").write_text(json.dumps({"versions": {"torch": "2.13.0"}}))
     page = Parsed(run_page(run))
-    assert "not finished: 8 of 8 steps so far" in page.text and "1 min 1 s" in page.text and "2.13.0" in page.text
+    assert (
+        "not finished, and not running: 8 of 8 steps" in page.text
+        and "1 min 1 s" in page.text
+        and "2.13.0" in page.text
+    )
     assert "Not known before the run ends" in page.text and "30.0% (95% interval 20.0 to 40.0%) before" in page.text
     assert "Step 2: odd" in page.text and "the last line is not complete" in page.text
-    assert "2 things were flagged" in page.text
+    assert "3 things were flagged" in page.text and f"dppo train resume={run} goes on" in page.text
+
+
+def test_warnings_and_the_first_evaluation_of_a_run_are_shown_before_its_first_checkpoint(tmp_path: Path) -> None:
+    """It is going on: a warning is being written at this moment, and one was cut when the disk was full."""
+    run = write_run(tmp_path / "run", 3)
+    odd = {"warning": "step 2: odd <b>"}
+    (run / "warnings.jsonl").write_text(f'{json.dumps(odd)}\n{{"warn{json.dumps(odd)}\n{{"warning": "step 3: ha')
+    (run / "eval_before.json").write_text(json.dumps({"held_out": figures(0.3, 0.26, 0.34)}))
+    with hold(run):
+        html = run_page(run)
+        page = Parsed(html)
+    assert "running: 3 of 3 steps so far" in page.text
+    assert "Step 2: odd <b>" in page.text and "warnings.jsonl is damaged: line 2 is not a JSON object" in page.text
+    assert "2 things were flagged" in page.text, "the one that is half written is read the next time"
+    assert "30.0% (95% interval 26.0 to 34.0%) before" in page.text
+    shapes = data_of(html)["figures"]["reward"]["layout"]["shapes"]
+    assert [shape["x0"] for shape in shapes] == [2], "a dotted line at its step"
+
+
+def test_the_memory_of_each_step(tmp_path: Path) -> None:
+    """Of a GPU, too, where there is one. One that lies on another is dotted."""
+    run = write_run(tmp_path / "run", 3)
+    rows = [
+        {"step": i, "memory": {"process_gib": 0.1 * i, "process_peak_gib": 2.0, "device_peak_gib": i}} for i in (1, 2)
+    ]
+    write_lines(run / "metrics.jsonl", [*rows, {"step": 3, "memory": {"process_peak_gib": 3.0}}])
+    traces = data_of(run_page(run))["figures"]["memory"]["data"]
+    assert {trace["name"]: trace["y"] for trace in traces} == {
+        "GPU, peak of the step": [1.0, 2.0, None],
+        "process, after the step": [0.1, 0.2, None],
+        "process, peak so far": [2.0, 2.0, 3.0],
+    }
+    assert [trace["line"]["dash"] for trace in traces] == ["solid", "solid", "dot"]
+    assert len({trace["line"]["color"] for trace in traces}) == 3
+
+
+def test_the_reference_is_drawn_only_where_there_is_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 2)
+    assert "reference" not in data_of(run_page(run))["figures"]
+    write_lines(run / "metrics.jsonl", [{"step": i, "reference_kl": 0.1 * (i - 1)} for i in (1, 2)])
+    assert data_of(run_page(run))["figures"]["reference"]["data"][0]["y"] == [0.0, 0.1]
+
+
+def test_the_system_is_what_auto_came_to(tmp_path: Path) -> None:
+    system = {"device": "cuda:0, NVIDIA H100", "dtype": "bfloat16"}
+    done = run_page(write_run(tmp_path / "done", done=summary(12, system=system)))
+    asked = "<dt>hardware.device</dt><dd>auto</dd>"
+    assert "<dt>device</dt><dd>cuda:0, NVIDIA H100</dd>" in done and asked not in done
+    assert asked in run_page(write_run(tmp_path / "run"))
 
 
 def test_a_run_of_an_older_version(tmp_path: Path) -> None:

@@ -91,4 +91,4 @@ def test_a_run_without_a_step(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 1)
     (run / "metrics.jsonl").unlink()
     data = read_run(run)
-    assert [v.answer for v in verdicts(data, [])] == ["Not measured", "Not measured", "1 thing was flagged"]
+    assert [v.answer for v in verdicts(data, [])] == ["Not measured", "Not measured", "2 things were flagged"]

@@ -1,0 +1,45 @@
+"""Files that are complete or not there."""
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import read_json
+
+from dppo_cli.training.files import remove, write_json
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_file_is_complete_before_it_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one stays until the new one is on the disk."""
+    write_json(Path("summary.json"), {"steps": 1})
+
+    def refuse(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write_json(Path("summary.json"), {"steps": 2})
+    assert read_json(Path("summary.json")) == {"steps": 1}
+
+
+def test_a_json_file_is_replaced_and_ends_with_a_line_break() -> None:
+    for steps in (1, 2):
+        write_json(Path("summary.json"), {"steps": steps})
+    assert Path("summary.json").read_text() == '{\n  "steps": 2\n}\n'
+    assert [p.name for p in Path().iterdir()] == ["summary.json"]
+
+
+def test_a_link_is_removed_and_not_what_it_points_to() -> None:
+    Path("folder/inside").mkdir(parents=True)
+    Path("link").symlink_to("folder")
+    Path("file").touch()
+    for name in ("link", "file", "not there"):
+        remove(Path(name))
+    assert [p.name for p in Path().iterdir()] == ["folder"] and Path("folder/inside").is_dir()
+    remove(Path("folder"))
+    assert list(Path().iterdir()) == []
