@@ -23,6 +23,7 @@ from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.rollout.collect import advantages
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.types import Completion, Group, Prompt, Score
 
 NAMES = ("binary", "topk", "full")
@@ -51,7 +52,7 @@ def seconds(rounds: int) -> dict[str, list[dict[str, float]]]:
             for name in NAMES:
                 start = time.perf_counter()
                 num_logprobs = configs[name].approx.num_logprobs
-                completions = engine.generate(prompts, SAMPLES, plain.sampling, num_logprobs, seed=turn)
+                completions = in_order(engine.generate(prompts, SAMPLES, plain.sampling, num_logprobs, seed=turn))
                 sampled = time.perf_counter()
                 learners[name].update(scored(prompts, completions, configs[name]))
                 end = time.perf_counter()

@@ -21,7 +21,7 @@ from dppo_cli.config.sections import Hardware, LoRA, Model, Prompting, Sampling
 from dppo_cli.data.file import File
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.rollout.engine import RolloutEngine, in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.types import Prompt
 
@@ -58,7 +58,7 @@ def compare(engine: RolloutEngine, policy: Policy, prompts: Sequence[Prompt], sa
     lengths: dict[str, list[float]] = {"ours": [], "generate": []}
     for turn in range(1 + rounds):
         start = time.perf_counter()
-        completions = engine.generate(prompts, 8, sampling, 0, seed=turn)
+        completions = in_order(engine.generate(prompts, 8, sampling, 0, seed=turn))
         mine = time.perf_counter() - start
         own = [len(c.token_ids_T) for row in completions for c in row]
         torch.manual_seed(turn)

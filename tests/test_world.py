@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
 from dppo_cli.config.build import build
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.world import World
 
 out, config = Path(sys.argv[2]), build(TrainConfig, OmegaConf.load(sys.argv[3]))
@@ -36,7 +37,8 @@ policy = make.policy(config, adapter_scale=0.1)
 prompts = make.prompts(policy)
 with config.rollout.load(policy, make.fail) as engine:
     engine.sync(0)
-    groups = make.groups(prompts, engine.generate(prompts, 2, config.sampling, 0, seed=1), [1.0, -1.0, 0.0, 0.0] * 2)
+    sampled = in_order(engine.generate(prompts, 2, config.sampling, 0, seed=1))
+    groups = make.groups(prompts, sampled, [1.0, -1.0, 0.0, 0.0] * 2)
 if world.is_main:
     save_file({str(i): p.detach() for i, p in enumerate(policy.parameters)}, out / "start.safetensors")
 share = groups[world.rank :: world.size]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -31,10 +31,29 @@ def is_built_like_llama(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == "sdpa" and bool(layers) and all(type(m) in LAYERS for m in layers)
 
 
-class LlamaStep:
-    """Made once per sub-batch, called once per token. Reads the norms' weights when made, all others in each call."""
+Projections = Callable[[Tensor], Sequence[Tensor]]
+"""The outputs of linear layers that read one input."""
+Attend = Callable[..., Tensor]
+"""Called as `scaled_dot_product_attention(q, keys, values, attn_mask=..., scale=...)`, and computes the same."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+def each(*modules: nn.Module) -> Projections:
+    """Their own forward passes."""
+    return lambda x: [module(x) for module in modules]
+
+
+class LlamaStep:
+    """Made once per sub-batch, called once per token. Reads the norms' weights when made, all others in each call.
+
+    `project` makes the products of linear layers that read one input.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        project: Callable[..., Projections] = each,
+        attend: Attend = scaled_dot_product_attention,
+    ) -> None:
         base: Any = model.base_model
         self.embed, self.rotary = base.embed_tokens, base.rotary_emb
         # Only Qwen3 has norms of queries and keys.
@@ -42,7 +61,15 @@ class LlamaStep:
         self.layers = []
         for layer in base.layers:
             modules = dict(layer.named_modules())
-            self.layers.append((layer, *(_norm(modules.get(name)) for name in names)))
+            attention, mlp = layer.self_attn, layer.mlp
+            products = (
+                project(attention.q_proj, attention.k_proj, attention.v_proj),
+                project(attention.o_proj),
+                project(mlp.gate_proj, mlp.up_proj),
+                project(mlp.down_proj),
+            )
+            self.layers.append((layer, products, [_norm(modules.get(name)) for name in names]))
+        self.attend = attend
         self.last_norm = _norm(base.norm)
 
     def __call__(self, cache: Sequence[Any], token_A: Tensor, position_A1: Tensor, mask_AX: Tensor | None) -> Tensor:
@@ -66,21 +93,20 @@ class LlamaStep:
         def rotated(heads: Any) -> Any:
             return heads * cos_A1D + heads.roll(size // 2, dims=-1) * sin_A1D
 
-        for (layer, first_norm, second_norm, q_norm, k_norm), states in zip(self.layers, cache, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            seen = first_norm(x_A1H)
-            q = q_norm(attention.q_proj(seen).view(rows, -1, size))
-            k = k_norm(attention.k_proj(seen).view(rows, -1, size))
-            v = attention.v_proj(seen).view(rows, -1, 1, size)
+        for (layer, products, norms), states in zip(self.layers, cache, strict=True):
+            (qkv, o_proj, gate_and_up, down_proj), (first_norm, second_norm, q_norm, k_norm) = products, norms
+            q, k, v = qkv(first_norm(x_A1H))
+            q = q_norm(q.view(rows, -1, size))
+            k = k_norm(k.view(rows, -1, size))
+            v = v.view(rows, -1, 1, size)
             keys_AKXD, values_AKXD = states.update(rotated(k).unsqueeze(2), v)
             # The query heads of a key head take the dimension of positions: one pass over the keys is enough for all.
             q_AKQD = rotated(q).view(rows, v.shape[1], -1, size)
-            found = scaled_dot_product_attention(
-                q_AKQD, keys_AKXD, values_AKXD, attn_mask=unseen_A11X, scale=attention.scaling
-            )
-            x_A1H = x_A1H + attention.o_proj(found.reshape(rows, 1, -1))
-            seen = second_norm(x_A1H)
-            x_A1H = x_A1H + mlp.down_proj(mlp.act_fn(mlp.gate_proj(seen)) * mlp.up_proj(seen))
+            scale = layer.self_attn.scaling
+            found = self.attend(q_AKQD, keys_AKXD, values_AKXD, attn_mask=unseen_A11X, scale=scale)
+            x_A1H = x_A1H + o_proj(found.reshape(rows, 1, -1))[0]
+            gate, up = gate_and_up(second_norm(x_A1H))
+            x_A1H = x_A1H + down_proj(layer.mlp.act_fn(gate) * up)[0]
         return self.last_norm(x_A1H)
 
 

@@ -41,6 +41,12 @@ def make_lean(model: nn.Module) -> None:
             module.__class__ = LeanLoraLinear
 
 
+def make_plain(layer: nn.Module) -> None:
+    """Undo `make_lean`, for a layer whose base is no longer a plain weight: PEFT's forward calls it."""
+    if isinstance(layer, LeanLoraLinear):
+        layer.__class__ = LoraLinear  # type: ignore[assignment]
+
+
 def adapted_linear(
     x: Tensor, dropped: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_rI: Tensor, b_Or: Tensor, s: float
 ) -> Tensor:

@@ -199,7 +199,7 @@ def _load_model(
     if text_tower is not None:
         model._weight_conversions = None  # else transformers would save it under the names of the whole model
     if quantization is not None:
-        _keep_layout(model)
+        keep_layout(model)
     if report["missing_keys"]:
         # transformers would draw them at random and go on.
         missing = sorted(report["missing_keys"])
@@ -225,7 +225,7 @@ def _check_layers(model: PreTrainedModel, unused: Sequence[str], path: str) -> N
         )
 
 
-def _keep_layout(model: PreTrainedModel) -> None:
+def keep_layout(model: nn.Module) -> None:
     """Stop 4-bit layers from rewriting their weights.
 
     On a CPU with AVX512-BF16 bitsandbytes would, at the first use without gradient, rewrite them with scales rounded to

@@ -5,7 +5,7 @@ import math
 import os
 import string
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,33 +98,59 @@ class Judge:
 
 
 class JudgeScorer:
-    """See `Scorer`. Equal requests of a step are asked once."""
+    """See `EarlyScorer`. Equal requests of a step are asked once."""
 
     def __init__(self, option: Judge, client: JudgeClient, warn: Callable[[str], None]) -> None:
         self.option, self.client, self.warn = option, client, warn
         self.failures = 0  # in a row
+        self.threads = ThreadPoolExecutor(option.concurrency)
+        self.asked: dict[str, tuple[Future[Score | str], Pair]] = {}  # of this step, by the text of the request
+        self.scores: dict[str, Score] = {}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
-        pairs = [(prompt, c) for prompt, group in zip(prompts, completions, strict=True) for c in group]
-        bodies = [self._body(pair) for pair in pairs]
-        first = {json.dumps(body, sort_keys=True): i for i, body in reversed(list(enumerate(bodies)))}
-        asked = sorted(first.values())
-        found: dict[int, Score] = {}
-        with ThreadPoolExecutor(self.option.concurrency) as threads:
-            # So many at a time that too many failures in a row end it soon.
-            size = max(self.option.concurrency, self.option.max_failures)
-            for start in range(0, len(asked), size):
-                part = asked[start : start + size]
-                futures = [threads.submit(self._score, bodies[i]) for i in part]
-                try:
-                    for i, future in zip(part, futures, strict=True):
-                        found[i] = self._counted(future.result(), pairs[i])
-                except BaseException:  # Ctrl-C, for one: the threads would go on with their attempts.
-                    threads.shutdown(wait=False, cancel_futures=True)
-                    self.client.close()
-                    raise
-        rest = iter(found[first[json.dumps(body, sort_keys=True)]] for body in bodies)
+        # So many at a time that too many failures in a row end it soon.
+        size = max(self.option.concurrency, self.option.max_failures)
+        try:
+            texts = []
+            for prompt, group in zip(prompts, completions, strict=True):
+                for c in group:
+                    if len(self.asked) >= size:
+                        self._count(wait=True)
+                    texts.append(self._ask((prompt, c)))
+            self._count(wait=True)
+        except BaseException:  # Ctrl-C, for one: the threads would go on with their attempts.
+            self.give_up()
+            raise
+        scores, self.scores = self.scores, {}
+        rest = iter(scores[text] for text in texts)
         return [list(islice(rest, len(group))) for group in completions]
+
+    def begin(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        for c in completions:
+            self._ask((prompt, c))
+        self._count(wait=False)
+
+    def give_up(self) -> None:
+        for answer, _ in self.asked.values():
+            answer.cancel()
+        self.asked.clear()
+        self.client.close()
+
+    def _ask(self, pair: Pair) -> str:
+        """The text of the request, which is sent unless this step has sent it."""
+        body = self._body(pair)
+        text = json.dumps(body, sort_keys=True)
+        if text not in self.asked and text not in self.scores:
+            self.asked[text] = self.threads.submit(self._score, body), pair
+        return text
+
+    def _count(self, wait: bool) -> None:
+        """Take the answers in the order in which they were asked for; all of them, or as many as there are."""
+        for text, (answer, pair) in list(self.asked.items()):
+            if not wait and not answer.done():
+                break
+            self.scores[text] = self._counted(answer.result(), pair)
+            del self.asked[text]
 
     def _body(self, pair: Pair) -> dict[str, Any]:
         option, (prompt, completion) = self.option, pair

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dppo_cli.config.checks import check_rules, did_you_mean
 from dppo_cli.errors import ConfigError
-from dppo_cli.reward.scorer import RewardSource, Scorer
+from dppo_cli.reward.scorer import EarlyScorer, RewardSource, Scorer
 from dppo_cli.types import Completion, Prompt, Score
 
 
@@ -36,7 +36,7 @@ class Mixture:
 
 
 class MixtureScorer:
-    """See `Scorer`. The weight of a member that `weights` does not name is 1.
+    """See `EarlyScorer`. The weight of a member that `weights` does not name is 1.
 
     A member that does not judge a sample is left out of its sum, as in TRL. What no member judges is not judged.
     """
@@ -44,6 +44,7 @@ class MixtureScorer:
     def __init__(self, members: Mapping[str, Scorer], weights: Mapping[str, float]) -> None:
         self.members = members
         self.weights = {name: weights.get(name, 1.0) for name in members}
+        self.early = [member for member in members.values() if isinstance(member, EarlyScorer)]
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         scores = {name: member(prompts, completions) for name, member in self.members.items()}
@@ -51,6 +52,14 @@ class MixtureScorer:
             [self._sum({name: groups[i][j] for name, groups in scores.items()}) for j in range(len(group))]
             for i, group in enumerate(completions)
         ]
+
+    def begin(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        for member in self.early:
+            member.begin(prompt, completions)
+
+    def give_up(self) -> None:
+        for member in self.early:
+            member.give_up()
 
     def _sum(self, scores: Mapping[str, Score]) -> Score:
         judged = [self.weights[name] * score.value for name, score in scores.items() if score.value is not None]

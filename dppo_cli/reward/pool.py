@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Event
@@ -97,6 +96,8 @@ class Pool:
             self.free.put(number)
         self.count = count
         self.threads = ThreadPoolExecutor(count)
+        self.begun: list[Future[dict[str, Any] | CallError]] = []
+        self.ended = Event()
 
     def call(self, call: Call) -> dict[str, Any]:
         """One call, by the first worker. Raises CallError."""
@@ -107,33 +108,35 @@ class Pool:
             self.first = None
             raise
 
-    def call_each(self, calls: Sequence[Call]) -> list[dict[str, Any] | CallError]:
-        """Several calls, as many side by side as there are workers; what each gave, or how it failed."""
-        ended = Event()
+    def begin(self, call: Call) -> "Future[dict[str, Any] | CallError]":
+        """A call beside others, as soon as a worker is free; what it gave, or how it failed."""
+        self.begun = [earlier for earlier in self.begun if not earlier.done()]
+        self.begun.append(self.threads.submit(self._call, call, self.ended))
+        return self.begun[-1]
 
-        def one(call: Call) -> dict[str, Any] | CallError:
-            number = self.free.get()
-            try:
-                worker = self.others[number] = self.others[number] or Worker(self.path, self.memory_gib)
-                if ended.is_set():
-                    raise CallError("it was not called any more")
-                return worker.call(call, self.timeout)
-            except CallError as error:
+    def give_up(self) -> None:
+        """Kill the workers of calls that were begun: the interpreter waits for its threads, and they for them."""
+        for call in self.begun:
+            call.cancel()
+        self.ended.set()
+        self.begun, self.ended = [], Event()
+        for number, worker in enumerate(self.others):
+            if worker is not None:
+                worker.close()
                 self.others[number] = None
-                return error
-            finally:
-                self.free.put(number)
 
+    def _call(self, call: Call, ended: Event) -> dict[str, Any] | CallError:
+        number = self.free.get()
         try:
-            return list(self.threads.map(one, calls))
-        except BaseException:
-            # Ctrl-C, for one: the interpreter waits for its threads when it exits, and they for their workers.
-            ended.set()
-            for number, worker in enumerate(self.others):
-                if worker is not None:
-                    worker.close()
-                    self.others[number] = None
-            raise
+            worker = self.others[number] = self.others[number] or Worker(self.path, self.memory_gib)
+            if ended.is_set():
+                raise CallError("it was not called any more")
+            return worker.call(call, self.timeout)
+        except CallError as error:
+            self.others[number] = None
+            return error
+        finally:
+            self.free.put(number)
 
 
 def _kill(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None:

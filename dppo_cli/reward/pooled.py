@@ -5,6 +5,7 @@ A call that fails is repeated for each group, then for each sample, so that only
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ ANSWER, NOTE = "answer", "note"
 
 
 class PooledScorer:
-    """See `Scorer`.
+    """See `EarlyScorer`; only where each sample is a call of its own is there anything to begin with.
 
     `named`: the reward in messages. `keywords`: what the function gets of samples, with the names of all columns.
     `max_failures`: failures in a row that end the run; None: they never do, and each sample is a call of its own.
@@ -39,6 +40,7 @@ class PooledScorer:
         self.default, self.max_failures, self.warn = default, max_failures, warn
         self.failures = 0  # in a row
         self.blamed: list[str] = []  # of this step
+        self.begun: dict[int, tuple[Completion, Future[dict[str, Any] | CallError]]] = {}  # by the completion's id
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         groups = [[(prompt, c) for c in group] for prompt, group in zip(prompts, completions, strict=True)]
@@ -53,6 +55,16 @@ class PooledScorer:
             scores = self._at_once(groups, every, columns)
         rest = iter(scores)
         return [list(islice(rest, len(group))) for group in groups]
+
+    def begin(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        if self.max_failures is None:
+            columns = list(prompt.example.columns)
+            for c in completions:
+                self.begun[id(c)] = c, self.pool.begin(self._call([(prompt, c)], columns))
+
+    def give_up(self) -> None:
+        self.begun.clear()
+        self.pool.give_up()
 
     def _at_once(self, groups: Sequence[Sequence[Pair]], every: Sequence[Pair], columns: Sequence[str]) -> list[Score]:
         try:
@@ -75,7 +87,7 @@ class PooledScorer:
         size = len(called) if self.max_failures is None else self.pool.count
         for start in range(0, len(called), size or 1):
             part = called[start : start + size]
-            for unit, answer in zip(part, self.pool.call_each([self._call(u, columns) for u in part]), strict=True):
+            for unit, answer in zip(part, self._answers(part, columns), strict=True):
                 if not isinstance(answer, CallError):
                     self.failures = 0
                     found.append(self._scores(answer, unit))
@@ -88,6 +100,19 @@ class PooledScorer:
             self.warn(f"{self.blamed[0]}{more}; scored as {self._scored_as()}")
         rest = iter(found)
         return [next(rest) if unit else [] for unit in units]
+
+    def _answers(self, units: Sequence[Sequence[Pair]], columns: Sequence[str]) -> list[dict[str, Any] | CallError]:
+        """What the call of each unit gave, or how it failed; those that were begun before are only waited for."""
+        try:
+            begun = [self._begun(unit) or self.pool.begin(self._call(unit, columns)) for unit in units]
+            return [call.result() for call in begun]
+        except BaseException:  # Ctrl-C, for one.
+            self.give_up()
+            raise
+
+    def _begun(self, unit: Sequence[Pair]) -> "Future[dict[str, Any] | CallError] | None":
+        _, call = self.begun.pop(id(unit[0][1]), (None, None))
+        return call
 
     def _blamed(self, unit: Sequence[Pair], how: str) -> list[Score]:
         self.failures += 1

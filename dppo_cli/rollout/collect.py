@@ -11,8 +11,8 @@ import torch
 
 from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.config.sections import BatchPlan, Sampling
-from dppo_cli.reward.scorer import Scorer
-from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.reward.scorer import EarlyScorer, Scorer
+from dppo_cli.rollout.engine import RolloutEngine, in_order
 from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
 Take = Callable[[int], Sequence[Prompt]]
@@ -81,16 +81,13 @@ class InStepCollector:
         return Collected(found + equal[:missing], seconds, equal[missing:], rounds)
 
     def _round(self, prompts: Sequence[Prompt], seed: int, seconds: dict[str, float]) -> list[Group]:
-        start = time.perf_counter()
         n = self.batch.samples_per_prompt
-        sampled = self.engine.generate(prompts, n, self.sampling, self.num_logprobs, seed)
-        sampled_at = time.perf_counter()
-        scores = self.scorer(prompts, sampled)
-        seconds["rollout"] += sampled_at - start
-        seconds["reward"] += time.perf_counter() - sampled_at
+        found = sample_and_score(self.engine, self.scorer, prompts, n, self.sampling, self.num_logprobs, seed)
+        for name in seconds:
+            seconds[name] += found.seconds[name]
         return [
-            Group(prompt, completions, of_prompt, self._advantages(completions, of_prompt))
-            for prompt, completions, of_prompt in zip(prompts, sampled, scores, strict=True)
+            Group(prompt, completions, scores, self._advantages(completions, scores))
+            for prompt, completions, scores in zip(prompts, found.completions, found.scores, strict=True)
         ]
 
     def _advantages(self, completions: Sequence[Completion], scores: Sequence[Score]) -> list[float]:
@@ -98,6 +95,46 @@ class InStepCollector:
         if self.mask_truncated:
             found = [0.0 if c.status is Status.CUT else a for c, a in zip(completions, found, strict=True)]
         return found
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Completions and scores of each prompt, in the order of the prompts. `seconds`: as in `Collected`."""
+
+    completions: list[list[Completion]]
+    scores: list[list[Score]]
+    seconds: Mapping[str, float]
+
+
+def sample_and_score(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    sampling: Sampling,
+    num_logprobs: int,
+    seed: int,
+) -> Scored:
+    """Sample, and score all in one call. A scorer that can begins with each group while the others are sampled."""
+    early = scorer if isinstance(scorer, EarlyScorer) else None
+    start, scoring = time.perf_counter(), 0.0
+    found: list[tuple[int, list[Completion]]] = []
+    try:
+        for number, completions in engine.generate(prompts, samples_per_prompt, sampling, num_logprobs, seed):
+            found.append((number, completions))
+            if early is not None:
+                begun_at = time.perf_counter()
+                early.begin(prompts[number], completions)
+                scoring += time.perf_counter() - begun_at
+        sampled_at = time.perf_counter()
+        sampled = in_order(found)
+        scores = scorer(prompts, sampled)
+    except BaseException:
+        if early is not None:
+            early.give_up()
+        raise
+    seconds = {"rollout": sampled_at - start - scoring, "reward": scoring + time.perf_counter() - sampled_at}
+    return Scored(sampled, scores, seconds)
 
 
 def advantages(scores: Sequence[Score], advantage: Advantage) -> list[float]:

@@ -7,8 +7,9 @@ sampling ends, so that training has their memory.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dppo_cli.errors import ModelError
+from dppo_cli.kernels.low_rank import make_plain
 from dppo_cli.kernels.memory import release_mapped
 from dppo_cli.kernels.packed import PackedLinear, Siblings
 from dppo_cli.kernels.products import has_onednn
 from dppo_cli.policy.head import Head
+from dppo_cli.policy.loading import keep_layout
 from dppo_cli.policy.policy import model_head
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,16 +40,18 @@ class Sampler:
     model: PreTrainedModel
     head: Head
     product: Callable[[Tensor], Tensor]  # W h + b, as `head.product`
+    mode: Callable[[], AbstractContextManager[Any]]  # what model and product run in
 
 
 class SamplingCopy:
     """`with copy.filled() as sampler:` samples with the weights of now, in a precision of the copy's own.
 
     Either W + delta W as one weight (`merge`), or W with the adapter beside it, which shares A and B with the policy.
-    W is dequantised where the policy's is quantised. Raises ModelError for an adapter that PEFT cannot merge.
+    W is dequantised where the policy's is quantised; with `quantize` it is rounded to 4 bits where it is not. Raises
+    ModelError for an adapter that PEFT cannot merge, or for layers that have no kind of 4 bits.
     """
 
-    def __init__(self, policy_model: PreTrainedModel, dtype: torch.dtype, merge: bool) -> None:
+    def __init__(self, policy_model: PreTrainedModel, dtype: torch.dtype, merge: bool, quantize: bool = False) -> None:
         self.sources = _layers(policy_model)
         self.dtype, self.merge = dtype, merge
         replaced = {id(_base(layer).weight) for layer in self.sources.values()}
@@ -64,6 +69,12 @@ class SamplingCopy:
         self.fills: list[tuple[list[nn.Module], nn.Module]] = []
         for names in _by_input(self.sources):
             layers = [self.sources[name] for name in names]
+            if quantize:
+                for name, layer in zip(names, layers, strict=True):
+                    # Made once: the base never changes, and 4 bits are no burden for training.
+                    self.model.set_submodule(f"{name}.base_layer", _in_4_bits(_base(layer), dtype))
+                    make_plain(self.model.get_submodule(name))
+                continue
             own = [_unquantised(_base(self.model.get_submodule(name))) for name in names]
             if merge and has_onednn(policy_model.device, dtype) and all(isinstance(layer, nn.Linear) for layer in own):
                 packed, own = _packed(cast(list[nn.Linear], own))
@@ -86,8 +97,8 @@ class SamplingCopy:
             head = model_head(self.model)
             # The adapter beside the weights is float32, as in training.
             beside = not self.merge and self.dtype != torch.float32
-            with torch.autocast(self.model.device.type, self.dtype, enabled=beside):
-                yield Sampler(self.model, head, _product(head))
+            mode = partial(torch.autocast, self.model.device.type, self.dtype, enabled=beside)
+            yield Sampler(self.model, head, _product(head), mode)
         finally:
             self._release()
 
@@ -137,6 +148,23 @@ def _unquantised(layer: Any) -> nn.Module:
         return plain
     assert isinstance(layer, nn.Module)
     return layer
+
+
+def _in_4_bits(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A layer with the same weight in NF4, as adapter=qlora loads it."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit  # Its import takes seconds.
+
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{type(layer).__name__} layers have no kind of 4 bits; leave rollout.weights=auto")
+    make: Any = Linear4bit
+    made: nn.Module = make(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
+    weight = layer.weight.detach().to(dtype, copy=True)
+    made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    made.weight.module = made
+    made.bias = layer.bias
+    made.to(weight.device)  # which quantises it
+    keep_layout(made)
+    return made
 
 
 def _by_input(names: Iterable[str]) -> list[list[str]]:

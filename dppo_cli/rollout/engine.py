@@ -1,6 +1,6 @@
 """The rollout engine as the loop sees it: token ids in, token ids and log-probs out, wherever it runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -29,14 +29,27 @@ class RolloutEngine(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
-    ) -> list[list[Completion]]:
-        """A list of completions for each prompt, in the order of `prompts`; equal calls give equal tokens.
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The number of a prompt and its completions, as soon as they have all ended, so in any order.
+
+        Each prompt comes once. Equal calls give equal tokens. Until the iterator is used up or forgotten, neither the
+        engine nor the policy is used for anything else.
 
         A list has `samples_per_prompt` completions, or fewer or more where an engine lost some or had some left.
         Log-probs are those of the tempered, untruncated distribution. `num_logprobs`: 0, the K of a top-K report, or
         `WHOLE_VOCABULARY`.
         """
         ...
+
+
+def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:
+    """All that `RolloutEngine.generate` gives, in the order of its prompts.
+
+    Example:
+        >>> in_order(iter([(1, ["b"]), (0, ["a", "a"])]))
+        [['a', 'a'], ['b']]
+    """
+    return [completions for _, completions in sorted(generated, key=lambda numbered: numbered[0])]
 
 
 class RolloutSource(Protocol):

@@ -10,23 +10,25 @@ prompt length, V vocabulary, K reported log-probs, H hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.errors import ConfigError, NumericalError
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
-from dppo_cli.kernels.top_k import top_k
-from dppo_cli.policy.head import Head, masses
+from dppo_cli.policy.head import masses
 from dppo_cli.policy.policy import Policy, model_head
+from dppo_cli.rollout.blocks import Sampled
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
+from dppo_cli.rollout.record import Record
+from dppo_cli.rollout.refill import Refilling, refuses
 from dppo_cli.rollout.sampling import draw, truncate
 from dppo_cli.rollout.stop_strings import StopStrings, before_first
 from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
@@ -75,71 +77,81 @@ class LocalRollout:
                 f"rollout.weights=merged in {str(weights.dtype).removeprefix('torch.')} rounds small updates away: the "
                 "sampler is another policy than the one in training; rollout.weights=auto keeps the adapter beside them"
             )
-        return LocalEngine(policy, weights, self.concurrent_sequences)
+        on_cuda = policy.device.type == CUDA
+        refilling = Refilling(policy, self.concurrent_sequences, warn) if on_cuda else None
+        return LocalEngine(policy, weights, self.concurrent_sequences, refilling)
 
 
 class LocalEngine:
-    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so a sync only counts the version."""
+    """See `RolloutEngine`. Reads the policy's weights whenever it samples, so a sync only counts the version.
 
-    def __init__(self, policy: Policy, weights: SamplingWeights, concurrent_sequences: int) -> None:
+    `refilling`: how it samples from models that this knows; None: sub-batch by sub-batch, as from all others.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        weights: SamplingWeights,
+        concurrent_sequences: int,
+        refilling: Refilling | None = None,
+    ) -> None:
         self.policy = policy
         self.weights = weights
         self.concurrent_sequences = concurrent_sequences
+        self.refilling = refilling
         self.copy: SamplingCopy | None = None
         self.stops: StopStrings | None = None
         self.version: int | None = None
 
     def __enter__(self) -> "LocalEngine":
         if self.weights.copied:
-            self.copy = SamplingCopy(self.policy.model, self.weights.dtype, merge=self.weights.kind == "merged")
+            kind = self.weights.kind
+            self.copy = SamplingCopy(self.policy.model, self.weights.dtype, kind == "merged", kind == "quantized")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.copy = self.version = None
+        if self.refilling is not None:
+            self.refilling.release()
 
     @property
     def samples_with(self) -> str:
-        return str(self.weights)
+        return f"{self.weights}{'' if self.refilling is None else f'; {self.refilling.how(self.policy.model)}'}"
 
     def sync(self, version: int) -> None:
         self.version = version
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
-    ) -> list[list[Completion]]:
+    ) -> Iterator[tuple[int, list[Completion]]]:
         assert self.version is not None, "sync the engine before its first use"
-        at_once = max(1, self.concurrent_sequences // samples_per_prompt)
-        found: list[list[Completion]] = []
+        return self._groups(prompts, samples_per_prompt, sampling, num_logprobs, seed)
+
+    def _groups(
+        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, num_logprobs: int, seed: int
+    ) -> Iterator[tuple[int, list[Completion]]]:
         return_freed_memory()  # what training has freed, and at the end what sampling has
         with self.copy.filled() if self.copy else self._policy_itself() as sampler:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
-            for start in range(0, len(prompts), at_once):
-                part = prompts[start : start + at_once]
-                seeds = [derive_seed(seed, start + number) for number in range(len(part))]
-                record = self._sample(sampler, part, samples_per_prompt, sampling, num_logprobs, seeds)
-                reports = record.reports()
-                found += [
-                    [self._completion(*next(reports), sampling.stop) for _ in range(samples_per_prompt)] for _ in part
-                ]
+            seeds = [derive_seed(seed, number) for number in range(len(prompts))]
+            refills = self.refilling is not None and refuses(sampler.model, sampling) is None
+            sampled = self._refilled if refills else self._in_parts
+            for number, responses in sampled(sampler, prompts, group, sampling, num_logprobs, seeds):
+                yield number, [self._completion(*response, sampling.stop) for response in responses]
         return_freed_memory()
-        return found
 
-    @contextmanager
-    def _policy_itself(self) -> Iterator[Sampler]:
-        """In the precision in which it is trained, without the adapter's dropout."""
-        model = self.policy.model
-        training = model.training
-        model.eval()
-        try:
-            with self.policy.autocast():
-                head = model_head(model)
-                yield Sampler(model, head, head.product)
-        finally:
-            model.train(training)
+    def _refilled(self, sampler: Sampler, *of: Any) -> Iterator[tuple[int, list[Sampled]]]:
+        assert self.refilling is not None
+        groups = self.refilling.sample(sampler, *of)
+        while True:
+            # Left at each group, as inference mode is: whoever takes it runs in a mode of its own.
+            with sampler.mode():
+                found = next(groups, None)
+            if found is None:
+                return
+            yield found
 
-    # A tenth faster than no_grad on a CPU: thousands of small operations a token keep no account of what they change.
-    @torch.inference_mode()
-    def _sample(
+    def _in_parts(
         self,
         sampler: Sampler,
         prompts: Sequence[Prompt],
@@ -147,14 +159,57 @@ class LocalEngine:
         sampling: Sampling,
         num_logprobs: int,
         seeds: Sequence[int],
-    ) -> "Record":
-        """One sub-batch, from its prompts, with a seed each, to the last token."""
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        at_once = max(1, self.concurrent_sequences // group)
+        for start in range(0, len(prompts), at_once):
+            part = prompts[start : start + at_once]
+            record = Record(len(part) * group, sampling.max_new_tokens, sampler.head, num_logprobs)
+            steps = self._sample(sampler, record, part, group, sampling, seeds[start : start + at_once])
+            waiting = list(range(len(part)))
+            while waiting:
+                with sampler.mode():  # not longer, as above
+                    ended = next(steps, waiting)
+                waiting = [number for number in waiting if number not in ended]
+                reports = record.reports([number * group + g for number in ended for g in range(group)])
+                for number in ended:
+                    yield start + number, [next(reports) for _ in range(group)]
+
+    @contextmanager
+    def _policy_itself(self) -> Iterator[Sampler]:
+        """In the precision in which it is trained, without the adapter's dropout."""
+        model = self.policy.model
+        training = model.training
+        model.eval()  # of all groups: for each one it would take as long as a token of a small model
+        try:
+            head = model_head(model)
+            yield Sampler(model, head, head.product, self.policy.autocast)
+        finally:
+            model.train(training)
+
+    # A tenth faster than no_grad on a CPU: thousands of small operations a token keep no account of what they change.
+    # Of a generator torch ends the mode at each yield.
+    @torch.inference_mode()
+    def _sample(
+        self,
+        sampler: Sampler,
+        record: Record,
+        prompts: Sequence[Prompt],
+        group: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> Iterator[list[int]]:
+        """One sub-batch, from its prompts, with a seed each, to the last token.
+
+        Yields the numbers of the prompts that were seen to have no sample left to write. The others' have ended, too,
+        when it ends.
+        """
         head, device = sampler.head, self.policy.device
-        record = Record(len(prompts) * group, sampling.max_new_tokens, head, num_logprobs)
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
         stops = self._stop_strings(sampling.stop) if sampling.stop else None
         decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
+        here_A = torch.arange(record.size)  # the same on the host
+        left_P = [group] * len(prompts)
         # Stop strings are looked for on the host, at every step.
         every = STEPS_UNREAD if device.type == CUDA and stops is None else 1
         # One for every sequence at every step, so that a token does not depend on which others have finished or are in
@@ -183,16 +238,20 @@ class LocalEngine:
             if record.steps == sampling.max_new_tokens:
                 break
             del logits_AV  # freed before the next step's are made
+            ended: list[int] = []
             if record.steps % every == 0:
                 writing_A = _still_writing(record.writing_B[active_A])
                 if not writing_A.any():
                     break
                 if not writing_A.all():
-                    rows = compact(writing_A, device)
+                    ended = _without_samples_left(left_P, here_A[~writing_A].tolist(), group)
+                    rows, here_A = compact(writing_A, device), here_A[compact(writing_A, here_A.device).kept_A]
                     decoder.keep(rows)
                     active_A, token_A = active_A[rows.kept_A], token_A[rows.kept_A]
             hidden_AH = decoder.step(token_A)
-        return record
+            # Only now, so that a GPU has something to do meanwhile.
+            if ended:
+                yield ended
 
     def _stop_strings(self, strings: Sequence[str]) -> StopStrings:
         """Made once: it looks at the whole vocabulary."""
@@ -221,59 +280,13 @@ class LocalEngine:
         )
 
 
-class Record:
-    """What was sampled, of `size` sequences of up to `capacity` tokens; a sequence's tokens are adjacent.
-
-    `writing_B`: those that have not ended. What is added to the others, until they are out of the batch, is no part of
-    their response.
-
-    Its memory is allocated at the first step: [size, capacity] tokens (int64) and log-probs (float32), where asked K
-    ids and log-probs a token, or the hidden state. Allocated little by little, between tensors that each step frees, it
-    would leave holes too small for the next step's slightly longer tensors: 1.2 GiB after 512 steps of a small model.
-    """
-
-    def __init__(self, size: int, capacity: int, head: Head, num_logprobs: int) -> None:
-        self.size, self.capacity = size, capacity
-        self.head, self.num_logprobs = head, num_logprobs
-        self.steps = 0
-        self.length_B = torch.zeros(size, dtype=torch.int64, device=head.weight_VH.device)
-        self.writing_B = torch.ones_like(self.length_B, dtype=torch.bool)
-        self.columns: list[Tensor] = []  # [size, capacity, ...] each
-
-    def add(
-        self, active_A: Tensor, token_A: Tensor, logits_AV: Tensor, log_total_A1: Tensor, hidden_AH: Tensor
-    ) -> None:
-        """Keep the sampled token's log-prob and what the approximation asked for."""
-        step = [token_A, (logits_AV.gather(-1, token_A[:, None]) - log_total_A1).squeeze(-1)]
-        if self.num_logprobs > 0:
-            values_AK, ids_AK = top_k(logits_AV, self.num_logprobs)
-            step += [ids_AK, values_AK - log_total_A1]
-        elif self.num_logprobs == WHOLE_VOCABULARY:
-            step.append(hidden_AH)
-        if not self.columns:
-            with torch.inference_mode(False):  # for training to read them
-                self.columns = [new.new_empty(self.size, self.capacity, *new.shape[1:]) for new in step]
-        for column, new in zip(self.columns, step, strict=True):
-            column[active_A, self.steps] = new
-        self.steps += 1
-        self.length_B[active_A] += self.writing_B[active_A]
-
-    def tokens(self) -> Tensor:
-        """What was sampled so far, int64 [size, steps]; rows of ended sequences mean nothing from their end on."""
-        return self.columns[0][:, : self.steps]
-
-    def reports(self) -> Iterator[tuple[Tensor, PolicyReport]]:
-        """Tokens and report of each sequence, in order."""
-        for b, length in enumerate(self.length_B.tolist()):
-            token, logp, *more = [column[b, :length] for column in self.columns]
-            report = PolicyReport(logp)
-            if self.num_logprobs > 0:
-                report = PolicyReport(logp, topk_ids_NK=more[0], topk_logp_NK=more[1])
-            elif self.num_logprobs == WHOLE_VOCABULARY:
-                report = PolicyReport(logp, hidden_NH=more[0], head=self.head)
-            yield token, report
-
-
 def _still_writing(writing_A: Tensor) -> Tensor:
     """Bool [A] on the CPU. The one place where the host waits for the device."""
     return writing_A.cpu()
+
+
+def _without_samples_left(left_P: list[int], ended: Sequence[int], group: int) -> list[int]:
+    """Take the sequences that have ended off `left_P`; the prompts that have none left by that."""
+    for sequence in ended:
+        left_P[sequence // group] -= 1
+    return sorted({sequence // group for sequence in ended if left_P[sequence // group] == 0})

@@ -4,7 +4,8 @@ merged       W + BA as one weight: the fewest operations a token. Exact in float
              W's precision, which swallows small updates: the sampler would be another policy than the one trained.
 adapter      W with the adapter beside it: the trainer's own weights, or a copy of W in another precision.
 dequantized  For a quantised base: a copy of W as the trainer's products see it, with the adapter beside it.
-quantized    For a quantised base: the trainer's own weights. The least memory.
+quantized    For a quantised base: the trainer's own weights. The least memory. For another base: a copy of W rounded to
+             4 bits, another policy than the one trained, as with a server that samples from quantised weights.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from dppo_cli.errors import ConfigError
 from dppo_cli.policy.policy import Policy
 
 KINDS = ("auto", "merged", "adapter", "dequantized", "quantized")
-OF_A_QUANTISED_BASE = ("dequantized", "quantized")
 SHARE = 0.5
 """Of the free memory: what `auto` takes at most for a copy of a quantised base."""
 
@@ -42,7 +42,7 @@ class SamplingWeights:
 
 def check_weights(kind: str, dtype: str | None, quantised: bool) -> None:
     """Raise ConfigError for a combination that cannot work."""
-    if kind in OF_A_QUANTISED_BASE and not quantised:
+    if kind == "dequantized" and not quantised:
         raise ConfigError(f"rollout.weights={kind} needs a quantised base (adapter=qlora); use rollout.weights=auto")
     if kind == "adapter" and quantised:
         raise ConfigError(
@@ -61,7 +61,8 @@ def decide(kind: str, dtype: str | None, policy: Policy) -> SamplingWeights:
     if policy.peft is None:
         return SamplingWeights("adapter", precision, precision != policy.dtype, "there is none")
     if kind != "auto":
-        copied = kind in ("merged", "dequantized") or precision != policy.dtype
+        own = kind == "adapter" or (kind == "quantized" and quantised)
+        copied = not own or precision != policy.dtype
         return SamplingWeights(kind, precision, copied, "")
     exact = precision == torch.float32
     if not quantised:

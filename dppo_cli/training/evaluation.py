@@ -9,6 +9,7 @@ from typing import Any
 from dppo_cli.config.checks import check_fits
 from dppo_cli.config.sections import Evaluation, Sampling
 from dppo_cli.reward.scorer import Scorer
+from dppo_cli.rollout.collect import sample_and_score
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.training.intervals import Interval, accuracy_interval, paired_difference
 from dppo_cli.types import EvalReport, Group, Prompt, Score, Status
@@ -130,9 +131,9 @@ def evaluate(
 ) -> EvalResult:
     """Sample, score and count. The engine samples from whatever version it was last synced to."""
     check_fits("samples_per_prompt", samples_per_prompt, len(prompts) * samples_per_prompt)
-    completions = engine.generate(prompts, samples_per_prompt, sampling, 0, seed)
-    scores = scorer(prompts, completions)
-    return EvalResult([Group(*row) for row in zip(prompts, completions, scores, strict=True)], success_reward)
+    found = sample_and_score(engine, scorer, prompts, samples_per_prompt, sampling, 0, seed)
+    rows = zip(prompts, found.completions, found.scores, strict=True)
+    return EvalResult([Group(*row) for row in rows], success_reward)
 
 
 @dataclass(frozen=True)

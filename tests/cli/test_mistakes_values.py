@@ -42,7 +42,10 @@ pytestmark = pytest.mark.usefixtures("work")
         (["approx=topk", "approx.k=5000"], ["approx.k=5000", "rollout.max_logprobs=1024"]),
         (["approx=topk", "approx.k=0"], ["approx.k=0", "at least 1"]),
         (["adapter=qlora", "rollout.weights=adapter"], ["rollout.weights=adapter", "dequantized", "quantized"]),
-        (["rollout.weights=quantized"], ["rollout.weights=quantized needs a quantised base", "rollout.weights=auto"]),
+        (
+            ["rollout.weights=dequantized"],
+            ["rollout.weights=dequantized needs a quantised base", "rollout.weights=auto"],
+        ),
         (["adapter.quantization=int3"], ["adapter.quantization=int3", "nf4, null"]),
         (
             ["adapter=qlora", "rollout.weights=quantized", "rollout.dtype=bfloat16"],

@@ -1,5 +1,6 @@
 """What is checked on a GPU, as functions of the device, so that the ordinary suite runs them on a CPU, too."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,24 @@ from safetensors.torch import load_file
 from dppo_cli.cli.main import main
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
+from dppo_cli.kernels.segments import Kernel, Plain, Segments, attend, choose_kernel
+from dppo_cli.policy.forward import Forward, WholeSequences
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.policy.packed_forward import PackedGroups, can_pack
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalEngine
 from dppo_cli.types import Completion, PolicyReport, Prompt
 
 FLOOR = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
 """Mean |pi - mu| that is rounding. Where a tiny model's products do not depend on the size of a micro-batch at all, the
 trainer agrees with itself exactly, and no sampler could pass."""
+
+ROUNDING = {torch.bfloat16: 0.03, torch.float32: 1e-4}
+"""|g - g'| / |g| that is rounding, of gradients."""
+UNMASKED = ("divergence.delta_low=1", "divergence.delta_high=1")
+"""Random tokens are far from the policy; this keeps them all."""
+ATTENTION = {torch.bfloat16: 0.03, torch.float32: 1e-5}
+"""The same of one attention, of the largest entry."""
 
 
 def runs(device: str, model: Path, run: Path, *words: str, agrees: bool = True) -> list[dict[str, Any]]:
@@ -51,7 +63,7 @@ def sampler_agrees_with_the_trainer(config: TrainConfig, device: str, dtype: str
     prompts = make.prompts(policy)
     with config.rollout.load(policy, make.fail) as engine:
         engine.sync(0)
-        sampled = engine.generate(prompts, 4, config.sampling, config.approx.num_logprobs, seed=3)
+        sampled = in_order(engine.generate(prompts, 4, config.sampling, config.approx.num_logprobs, seed=3))
     mu_N = make.reported(sampled).logp_N.exp()
     large, small = (
         _anchors(replace(config, hardware=replace(hardware, tokens_per_micro_batch=budget)), policy, prompts, sampled)
@@ -70,6 +82,69 @@ def _anchors(
     groups = make.groups(prompts, sampled, [1.0] * sum(map(len, sampled)))
     anchored = make_learner(policy, config).anchored(groups)
     return PolicyReport.cat([anchor for group in anchored for anchor in group.anchors or []]).logp_N.exp()
+
+
+def packed_updates_agree_with_whole_sequences(config: TrainConfig, device: str, dtype: str) -> tuple[float, float]:
+    """|g - g'| / |g| of the gradients of two ways, and of whole sequences with smaller micro-batches; compared."""
+    hardware = replace(config.hardware, device=device, dtype=dtype)
+    policy = load_policy(config.model, hardware, warn=lambda _: None, adapter=config.adapter)
+    make.move_adapter(policy, 0.05)
+    assert can_pack(policy.model)
+    generator = torch.Generator().manual_seed(0)
+    sampled = [
+        [make.completion(torch.randint(3, 70, (n,), generator=generator).tolist(), logp=[-4.0] * n) for n in of]
+        for of in ((7, 1, 40, 4), (9,), (1, 1), (130, 5, 64))
+    ]
+    signs = [1.0 if i % 2 else -1.0 for i in range(sum(map(len, sampled)))]
+    groups = make.groups(make.prompts(policy), sampled, signs)
+    before = [p.detach().clone() for p in policy.parameters]
+
+    def gradient(forward: type[Forward], budget: int) -> torch.Tensor:
+        learner = make_learner(policy, replace(config, hardware=replace(hardware, tokens_per_micro_batch=budget)))
+        learner.forward, seen = forward, []
+        learner.optimizer.register_step_pre_hook(
+            lambda *_: seen.extend(p.grad.flatten().to("cpu", copy=True) for p in policy.parameters)
+        )
+        learner.update(groups)
+        for parameter, value in zip(policy.parameters, before, strict=True):
+            parameter.data.copy_(value)
+        return torch.cat(seen)
+
+    whole, packed = gradient(WholeSequences, 2048), gradient(PackedGroups, 2048)
+    assert whole.norm() > 0
+    apart, own = (float((g - whole).norm() / whole.norm()) for g in (packed, gradient(WholeSequences, 24)))
+    assert apart <= max(1.5 * own, ROUNDING[policy.dtype]), f"packed {apart:.2g}, whole sequences' own {own:.2g}"
+    return apart, own
+
+
+def attention_over_segments_agrees_with_plain_operations(
+    device: str, dtype: torch.dtype, kernel: type[Kernel]
+) -> float:
+    """The largest error of output and gradients, relative to the largest entry; equal calls give equal bits."""
+    worst = 0.0
+    rows = (Segments((300, 5, 70, 9), ((130, 1, 257), (64, 64), (2,), ())), Segments((3, 40), ((), ())))
+    for row, heads, size in itertools.product(rows, ((8, 2), (3, 3)), (64, 128)):
+        generator = torch.Generator().manual_seed(0)
+        tokens = sum(row.prompts) + sum(map(sum, row.responses))
+        of = [torch.randn(tokens, n, size, generator=generator).to(device, dtype) for n in (*heads, heads[1])]
+        of = [x.requires_grad_() for x in of]
+        assert choose_kernel(of[0]) is kernel
+
+        def found(of: list[torch.Tensor], chosen: type[Kernel], row: Segments = row) -> list[torch.Tensor]:
+            out = attend(*of, row, 0.1, chosen)
+            return [out.detach(), *torch.autograd.grad((out * torch.cos(out.detach())).sum(), of)]
+
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = found(of, kernel), found(of, kernel)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        right = found([x.detach().double().requires_grad_() for x in of], Plain)
+        for a, b in zip(first, right, strict=True):
+            worst = max(worst, float((a.double() - b).abs().max() / b.abs().max()))
+    assert worst <= ATTENTION[dtype], f"relative error {worst:.2g}"
+    return worst
 
 
 def equal_commands_give_equal_tokens(device: str, model: Path, folder: Path) -> None:
@@ -103,9 +178,10 @@ def memory_that_runs_out_ends_in_a_line(
     def generated(*args: Any) -> Any:
         calls.append(len(calls))
         if len(calls) != 3:  # the evaluation, step 1, step 2
-            return generate(*args)
+            yield from generate(*args)
+            return
         with full():
-            return generate(*args)
+            yield from generate(*args)
 
     words = (f"hardware.device={device}", "hardware.dtype=auto", "optim.lr=0.01", f"run_dir={run}", "resume=auto")
     with patch.context() as patched:

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 
 from dppo_cli.config.conf_tree import groups
+from dppo_cli.kernels.segments import FlashOnCUDA, Kernel, Plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +75,23 @@ def test_the_sampler_agrees_with_the_trainer_as_the_trainer_with_itself(model: s
     config = train_config(f"adapter={adapter}", "sampling.max_new_tokens=32", model=model)
     apart, own = gpu_cases.sampler_agrees_with_the_trainer(config, "cuda", "bfloat16")
     print(f"{model} {adapter}: mean |pi - mu| {apart:.2g}, the trainer's own {own:.2g}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("words", [(), ("hardware.gradient_checkpointing=true",)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3"])
+def test_packed_updates_agree_with_whole_sequences(
+    model: str, adapter: str, words: tuple[str, ...], dtype: str, train_config
+) -> None:
+    config = train_config(f"adapter={adapter}", *gpu_cases.UNMASKED, *words, model=model)
+    apart, own = gpu_cases.packed_updates_agree_with_whole_sequences(config, "cuda", dtype)
+    print(f"{model} {adapter} {dtype}: packed {apart:.2g}, whole sequences' own {own:.2g}")
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, FlashOnCUDA), (torch.float32, Plain)])
+def test_attention_over_segments_agrees_with_plain_operations(dtype: torch.dtype, kernel: type[Kernel]) -> None:
+    print(gpu_cases.attention_over_segments_agrees_with_plain_operations("cuda", dtype, kernel))
 
 
 def test_equal_commands_give_equal_tokens(families: dict[str, Path], work: Path) -> None:

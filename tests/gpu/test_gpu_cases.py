@@ -8,6 +8,8 @@ import gpu_cases
 import pytest
 import torch
 
+from dppo_cli.kernels.segments import FlashOnCPU
+from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.rollout.local import LocalEngine
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -48,3 +50,24 @@ def test_agreement(adapter: str, train_config, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu_cases.make, "reported", off)
     with pytest.raises(AssertionError, match=r"the trainer's own"):
         gpu_cases.sampler_agrees_with_the_trainer(config, "cpu", "float32")
+
+
+@pytest.mark.parametrize("words", [(), ("hardware.gradient_checkpointing=true",)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_packed_updates(adapter: str, words: tuple[str, ...], train_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = train_config(f"adapter={adapter}", *gpu_cases.UNMASKED, *words)
+    apart, own = gpu_cases.packed_updates_agree_with_whole_sequences(config, "cpu", "float32")
+    assert 0 < apart < 1e-4 and 0 < own < 1e-4
+    states = PackedGroups.predicting_states
+    monkeypatch.setattr(PackedGroups, "predicting_states", lambda *args: 1.001 * states(*args))
+    with pytest.raises(AssertionError, match=r"whole sequences' own"):
+        gpu_cases.packed_updates_agree_with_whole_sequences(config, "cpu", "float32")
+
+
+def test_attention_over_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = gpu_cases.attention_over_segments_agrees_with_plain_operations
+    assert 0 < check("cpu", torch.float32, FlashOnCPU) < 1e-5
+    backward = FlashOnCPU.backward
+    monkeypatch.setattr(FlashOnCPU, "backward", staticmethod(lambda *args: [1.001 * x for x in backward(*args)]))
+    with pytest.raises(AssertionError, match="relative error"):
+        check("cpu", torch.float32, FlashOnCPU)

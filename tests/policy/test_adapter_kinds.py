@@ -22,6 +22,7 @@ from dppo_cli.policy.adapter import CONFIG, WEIGHTS, read_settings
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.copies import merged_weight
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.training.card import card
 
@@ -97,7 +98,7 @@ def test_the_sampler_is_the_trainer_before_and_after_a_step(
         assert engine.weights.kind == ("merged" if weights == "auto" else weights)
         for step in range(2):
             engine.sync(step)
-            completions = engine.generate(prompts, 3, config.sampling, 0, seed=step)
+            completions = in_order(engine.generate(prompts, 3, config.sampling, 0, seed=step))
             mu_N, pi_NV = (
                 make.reported(completions).logp_N.exp(),
                 make.trained_log_probs(policy, prompts, completions, 1),

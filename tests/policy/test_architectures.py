@@ -17,9 +17,11 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.conf_tree import groups
 from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.errors import ModelError
-from dppo_cli.policy.forward import WholeSequences, choose_forward
+from dppo_cli.policy.choice import choose_forward
+from dppo_cli.policy.forward import WholeSequences
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.types import Batch, Completion, Prompt, Sample
 
@@ -92,7 +94,7 @@ def sample(
     how = Sampling(TEMPERATURE, 1.0, 0, 0.0, max_new_tokens, [])
     with LocalRollout(weights, None, 512, 1024).load(policy, make.fail) as engine:
         engine.sync(0)
-        return engine.generate(prompts, 3, how, 0, seed=3)
+        return in_order(engine.generate(prompts, 3, how, 0, seed=3))
 
 
 def trained(

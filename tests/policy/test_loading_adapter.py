@@ -13,6 +13,7 @@ from dppo_cli.errors import ConfigError
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 
 IDS = torch.tensor([[5, 9, 30, 31, 7, 60, 61, 3, 4, 4, 22]])
 
@@ -107,7 +108,7 @@ def test_a_4_bit_base_trains(train_config):
     prompts = make.prompts(policy)
     with config.rollout.load(policy, make.fail) as engine:
         engine.sync(0)
-        completions = engine.generate(prompts, 2, config.sampling, config.approx.num_logprobs, seed=1)
+        completions = in_order(engine.generate(prompts, 2, config.sampling, config.approx.num_logprobs, seed=1))
     pi_NV = make.trained_log_probs(policy, prompts, completions, 1.0)
     token_N = torch.cat([c.token_ids_T for c in make.flat(completions)])
     mu_N = make.reported(completions).logp_N

@@ -10,6 +10,7 @@ from dppo_cli.config.sections import Sampling
 from dppo_cli.policy.forward import SharedPrompts
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalEngine, LocalRollout
 from dppo_cli.types import Batch, Completion, Prompt, Sample
 
@@ -46,7 +47,7 @@ def generate(
 ) -> list[list[Completion]]:
     """By an engine that lives for this one call."""
     with opened(of, merge=merge, concurrent_sequences=concurrent_sequences) as engine:
-        return engine.generate(prompts, samples_per_prompt, how, num_logprobs, seed)
+        return in_order(engine.generate(prompts, samples_per_prompt, how, num_logprobs, seed))
 
 
 def trained(of: Policy, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """From prompts to scored groups: advantages, seeds, and the collector that samples while the trainer waits."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import make
 import pytest
@@ -36,9 +36,10 @@ class Engine:
         self.completions = [list(row) for row in completions]
         self.asked: list[tuple[object, ...]] = []
 
-    def generate(self, *asked: object) -> list[list[Completion]]:
+    def generate(self, *asked: object) -> Iterator[tuple[int, list[Completion]]]:
+        """The last prompt's end first."""
         self.asked.append(asked)
-        return self.completions
+        return reversed(list(enumerate(self.completions)))
 
 
 def collector(
@@ -130,9 +131,9 @@ class Sums:
     def __init__(self) -> None:
         self.calls: list[tuple[list[int], int]] = []
 
-    def generate(self, prompts: Sequence[Prompt], n: int, *asked: object) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Prompt], n: int, *asked: object) -> Iterator[tuple[int, list[Completion]]]:
         self.calls.append(([prompt.index for prompt in prompts], asked[-1]))
-        return [[make.completion((prompt.index, g)) for g in range(n)] for prompt in prompts]
+        return enumerate([make.completion((prompt.index, g)) for g in range(n)] for prompt in prompts)
 
 
 def replacing(rounds: int, teaches: Callable[[int], bool], wanted: int = 4) -> tuple[InStepCollector, Sums, Take]:

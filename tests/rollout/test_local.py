@@ -8,6 +8,7 @@ from engines import ROUNDING, TEMPERATURE, generate, opened, sampling, trained
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.policy import loading
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 
 architectures = pytest.mark.parametrize("architecture", list(tiny.CONFIGS))
@@ -21,12 +22,12 @@ def test_log_probs_are_those_of_the_training_forward(train_config, architecture,
     policy = make.policy(train_config(model=architecture))
     prompts = make.prompts(policy, texts)
     with opened(policy, merge=merge) as engine:
-        fresh = engine.generate(prompts, 3, sampling(), 0, seed=3)
+        fresh = in_order(engine.generate(prompts, 3, sampling(), 0, seed=3))
         torch.testing.assert_close(make.reported(fresh).logp_N, trained(policy, prompts, fresh), **ROUNDING)
 
         make.move_adapter(policy, 0.1)
         engine.sync(1)
-        moved = engine.generate(prompts, 3, sampling(), 0, seed=3)
+        moved = in_order(engine.generate(prompts, 3, sampling(), 0, seed=3))
     mu_N = make.reported(moved).logp_N
     torch.testing.assert_close(mu_N, trained(policy, prompts, moved), **ROUNDING)
     with policy.without_adapter():
@@ -92,7 +93,7 @@ def test_a_sampling_copy_in_bfloat16_differs_a_little(train_config, architecture
     # It warns on a processor without bfloat16.
     with LocalRollout("merged", "bfloat16", 512, 1024).load(policy, lambda _: None) as engine:
         engine.sync(0)
-        completions = engine.generate(prompts, 4, sampling(), 0, seed=3)
+        completions = in_order(engine.generate(prompts, 4, sampling(), 0, seed=3))
         assert {p.dtype for p in engine.copy.model.parameters()} == {torch.bfloat16}
     mu_N = make.reported(completions).logp_N
     mismatch_N = (mu_N.exp() - trained(policy, prompts, completions).exp()).abs()

@@ -20,7 +20,9 @@ from dppo_cli.policy import loading
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import local
 from dppo_cli.rollout.decoder import Decoder
-from dppo_cli.rollout.local import LocalEngine, LocalRollout, Record
+from dppo_cli.rollout.engine import in_order
+from dppo_cli.rollout.local import LocalEngine, LocalRollout
+from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.weights import decide
 
 merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
@@ -35,10 +37,10 @@ def test_it_samples_from_the_policy_as_it_is(train_config, merge):
     policy = make.policy(train_config())
     prompts = make.prompts(policy)
     with opened(policy, merge=merge) as engine:
-        before = engine.generate(prompts, 2, sampling(), 0, seed=1)
+        before = in_order(engine.generate(prompts, 2, sampling(), 0, seed=1))
         make.move_adapter(policy, 0.3)
         engine.sync(7)
-        after = engine.generate(prompts, 2, sampling(), 0, seed=1)
+        after = in_order(engine.generate(prompts, 2, sampling(), 0, seed=1))
     assert make.tokens(after) != make.tokens(before)
     assert {c.versions for c in make.flat(before)} == {(0,)}
     assert {c.versions for c in make.flat(after)} == {(7,)}
@@ -57,7 +59,8 @@ def test_it_is_synced_before_its_first_use(train_config, merge):
             with pytest.raises(AssertionError, match="sync the engine before its first use"):
                 engine.generate(prompts, 2, sampling(2), 0, seed=1)
             engine.sync(3)
-            assert {c.versions for c in make.flat(engine.generate(prompts, 2, sampling(2), 0, seed=1))} == {(3,)}
+            completions = in_order(engine.generate(prompts, 2, sampling(2), 0, seed=1))
+            assert {c.versions for c in make.flat(completions)} == {(3,)}
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt], ids=["at the end", "after an error"])
@@ -67,7 +70,7 @@ def test_the_copy_exists_while_the_engine_is_open(train_config, error):
     assert engine.copy is None
     with nullcontext() if error is None else pytest.raises(error), engine:
         engine.sync(0)
-        engine.generate(make.prompts(policy), 2, sampling(2), 0, seed=1)
+        in_order(engine.generate(make.prompts(policy), 2, sampling(2), 0, seed=1))
         copied = weakref.ref(engine.copy.model)
         if error is not None:
             raise error
@@ -103,23 +106,24 @@ def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
     policy = replace(policy, model=copy.deepcopy(policy.model).to("meta"), device=torch.device("meta"))
     monkeypatch.setattr(Policy, "autocast", lambda _: nullcontext())  # which knows no such device
     nothing = itertools.repeat((None, None))
-    monkeypatch.setattr(Record, "reports", lambda record: steps.append(record.steps) or nothing)
+    monkeypatch.setattr(Record, "reports", lambda record, of: steps.append((record.steps, of)) or nothing)
     monkeypatch.setattr(LocalEngine, "_completion", lambda *_: None)
-    steps: list[int] = []
+    steps: list[tuple[int, list[int]]] = []
     engine = LocalEngine(policy, decide("adapter", None, policy), concurrent_sequences=512)
     engine.sync(0)
     with pytest.raises(NotImplementedError, match="meta"):
-        engine.generate(prompts, 2, sampling(), num_logprobs, seed=0)
+        in_order(engine.generate(prompts, 2, sampling(), num_logprobs, seed=0))
     ended = [[], [0, 3], [], [1], [0, 1, 2]]
     answers = (torch.tensor([row not in rows for row in range(6)]) for rows in ended)
     size = iter([6, 6, 4, 4, 3])
     monkeypatch.setattr(local, "_still_writing", lambda *_: next(answers)[: next(size)])
     if (architecture, texts is make.MIXED) in {("cohere2", True), ("gpt2", False)}:  # transformers' own questions
         with pytest.raises(RuntimeError, match="meta"):
-            engine.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0)
+            in_order(engine.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0))
     else:
-        engine.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0)
-        assert steps == [len(ended)]
+        in_order(engine.generate(prompts, 2, sampling(top_p=0.9, top_k=5, min_p=0.1), num_logprobs, seed=0))
+        # Of the first prompt one sample ended at the second look, the other at the fourth.
+        assert steps == [(4, [0, 1]), (5, [2, 3, 4, 5])]
 
 
 def test_the_record_keeps_each_sequence_in_memory_that_is_there_before_the_first_step(train_config):
@@ -132,7 +136,7 @@ def test_the_record_keeps_each_sequence_in_memory_that_is_there_before_the_first
         logits = logits_AV[rows]
         record.add(rows, torch.full_like(rows, token), logits, torch.zeros(len(rows), 1), logits)
         addresses.append([column.data_ptr() for column in record.columns])
-    (token_0, mu_0), (token_1, mu_1), (token_2, mu_2) = record.reports()
+    (token_0, mu_0), (token_1, mu_1), (token_2, mu_2) = record.reports([0, 1, 2])
     assert (token_0.tolist(), token_1.tolist(), token_2.tolist()) == ([0], [0, 1], [0, 1, 2])
     assert (mu_0.logp_N.tolist(), mu_1.logp_N.tolist(), mu_2.logp_N.tolist()) == ([0], [2, 1], [1, 2, 0])
     assert mu_0.topk_ids_NK.tolist() == [[2, 1]] and mu_2.topk_ids_NK.tolist() == [[1, 0]] * 3
@@ -200,4 +204,4 @@ def test_a_broken_policy_is_told_in_words(train_config):
         opened(policy) as engine,
         pytest.raises(NumericalError, match="log-probs of a sampled response are not finite"),
     ):
-        engine.generate(make.prompts(policy), 2, sampling(), 0, seed=1)
+        in_order(engine.generate(make.prompts(policy), 2, sampling(), 0, seed=1))

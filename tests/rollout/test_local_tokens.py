@@ -12,6 +12,7 @@ from engines import ROUNDING, TEMPERATURE, generate, opened, sampling
 
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.types import Prompt, Status
 
 NO_EOS = (-1,)
@@ -88,10 +89,10 @@ def test_equal_seeds_give_equal_tokens_and_other_seeds_others(train_config):
     policy = make.policy(train_config())
     prompts = make.prompts(policy)
     with opened(policy) as engine:
-        first = engine.generate(prompts, 3, sampling(), 0, seed=1)
+        first = in_order(engine.generate(prompts, 3, sampling(), 0, seed=1))
         torch.manual_seed(99)  # the global generator is not asked
-        again = engine.generate(prompts, 3, sampling(), 0, seed=1)
-        other = engine.generate(prompts, 3, sampling(), 0, seed=2)
+        again = in_order(engine.generate(prompts, 3, sampling(), 0, seed=1))
+        other = in_order(engine.generate(prompts, 3, sampling(), 0, seed=2))
     assert make.tokens(again) == make.tokens(first)
     assert make.tokens(other) != make.tokens(first)
     assert make.tokens(first)[0] != make.tokens(first)[1], "samples of one prompt differ"

@@ -23,6 +23,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return real(writing_A)
 
     monkeypatch.setattr(local, "_still_writing", counted)
+    monkeypatch.setattr(local, "refuses", lambda *_: "a family of its own")
     return seen
 
 

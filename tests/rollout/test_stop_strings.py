@@ -8,6 +8,7 @@ from engines import sampling
 from helpers import read_json, train
 
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.stop_strings import StopStrings, before_first
 from dppo_cli.types import Completion, Status
@@ -18,7 +19,7 @@ def generated(policy: Policy, *stop: str, length: int = 30) -> list[Completion]:
     object.__setattr__(how, "stop", list(stop))
     with LocalRollout("auto", None, 512, 8).load(policy, make.fail) as engine:
         engine.sync(0)
-        return make.flat(engine.generate(make.prompts(policy), 8, how, 0, seed=4))
+        return make.flat(in_order(engine.generate(make.prompts(policy), 8, how, 0, seed=4)))
 
 
 def test_a_response_ends_with_the_token_that_completes_the_text(train_config):

@@ -8,10 +8,11 @@ import torch
 from engines import ROUNDING, sampling, trained
 from torch import Tensor
 
-from dppo_cli.errors import ConfigError
+from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import weights
 from dppo_cli.rollout.copies import SamplingCopy, base_weight, merged_weight
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.weights import decide
 
@@ -43,6 +44,7 @@ def chosen(kind: str, dtype: str | None, policy: Policy) -> tuple[str, torch.dty
         ("float32", "merged", "bfloat16", ("merged", torch.bfloat16, True)),
         ("float32", "adapter", None, ("adapter", torch.float32, False)),
         ("float32", "adapter", "float16", ("adapter", torch.float16, True)),
+        ("float32", "quantized", None, ("quantized", torch.float32, True)),
     ],
 )
 def test_what_is_chosen(train_config, trained_in, kind, dtype, expected):
@@ -76,7 +78,6 @@ def test_the_choice_in_words(train_config):
     ("quantised", "kind", "dtype", "says"),
     [
         (False, "dequantized", None, "rollout.weights=dequantized needs a quantised base"),
-        (False, "quantized", None, "rollout.weights=quantized needs a quantised base"),
         (True, "adapter", None, "use dequantized .* or quantized"),
         (True, "quantized", "bfloat16", "rollout.dtype=bfloat16 needs a copy of the weights"),
     ],
@@ -101,7 +102,7 @@ def test_a_merge_in_16_bits_warns(train_config):
 @torch.no_grad()
 def logits(policy: Policy, kind: str, dtype: str | None) -> Tensor:
     found = decide(kind, dtype, policy)
-    with SamplingCopy(policy.model, found.dtype, merge=kind == "merged").filled() as sampler:
+    with SamplingCopy(policy.model, found.dtype, merge=kind == "merged").filled() as sampler, sampler.mode():
         return sampler.model(IDS).logits.float()
 
 
@@ -171,9 +172,30 @@ def test_qlora_reports_the_log_probs_of_the_weights_that_sampled(train_config, k
     prompts = make.prompts(policy)
     with LocalRollout(kind, None, 512, 8).load(policy, make.fail) as engine:
         engine.sync(0)
-        completions = engine.generate(prompts, 3, sampling(), 0, seed=1)
+        completions = in_order(engine.generate(prompts, 3, sampling(), 0, seed=1))
     mu_N = make.reported(completions).logp_N
     torch.testing.assert_close(mu_N, trained(policy, prompts, completions), **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_plain_base_in_4_bits_is_that_of_qlora(train_config):
+    """With the adapter beside it; its log-probs are reported, and are not those of the policy."""
+    policy = make.policy(train_config(), adapter_scale=0.1)
+    quantised = make.policy(train_config("adapter=qlora"), adapter_scale=0.1)
+    copy = SamplingCopy(policy.model, torch.float32, merge=False, quantize=True)
+    with copy.filled() as sampler, sampler.mode():
+        found = sampler.model(IDS).logits
+    torch.testing.assert_close(found, quantised.model(IDS).logits, rtol=1e-5, atol=2e-5)
+    assert (found - policy.model(IDS).logits).abs().max() > 0.1
+    with pytest.raises(ModelError, match="Conv1D layers have no kind of 4 bits"):
+        SamplingCopy(make.policy(train_config(model="gpt2")).model, torch.float32, merge=False, quantize=True)
+    prompts = make.prompts(policy)
+    with LocalRollout("quantized", None, 512, 8).load(policy, make.fail) as engine:
+        engine.sync(0)
+        completions = in_order(engine.generate(prompts, 3, sampling(), 0, seed=1))
+    mu_N = make.reported(completions).logp_N
+    torch.testing.assert_close(mu_N, trained(quantised, prompts, completions), **ROUNDING)
+    assert (mu_N - trained(policy, prompts, completions)).abs().mean() > 0.01
 
 
 def test_copied_weights_are_freed_after_sampling(train_config):

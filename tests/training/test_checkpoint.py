@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dppo_cli.commands.train import make_learner
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.training import checkpoint
 from dppo_cli.training.checkpoint import (
     checkpoint_path,
@@ -97,7 +98,8 @@ def test_the_state_of_a_run_goes_through_files(train_config: Any, tmp_path: Path
     policy, prompts = state.learner.policy, state.prompts.take(2)
     with config.rollout.load(policy, make.fail) as engine:
         engine.sync(0)
-        groups = make.groups(prompts, engine.generate(prompts, 2, config.sampling, 0, seed=1), [1.0, -1.0] * 2)
+        sampled = in_order(engine.generate(prompts, 2, config.sampling, 0, seed=1))
+        groups = make.groups(prompts, sampled, [1.0, -1.0] * 2)
     state.learner.update(groups)
     state.finish_step(0.25)
     written = state.snapshot()

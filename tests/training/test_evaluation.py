@@ -1,7 +1,7 @@
 """The estimators of an evaluation, against counting by hand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from statistics import stdev
 from typing import Any
@@ -91,9 +91,9 @@ def test_the_standard_error_of_equal_samples_is_that_of_the_problems() -> None:
 
 def test_each_problem_keeps_its_samples_and_scores() -> None:
     class Engine:
-        def generate(self, prompts: Sequence[Prompt], *asked: Any) -> list[list[Completion]]:
+        def generate(self, prompts: Sequence[Prompt], *asked: Any) -> Iterator[tuple[int, list[Completion]]]:
             assert asked == (2, sampling, 0, 7), "two samples, no list of log-probs, the seed as it was given"
-            return [[make.completion(text=f"{p.index}{n}") for n in range(2)] for p in prompts]
+            return enumerate([make.completion(text=f"{p.index}{n}") for n in range(2)] for p in prompts)
 
     def scorer(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
         return [[Score(float(c.text)) for c in row] for row in completions]

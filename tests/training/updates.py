@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.types import Completion, Group, PolicyReport
 
@@ -26,7 +27,9 @@ def rollout(
     prompts = make.prompts(of)
     with config.rollout.load(of, make.fail) as engine:
         engine.sync(version=0)
-        sampled = engine.generate(prompts, samples_per_prompt, config.sampling, config.approx.num_logprobs, seed=5)
+        sampled = in_order(
+            engine.generate(prompts, samples_per_prompt, config.sampling, config.approx.num_logprobs, seed=5)
+        )
     return make.groups(prompts, sampled, advantages)
 
 

@@ -10,6 +10,7 @@ from dppo_cli.commands.schemas import ExportConfig
 from dppo_cli.config.sections import Sampling
 from dppo_cli.errors import ModelError
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.telemetry.table import print_warning
 from dppo_cli.training.agreement import agreement
 from dppo_cli.training.evaluation import EvalResult, evaluate
@@ -31,7 +32,7 @@ def make_probes(policy: Policy, config: ExportConfig) -> list[Probe]:
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[])
     with config.rollout.load(policy, print_warning) as engine:
         engine.sync(0)
-        sampled = engine.generate(prompts, 1, sampling, 0, config.seed)
+        sampled = in_order(engine.generate(prompts, 1, sampling, 0, config.seed))
     return [
         ([*prompt.token_ids, *completion.token_ids_T.tolist()], len(prompt.token_ids))
         for prompt, completions in zip(prompts, sampled, strict=True)

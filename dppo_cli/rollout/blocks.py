@@ -1,0 +1,229 @@
+"""The host's side of sampling with static steps: which sequence is in which slot, and when it looks what has ended.
+
+The device is given blocks of steps. While one runs, the host reads which sequences had ended in the block before, takes
+them out, gives their slots to the next of the queue, and hands on the prompts whose samples have all ended. So the
+device never waits for the host, and the tokens never depend on how fast either is.
+
+Shapes: S slots, T the most tokens of a response, G samples per prompt, N sequences that get a slot.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dppo_cli.config.sections import Sampling
+from dppo_cli.kernels.graphs import Graphs
+from dppo_cli.rollout.copies import Sampler
+from dppo_cli.rollout.record import report_of
+from dppo_cli.rollout.static import OnHost, Prefilled, StaticSequences, prefill, sent
+from dppo_cli.types import PolicyReport, Prompt
+
+Sampled = tuple[Tensor, PolicyReport]
+"""A response's tokens, int64 [T], and what the policy said of them."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`group` responses to each prompt. `seeds`: one a prompt, for the uniform numbers of its samples at each step."""
+
+    prompts: Sequence[Prompt]
+    group: int
+    sampling: Sampling
+    num_logprobs: int
+    seeds: Sequence[int]
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest prompt with the longest response."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + self.sampling.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How blocks are made.
+
+    `steps`: of a block; `ahead`: blocks that the device is given before the host looks at the one before. `rows`:
+    numbers of rows that there are steps for, above the last its multiples; `width`: positions that attention reads are
+    rounded up to multiples of it. Fewer of either make fewer graphs.
+    """
+
+    steps: int
+    ahead: int
+    rows: Sequence[int] = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    width: int = 256
+
+
+@dataclass
+class Occupant:
+    """The host's view of a sequence in a slot. `steps`: what it was given so far, whether or not it has ended."""
+
+    number: int
+    sample: int
+    prompt_tokens: int
+    since: int  # the first block that it takes part in, where it is
+    steps: int = 0
+
+
+@dataclass
+class Waiting:
+    """A prompt that has run, and the next of its samples that gets a slot."""
+
+    number: int
+    row: int
+    uniform_TG: Tensor
+    sample: int = 0
+
+
+class Blocks:
+    """One call: `groups()` once. `opened` makes the slots, from the states of prompts, which tell their shapes."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        wanted: Wanted,
+        pace: Pace,
+        slots: int,
+        pad_id: int,
+        graphs: Graphs,
+        opened: Callable[[Prefilled], StaticSequences],
+    ) -> None:
+        self.sampler, self.wanted, self.pace, self.pad_id = sampler, wanted, pace, pad_id
+        self.graphs, self.opened = graphs, opened
+        self.device = sampler.head.weight_VH.device
+        self.most = wanted.sampling.max_new_tokens
+        self.occupants: list[Occupant | None] = [None] * slots
+        self.queue = deque(range(len(wanted.prompts)))
+        self.waiting: deque[Waiting] = deque()
+        self.prefilled: Prefilled | None = None  # of those that wait
+        self.sequences: StaticSequences | None = None
+        self.count = 0
+        self.looks: deque[tuple[int, OnHost]] = deque()
+        self.found: list[dict[int, OnHost]] = [{} for _ in wanted.prompts]
+        self.complete: deque[int] = deque()
+
+    def groups(self) -> Iterator[tuple[int, list[Sampled]]]:
+        """Each prompt's number and its responses, on the host, when they have all ended."""
+        while True:
+            self._fill()
+            launched = self._launch()
+            # Only now, so that the device has something to do meanwhile.
+            while self.complete:
+                number = self.complete.popleft()
+                yield number, [self._sampled(self.found[number].pop(g)) for g in range(self.wanted.group)]
+            if not self.looks:
+                return
+            if not launched or len(self.looks) > self.pace.ahead:
+                self._look()
+
+    def _fill(self) -> None:
+        """Give free slots to the next samples. Prompts run when the first of their samples has a slot."""
+        free = deque(slot for slot, occupant in enumerate(self.occupants) if occupant is None)
+        while free and (self.waiting or self.queue):
+            if not self.waiting:
+                self._prefill(-(-len(free) // self.wanted.group))
+            assert self.prefilled is not None and self.sequences is not None
+            slots, rows, uniforms = [], [], []
+            while free and self.waiting:
+                first, slot = self.waiting[0], free.popleft()
+                length = self.prefilled.lengths[first.row]
+                self.occupants[slot] = Occupant(first.number, first.sample, length, since=self.count)
+                slots.append(slot)
+                rows.append(first.row)
+                uniforms.append(first.uniform_TG[:, first.sample])
+                first.sample += 1
+                if first.sample == self.wanted.group:
+                    self.waiting.popleft()
+            lengths = [self.prefilled.lengths[row] for row in rows]
+            slot_N, row_N, length_N = (self._indices(numbers) for numbers in (slots, rows, lengths))
+            uniform_NT = sent(torch.stack(uniforms), self.device)
+            self.sequences.put(slot_N, self.prefilled, row_N, length_N, uniform_NT)
+        # At most one prompt is left over, because more run only if there are slots for them.
+        if not self.waiting:
+            self.prefilled = None
+        elif self.prefilled is not None and len(self.prefilled.lengths) > 1:
+            (left,) = self.waiting
+            self.prefilled, left.row = self.prefilled.only(left.row), 0
+
+    def _prefill(self, count: int) -> None:
+        numbers = [self.queue.popleft() for _ in range(min(count, len(self.queue)))]
+        prompts = [self.wanted.prompts[number] for number in numbers]
+        self.prefilled = prefill(self.sampler, prompts, self.pad_id, self.device)
+        if self.sequences is None:
+            self.sequences = self.opened(self.prefilled)
+        for row, number in enumerate(numbers):
+            generator = torch.Generator().manual_seed(self.wanted.seeds[number])
+            uniform_TG = torch.rand((self.most, self.wanted.group), generator=generator)
+            self.waiting.append(Waiting(number, row, uniform_TG))
+
+    def _launch(self) -> bool:
+        """One block of steps, if a sequence may have a token to write."""
+        live = [occupant for occupant in self.occupants if occupant is not None]
+        steps = min(self.pace.steps, max((self.most - occupant.steps for occupant in live), default=0))
+        if steps <= 0:
+            return False
+        sequences = self.sequences
+        assert sequences is not None
+        # The last token runs, too, because the host does not know that it is the last one.
+        longest = max(occupant.prompt_tokens + min(occupant.steps + steps, self.most) for occupant in live)
+        width = sequences.width(_rounded_up(longest, self.pace.width))
+        rows = self._compacted(len(live), longest)
+
+        def step() -> None:
+            sequences.step(rows, width)
+
+        for _ in range(steps):
+            self.graphs((rows, width), step)
+        for occupant in live:
+            occupant.steps += steps
+        self.looks.append((self.count, sequences.ends()))
+        self.count += 1
+        return True
+
+    def _compacted(self, live: int, longest: int) -> int:
+        """Rows that the next steps take. Where fewer are enough, sequences from the end move into free slots."""
+        size = len(self.occupants)
+        rows = min(_at_least(live, self.pace.rows), size)
+        beyond = [slot for slot in range(rows, size) if self.occupants[slot] is not None]
+        if beyond:
+            free = [slot for slot in range(rows) if self.occupants[slot] is None][: len(beyond)]
+            assert self.sequences is not None
+            self.sequences.move(self._indices(beyond), self._indices(free), longest)
+            for source, target in zip(beyond, free, strict=True):
+                occupant = self.occupants[source]
+                assert occupant is not None
+                # Looks that are on their way tell of another sequence under its new slot.
+                occupant.since = self.count
+                self.occupants[target], self.occupants[source] = occupant, None
+        return rows
+
+    def _look(self) -> None:
+        """Take out what had ended when the oldest block that was not looked at ended."""
+        block, ends = self.looks.popleft()
+        assert self.sequences is not None
+        (tokens_S,) = ends.read()
+        for slot, (occupant, tokens) in enumerate(zip(self.occupants, tokens_S.tolist(), strict=False)):
+            if occupant is None or tokens < 0 or block < occupant.since:
+                continue
+            self.occupants[slot] = None
+            samples = self.found[occupant.number]
+            samples[occupant.sample] = OnHost(self.sequences.recorded(slot, tokens))
+            if len(samples) == self.wanted.group:
+                self.complete.append(occupant.number)
+
+    def _sampled(self, recorded: OnHost) -> Sampled:
+        columns = recorded.read()
+        return columns[0], report_of(columns, self.sampler.head, self.wanted.num_logprobs)
+
+    def _indices(self, numbers: Sequence[int]) -> Tensor:
+        return sent(torch.tensor(numbers), self.device)
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _at_least(count: int, rows: Sequence[int]) -> int:
+    return next((n for n in rows if n >= count), _rounded_up(count, rows[-1]))

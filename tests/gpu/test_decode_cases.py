@@ -1,0 +1,31 @@
+"""The checks of tests/gpu/test_gpu_decode.py on a CPU: that they find what is right, and what is not."""
+
+import decode_cases
+import pytest
+import torch
+
+from dppo_cli.rollout.static import StaticSequences
+
+
+@pytest.mark.parametrize("num_logprobs", [0, 4])
+def test_graphs_and_calls(train_config, num_logprobs: int) -> None:
+    decode_cases.graphs_and_calls(decode_cases.policy(train_config(), "cpu", "float32"), num_logprobs)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_the_adapter(train_config, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
+    decode_cases.the_adapter_is_read_anew(decode_cases.policy(train_config(f"adapter={adapter}"), "cpu", "float32"))
+
+
+def test_slots_and_sub_batches(train_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = decode_cases.policy(train_config(), "cpu", "float32")
+    assert decode_cases.slots_and_sub_batches(of) < 1e-5
+    step = StaticSequences.step
+
+    def off(self: StaticSequences, *args: int) -> None:
+        step(self, *args)
+        self.hidden_SH.add_(0.01 * torch.ones_like(self.hidden_SH))
+
+    monkeypatch.setattr(StaticSequences, "step", off)
+    with pytest.raises(AssertionError, match=r"\d of 16"):
+        decode_cases.slots_and_sub_batches(of)

@@ -1,0 +1,230 @@
+"""Static steps with slots that are filled again: tokens and log-probs are those of sampling sub-batch by sub-batch."""
+
+import gc
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import make
+import pytest
+import tiny
+import tiny_models
+import torch
+from engines import generate, opened, sampling
+from recording import RecordedGraphs, addresses
+from refills import AHEAD, FAMILIES, LOOKING, check_equal, refilled, sampled, several_ends, tensors
+
+from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout import local, refill
+from dppo_cli.rollout.engine import in_order
+from dppo_cli.rollout.local import LocalRollout
+from dppo_cli.rollout.refill import ON_CUDA, Refilling, refuses
+from dppo_cli.types import Status
+
+paces = pytest.mark.parametrize("pace", [LOOKING, AHEAD], ids=["looking", "ahead"])
+merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("families")
+    return {name: tiny_models.save(root / name, name) for name in FAMILIES}
+
+
+@pytest.fixture
+def policy(train_config) -> Policy:
+    """Of a tiny Llama, with five tokens that end a response, so that lengths differ."""
+    return several_ends(make.policy(train_config(), adapter_scale=0.1))
+
+
+# What it samples
+
+
+@pytest.mark.parametrize("num_logprobs", [0, 4, WHOLE_VOCABULARY])
+@paces
+@merging
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(train_config, families, family, merge, pace, num_logprobs):
+    config = train_config()
+    config = replace(config, model=replace(config.model, path=str(families[family])))
+    of = several_ends(make.policy(config, adapter_scale=0.1))
+    prompts = make.prompts(of)
+    plain = generate(of, prompts, 3, sampling(20), num_logprobs, merge=merge)
+    lengths = {len(c.token_ids_T) for c in make.flat(plain)}
+    assert len(lengths) > 4 and {c.status for c in make.flat(plain)} == {Status.FINISHED, Status.CUT}
+    check_equal(sampled(of, prompts, 3, sampling(20), num_logprobs, pace=pace, merge=merge), plain)
+
+
+@paces
+@pytest.mark.parametrize("slots", [1, 2, 5, 7, 12, 100])
+def test_any_number_of_slots(policy, slots, pace):
+    """Fewer than a prompt's samples, too."""
+    prompts = make.prompts(policy)
+    check_equal(
+        sampled(policy, prompts, 3, sampling(20), slots=slots, pace=pace), generate(policy, prompts, 3, sampling(20))
+    )
+
+
+@paces
+@pytest.mark.parametrize("new", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize("group", [1, 4])
+def test_any_number_of_tokens_and_samples(policy, group, new, pace):
+    prompts = make.prompts(policy)
+    check_equal(
+        sampled(policy, prompts, group, sampling(new), slots=3, pace=pace),
+        generate(policy, prompts, group, sampling(new)),
+    )
+
+
+@paces
+@pytest.mark.parametrize(
+    "how",
+    [
+        sampling(12, temperature=0.0),
+        sampling(12, temperature=1.0),
+        sampling(12, temperature=3.0, top_p=0.8, top_k=9, min_p=0.02),
+    ],
+    ids=["greedy", "untempered", "truncated"],
+)
+def test_every_way_of_drawing(policy, how, pace):
+    prompts = make.prompts(policy)
+    check_equal(sampled(policy, prompts, 3, how, pace=pace), generate(policy, prompts, 3, how))
+
+
+@pytest.mark.parametrize("texts", [("3+4=", "a - "), make.ALIKE, ("x",)], ids=["equal lengths", "one beginning", "one"])
+def test_all_kinds_of_prompts(policy, texts):
+    prompts = make.prompts(policy, texts)
+    check_equal(sampled(policy, prompts, 3, sampling(20)), generate(policy, prompts, 3, sampling(20)))
+
+
+def test_responses_of_one_token_and_of_all_tokens_at_once(policy):
+    """Slots are filled again at every step, or never."""
+    for ends in (tuple(range(96)), (-1,)):
+        of = replace(policy, eos_ids=ends)
+        prompts = make.prompts(of)
+        check_equal(sampled(of, prompts, 3, sampling(10)), generate(of, prompts, 3, sampling(10)))
+
+
+@pytest.mark.parametrize("weights", ["dequantized", "quantized"])
+def test_a_4_bit_base(train_config, weights):
+    of = several_ends(make.policy(train_config("adapter=qlora", "hardware.dtype=float32"), adapter_scale=0.1))
+    prompts = make.prompts(of)
+    with LocalRollout(weights, None, 512, 64).load(of, make.fail) as engine:
+        engine.sync(0)
+        plain = in_order(engine.generate(prompts, 2, sampling(), 4, seed=3))
+        engine.refilling = Refilling(of, 5, make.fail, AHEAD)
+        check_equal(in_order(engine.generate(prompts, 2, sampling(), 4, seed=3)), plain)
+
+
+# What it keeps
+
+
+def test_slots_stay_from_call_to_call_and_the_adapter_is_read_anew(policy, monkeypatch):
+    monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
+    graphs, prompts = RecordedGraphs(), make.prompts(policy)
+    with refilled(policy, merge=False, graphs=graphs) as engine:
+        first = in_order(engine.generate(prompts, 3, sampling(20), 4, seed=3))
+        sequences, recorded = engine.refilling.sequences, dict(graphs.recorded)
+        before = addresses(*tensors(sequences))
+        make.move_adapter(policy, 0.3, seed=1)
+        # Fewer and shorter ones have room, too.
+        moved = in_order(engine.generate(prompts[:3], 3, sampling(20), 4, seed=3))
+        assert engine.refilling.sequences is sequences and addresses(*tensors(sequences)) == before
+        assert {key: graphs.recorded[key] for key in recorded} == recorded
+    assert engine.refilling.sequences is None and not graphs.recorded
+    check_equal(moved, generate(policy, prompts[:3], 3, sampling(20), 4, merge=False))
+    assert make.tokens(moved) != make.tokens(first[:3])
+
+
+def test_slots_of_another_kind_are_made_anew(policy, monkeypatch):
+    monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
+    prompts = make.prompts(policy)
+    with refilled(policy, merge=False) as engine:
+        seen = []
+        for how, num_logprobs in ((sampling(4), 0), (sampling(4), 2), (sampling(4, 1.0), 2), (sampling(60, 1.0), 2)):
+            found = in_order(engine.generate(prompts, 2, how, num_logprobs, seed=3))
+            check_equal(found, generate(policy, prompts, 2, how, num_logprobs, merge=False))
+            seen.append(engine.refilling.sequences)
+        assert len(set(map(id, seen))) == 4
+
+
+@merging
+def test_on_a_cpu_and_after_an_error_nothing_stays(policy, merge):
+    with refilled(policy, merge=merge) as engine:
+        assert len(list(engine.generate(make.prompts(policy), 2, sampling(4), 0, seed=3))) == 4
+        assert engine.refilling.sequences is None
+        started = engine.generate(make.prompts(policy), 2, sampling(4), 0, seed=3)
+        next(started)
+        slots = weakref.ref(engine.refilling.sequences)
+        assert slots() is not None
+        started.close()
+        gc.collect()
+        assert slots() is None
+
+
+@pytest.mark.parametrize(("share", "stays"), [(0.05, True), (0.2, False)])
+def test_on_cuda_slots_stay_if_they_are_a_small_part_of_the_memory(policy, monkeypatch, share, stays):
+    """And only those over the policy itself: a copy of its weights is elsewhere each time."""
+    monkeypatch.setattr(refill, "CUDA", "cpu")
+    sizes: list[int] = []
+
+    def properties(_):
+        sizes.append(engine.refilling.sequences.num_bytes)
+        return SimpleNamespace(total_memory=sizes[-1] / share)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    for merge in (False, True):
+        with refilled(policy, merge=merge) as engine:
+            in_order(engine.generate(make.prompts(policy), 2, sampling(4), 0, seed=3))
+            assert (engine.refilling.sequences is not None) == (stays and not merge)
+    # Keys and values of two layers with two heads of 8 numbers, in float32.
+    assert sizes == [5 * 32 * 2 * 2 * 2 * 8 * 4]
+
+
+# When it is used
+
+
+def test_cuda_is_sampled_from_with_it(policy, monkeypatch):
+    monkeypatch.setattr(local, "CUDA", "cpu")
+    prompts = make.prompts(policy)
+    with LocalRollout("merged", None, 6, 64).load(policy, make.fail) as engine:
+        engine.sync(0)
+        assert engine.refilling.pace == ON_CUDA and engine.samples_with.endswith("; steps in CUDA graphs")
+        found = in_order(engine.generate(prompts, 3, sampling(20), 0, seed=3))
+    monkeypatch.undo()
+    check_equal(found, generate(policy, prompts, 3, sampling(20)))
+
+
+def test_a_cpu_is_not(policy):
+    with opened(policy) as engine:
+        assert engine.refilling is None and "graphs" not in engine.samples_with
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "cohere2"])
+def test_other_models_are_sampled_from_sub_batch_by_sub_batch(train_config, monkeypatch, architecture):
+    of = make.policy(train_config(model=architecture))
+    assert refuses(of.model) == "the model is not built like Llama"
+    monkeypatch.setattr(Refilling, "sample", make.fail)
+    prompts = make.prompts(of)
+    with refilled(of) as engine:
+        assert engine.samples_with.endswith("; each kernel by itself (the model is not built like Llama)")
+        found = in_order(engine.generate(prompts, 2, sampling(6), 0, seed=3))
+    check_equal(found, generate(of, prompts, 2, sampling(6)))
+
+
+def test_so_are_responses_that_end_at_stop_strings(policy, monkeypatch):
+    how = replace(sampling(12), stop=["a", "7"])
+    assert refuses(policy.model, how) == "there are stop strings" and refuses(policy.model, sampling()) is None
+    monkeypatch.setattr(Refilling, "sample", make.fail)
+    prompts = make.prompts(policy)
+    check_equal(sampled(policy, prompts, 2, how), generate(policy, prompts, 2, how))
+
+
+def test_frequencies_that_follow_the_longest_sequence_are_refused(train_config, tmp_path, monkeypatch):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    monkeypatch.setitem(tiny.CONFIGS, "llama3", type(tiny.CONFIGS["llama3"])(**tiny.GROUPED, rope_parameters=rope))
+    config = train_config()
+    folder = tiny.save(tmp_path / "dynamic")
+    of = make.policy(replace(config, model=replace(config.model, path=str(folder))))
+    assert refuses(of.model) is not None
