@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -15,8 +16,8 @@ from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir, recipes_dir
 
 GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k_train.jsonl"
+SANITY = GSM8K.with_name("math_sanity_1k5.jsonl")
 RECIPES = sorted(p.parent.name for p in recipes_dir().glob("*/recipe.yaml"))
-METHODS = sorted(p.stem for p in (recipes_dir() / "stability/method").glob("*.yaml"))
 
 
 def recipe(name: str, *overrides: str) -> DictConfig:
@@ -26,6 +27,12 @@ def recipe(name: str, *overrides: str) -> DictConfig:
     with open_dict(node):
         node.pop("recipes", None)
     return node
+
+
+def swept(name: str, key: str) -> list[str]:
+    """The values of a key that a recipe sweeps over."""
+    node: Any = OmegaConf.load(recipes_dir() / name / "recipe.yaml")
+    return str(node.hydra.sweeper.params[key]).split(",")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def test_a_recipe_builds_and_has_a_readme(name: str) -> None:
 
 
 def test_the_methods_of_the_stability_recipe_are_the_nine_it_names(plot: ModuleType) -> None:
-    nodes = {m: recipe("stability", f"+recipes/stability/method={m}") for m in METHODS}
+    nodes = {m: recipe("stability", f"+recipes/method={m}") for m in swept("stability", "+recipes/method")}
     assert sorted(plot.label(node) for node in nodes.values()) == sorted(plot.METHODS)
     built = {m: build(TrainConfig, node) for m, node in nodes.items()}
     assert {m for m, c in built.items() if c.anchor == "recompute"} == {"minirl", "dppo_tv_recompute"}
@@ -57,7 +64,7 @@ def test_the_picture_and_table_of_a_sweep(tmp_path: Path, plot: ModuleType) -> N
     for job, (method, seed, reward) in enumerate([("dppo_tv", 1, 0.5), ("dppo_tv", 2, 0.7), ("cispo", 1, 0.1)]):
         folder = tmp_path / str(job)
         folder.mkdir()
-        node = recipe("stability", f"+recipes/stability/method={method}", f"seed={seed}")
+        node = recipe("stability", f"+recipes/method={method}", f"seed={seed}")
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(node))
         (folder / "summary.json").write_text(json.dumps({"eval_after": reward}))
         rows = [{"reward": reward * k, "shift_mean": 0.01 * k} for k in (2, 1)]
@@ -95,6 +102,25 @@ def test_a_gsm8k_recipe_trains_a_tiny_model_on_real_rows(
     (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert row["reward"] < 0.2 and row["unjudged"] == 0.0, "a random model, and every response is judged"
     assert row["sampling_rounds"] == 3 and row["sampled_groups"] in (4, 5, 6)
+
+
+@pytest.mark.skipif(not SANITY.is_file(), reason="there is no math_sanity_1k5.jsonl beside the checkout")
+def test_the_sanity_recipe_trains_a_tiny_model_on_real_rows(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but the model, the data's place and sizes; accuracy is measured on what is trained on."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in SANITY.read_text(encoding="utf-8").splitlines()]
+    short = sorted(rows, key=lambda row: len(row["problem"]))[:8]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    data = ["data=file", "data.path=train.jsonl", "data.eval_path=train.jsonl", "data.prompt_column=problem"]
+    small = ["steps=1", "batch.prompts_per_step=4", "batch.prompts_per_update=2", "sampling.max_new_tokens=8"]
+    name = "sanity_r1_distill_qwen_1_5b"
+    words = [f"recipe={name}", f"model.path={tiny_models['qwen3']}", *data, *small, "hardware=cpu", "run_dir=run"]
+    assert main(["train", *words]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert row["reward"] < 0.2 and row["unjudged"] == 0.0, "a random model, and every response is judged"
+    assert build(TrainConfig, recipe(name)).objective.ratio_cap is None  # type: ignore[attr-defined]
 
 
 # A real model
