@@ -15,7 +15,11 @@ from peft import LoraConfig
 from dppo_cli.commands.train import make_learner
 from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import empty_cache
+from dppo_cli.policy.choice import choose_forward
+from dppo_cli.policy.forward import Forward, WholeSequences
+from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.types import Completion, Example, Group, PolicyReport, Prompt, Score, Status
 
 CARD_16GB = 15.6 * 2**30
@@ -109,7 +113,7 @@ def decode(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 
 
             def run(tokens: int, prompts: Sequence[Prompt] = prompts, group: int = group) -> tuple[float, float | None]:
                 sampling = Sampling(1.0, 1.0, 0, 0.0, tokens, [])
-                return bench.timed(lambda: engine.generate(prompts, group, sampling, num_logprobs, seed=1))
+                return bench.timed(lambda: in_order(engine.generate(prompts, group, sampling, num_logprobs, seed=1)))
 
             run(2)  # a warm-up
             prefill, _ = run(1)
@@ -162,20 +166,21 @@ def groups_of(size: Size, prompts: Sequence[Prompt], new: int) -> list[Group]:
     return made
 
 
-def update(bench: Bench, words: tuple[str, ...], name: str) -> None:
-    """Seconds of an update, the second of two, and its peak memory."""
+def update(bench: Bench, words: tuple[str, ...], name: str, forward: type[Forward] | None = None) -> None:
+    """Seconds of an update, the second of two, and its peak memory. `forward`: instead of the one that runs choose."""
     size, settings = bench.size, config(bench.size, *words)
     learner = make_learner(bench.policy(words), settings, print)
+    learner.forward = forward or choose_forward(learner.policy)
     groups = groups_of(size, prompts_of(size, size.prompts, size.prompt), size.new)
     first, _ = bench.timed(lambda: learner.update(groups))
     seconds, peak = bench.timed(lambda: learner.update(groups))
-    tokens = size.prompts * size.group * size.new
     bench.add(
         f"{name}, {size.prompts} x {size.group} x ({size.prompt} + {size.new})",
         seconds=seconds,
         first_s=first,
-        tokens_per_s=tokens / seconds,
+        tokens_per_s=size.prompts * size.group * size.new / seconds,
         peak_gib=_or_nothing(peak),
+        forward=learner.forward.__name__,
     )
 
 
@@ -189,7 +194,9 @@ def step(bench: Bench) -> None:
     def run() -> None:
         with settings.rollout.load(of, print) as engine:
             engine.sync(version=0)
-            sampled = engine.generate(prompts, size.group, settings.sampling, settings.approx.num_logprobs, seed=4)
+            sampled = in_order(
+                engine.generate(prompts, size.group, settings.sampling, settings.approx.num_logprobs, seed=4)
+            )
         signs = [1.0 if i % 2 else -1.0 for i in range(size.group)]
         scores = [Score(sign) for sign in signs]
         learner.update([Group(p, row, scores, signs) for p, row in zip(prompts, sampled, strict=True)])
@@ -255,7 +262,7 @@ def small_card(bench: Bench) -> None:
         with settings.rollout.load(of, print) as engine:
             engine.sync(version=0)
             rows, sampling = settings.rollout.concurrent_sequences // 2, Sampling(1.0, 1.0, 0, 0.0, short, [])
-            _, peak = bench.timed(lambda: engine.generate(room, rows, sampling, 0, seed=0))
+            _, peak = bench.timed(lambda: in_order(engine.generate(room, rows, sampling, 0, seed=0)))
         bench.add(f"gpu_16gb, sampling {2 * rows} sequences of {size.prompt + new}", peak_gib=_or_nothing(peak))
         groups = groups_of(size, prompts_of(size, 1, size.prompt), new)
         seconds, peak = bench.timed(lambda: learner.update(groups))
@@ -283,10 +290,12 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "topk": (40, lambda b: decode(b, BF16, "decode, bf16 + LoRA", 20)),
     "generate": (60, generate),
     "update": (60, lambda b: update(b, BF16, "update, bf16 LoRA")),
+    "update_packed": (60, lambda b: update(b, BF16, "update, bf16 LoRA, packed", PackedGroups)),
     "step": (60, step),
     "decode_nf4": (120, lambda b: decode(b, NF4, "decode, NF4 + LoRA")),
     "topk_nf4": (50, lambda b: decode(b, NF4, "decode, NF4 + LoRA", 20)),
     "update_nf4": (70, lambda b: update(b, NF4, "update, QLoRA, recomputing")),
+    "update_nf4_whole": (90, lambda b: update(b, NF4, "update, QLoRA, recomputing, not packed", WholeSequences)),
     "gpu_16gb": (70, small_card),
     "peer": (110, peer),
 }

@@ -12,9 +12,10 @@ from helpers import read_lines, train
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.commands.train import train as loop
-from dppo_cli.policy.forward import hidden_states
+from dppo_cli.policy.forward import hidden_states, split_by_tokens
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import Collected, InStepCollector, Take
+from dppo_cli.rollout.engine import in_order
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
@@ -61,7 +62,8 @@ class Engine:
 
     def generate(self, prompts, samples_per_prompt, sampling, num_logprobs, seed):
         torch.manual_seed(seed)
-        return [[self.one(p, sampling) for _ in range(samples_per_prompt)] for p in prompts]
+        for number, prompt in enumerate(prompts):
+            yield number, [self.one(prompt, sampling) for _ in range(samples_per_prompt)]
 
     def one(self, prompt, sampling):
         options = dict(do_sample=True, temperature=sampling.temperature, top_k=0, pad_token_id=self.policy.pad_id)
@@ -97,8 +99,8 @@ class OneByOne:
         self.num_positions = self.num_tokens = 0
 
     @staticmethod
-    def cost(prompt_tokens: int, response_tokens: int) -> tuple[int, int]:
-        return prompt_tokens + response_tokens, 0
+    def split(samples: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
+        return split_by_tokens([prompt + own for _, prompt, own in samples], [0] * len(samples), budget)
 
     def predicting_states(self, batch: Batch) -> torch.Tensor:
         found = []
@@ -123,7 +125,8 @@ def test_a_second_forward(train_config) -> None:
         prompts = make.prompts(policy)
         with config.rollout.load(policy, make.fail) as engine:
             engine.sync(0)
-            groups = make.groups(prompts, engine.generate(prompts, 2, config.sampling, 0, seed=1), [1.0, -1.0] * 4)
+            sampled = in_order(engine.generate(prompts, 2, config.sampling, 0, seed=1))
+            groups = make.groups(prompts, sampled, [1.0, -1.0] * 4)
         learner = make_learner(policy, config)
         learner.forward = forward or learner.forward
         result = learner.update(groups)

@@ -1,7 +1,8 @@
 """The one place that runs the base model: whole sequences, prompts, and responses that continue from prompts.
 
-An update runs its samples through a `Forward`. There are two: `SharedPrompts` runs each prompt once, `WholeSequences`
-runs prompt and response together; `choose_forward` says which a model can have.
+An update runs its samples through a `Forward`. There are three: `SharedPrompts` runs each prompt once, `WholeSequences`
+runs prompt and response together, `PackedGroups` (packed_forward.py) runs a prompt and the responses to it in one row;
+`choose_forward` (choice.py) says which a model gets.
 
 Shapes: P prompts, L their longest length, C tokens that all begin with, B responses of a micro-batch, R their longest
 length, N sampled tokens, H hidden size.
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.kernels.segments import Segments
 from dppo_cli.policy.policy import Policy
 from dppo_cli.types import Batch, PaddedPrompts
 
@@ -43,8 +45,11 @@ class Forward(Protocol):
         ...
 
     @staticmethod
-    def cost(prompt_tokens: int, response_tokens: int) -> tuple[int, int]:
-        """Of a sample in a micro-batch: tokens that run, and tokens before them that are only attended to."""
+    def split(samples: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
+        """Indices of samples, cut into micro-batches of at most `budget` tokens and padding.
+
+        Of each sample: its prompt's number, its prompt's tokens, its own tokens. One over the budget is alone.
+        """
         ...
 
     def predicting_states(self, batch: Batch) -> Tensor:
@@ -56,19 +61,6 @@ class Forward(Protocol):
         ...
 
 
-def choose_forward(policy: Policy) -> type[Forward]:
-    """`SharedPrompts` where responses can continue from their prompt's keys and values in training.
-
-    transformers keeps none under gradient checkpointing, and layers other than attention have none.
-    """
-    attention = (DynamicLayer, DynamicSlidingWindowLayer)
-    layers = DynamicCache(config=policy.model.config).layers
-    # transformers' own property for it was renamed between the versions that are supported.
-    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
-    shares = not recomputes and all(type(layer) in attention for layer in layers)
-    return SharedPrompts if shares else WholeSequences
-
-
 class WholeSequences:
     """Each prompt and response as one sequence. See `Forward`."""
 
@@ -77,8 +69,8 @@ class WholeSequences:
         self.num_positions = self.num_tokens = 0
 
     @staticmethod
-    def cost(prompt_tokens: int, response_tokens: int) -> tuple[int, int]:
-        return prompt_tokens + response_tokens, 0
+    def split(samples: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
+        return split_by_tokens([prompt + own for _, prompt, own in samples], [0] * len(samples), budget)
 
     def predicting_states(self, batch: Batch) -> Tensor:
         ids_BX = batch.whole_ids(self.policy.pad_id)
@@ -121,8 +113,8 @@ class SharedPrompts:
         ]
 
     @staticmethod
-    def cost(prompt_tokens: int, response_tokens: int) -> tuple[int, int]:
-        return response_tokens, prompt_tokens
+    def split(samples: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
+        return split_by_tokens([own for *_, own in samples], [prompt for _, prompt, _ in samples], budget)
 
     def predicting_states(self, batch: Batch) -> Tensor:
         self.num_positions += batch.num_positions
@@ -180,6 +172,15 @@ def hidden_states(policy: Policy, ids_BL: Tensor) -> Tensor:
         return _run_base(policy.model, ids_BL)
 
 
+def packed_states(policy: Policy, ids_1S: Tensor, positions_1S: Tensor, segments: Segments) -> Tensor:
+    """Final hidden states [S, H] of a row of prompts and responses, by a model that `can_pack` (packed_forward.py)."""
+    # transformers would make a mask [S, S] from the positions. One with four dimensions it hands on as it is, and this
+    # one is of a type that no attention takes but the one that reads the segments instead.
+    no_mask = ids_1S.new_zeros(1, 1, 1, 1)
+    with policy.autocast():
+        return _run_base(policy.model, ids_1S, positions_1S, no_mask, segments=segments)[0]
+
+
 def run_prompts(model: PreTrainedModel, prompts: PaddedPrompts, cache: Cache) -> Tensor:
     """Final hidden state [P, H] of each prompt's last token; what all prompts begin with runs once.
 
@@ -221,6 +222,12 @@ def shared_beginning(model: PreTrainedModel, prompts: PaddedPrompts) -> int:
     return common if keeps_every_position(model) and takes_positions else 0
 
 
+def shared_tokens(token_ids: Sequence[Sequence[int]]) -> int:
+    """How many tokens run if what all of them begin with runs once."""
+    saved = common_tokens(token_ids) * (len(token_ids) - 1)
+    return sum(map(len, token_ids)) - (saved if saved >= WORTH_SHARING else 0)
+
+
 def common_tokens(token_ids: Sequence[Sequence[int]]) -> int:
     """How many tokens all of them begin with."""
     columns = zip(*token_ids, strict=False)
@@ -258,9 +265,11 @@ def _run_base(
     positions: Tensor | None = None,
     mask: Tensor | None = None,
     cache: Cache | None = None,
+    segments: Segments | None = None,
 ) -> Tensor:
     """Final hidden states of `ids`, which continue `cache` if there is one."""
     given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+    given["segments"] = segments
     given = {name: value for name, value in given.items() if value is not None}
     output: Any = model.base_model(input_ids=ids, use_cache=cache is not None, **given)
     return output.last_hidden_state  # type: ignore[no-any-return]

@@ -21,7 +21,8 @@ from dppo_cli.config.sections import AdamW, Hardware
 from dppo_cli.errors import NumericalError
 from dppo_cli.kernels import devices
 from dppo_cli.kernels.top_k import top_k
-from dppo_cli.policy.forward import Forward, choose_forward, split_by_tokens
+from dppo_cli.policy.choice import choose_for
+from dppo_cli.policy.forward import Forward
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.training.failures import check_finite, is_out_of_memory, named
@@ -69,7 +70,7 @@ class Learner:
         self.max_new_tokens = max_new_tokens
         self.warn = warn
         self.budget = hardware.tokens_per_micro_batch
-        self.forward = forward or choose_forward(policy)
+        self.forward = forward  # None: the one that suits the samples
         self.world = world or World()
         self.optimizer = make_optimizer(policy.parameters, optim, policy.device)
         # Allocated once: during the first backward pass they would fragment the memory that it frees. After a batch of
@@ -86,7 +87,7 @@ class Learner:
         found: dict[int, PolicyReport] = {}
         with torch.no_grad():
             forward = self._open(prompts, samples)
-        for batch, indices in self._micro_batches(prompts, samples):
+        for batch, indices in self._micro_batches(prompts, samples, forward):
             report = self._report(batch, forward)
             for b, index in enumerate(indices):
                 found[index] = report[batch.row_N == b].to(torch.device("cpu"))
@@ -147,7 +148,7 @@ class Learner:
             if not part:
                 continue
             forward, reference = self._open(prompts, part), self._open_reference(prompts, part)
-            for batch, indices in self._micro_batches(prompts, part):
+            for batch, indices in self._micro_batches(prompts, part, forward):
                 logp_ref_N = None if reference is None else self._reference_log_probs(batch, reference)
                 looking = KeptSamples([part[i] for i in indices], batch.mu)
                 try:
@@ -249,8 +250,10 @@ class Learner:
 
     def _open(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward:
         """The prompts of `samples`, each once."""
-        numbers = dict.fromkeys(s.prompt for s in samples)
-        return self.forward(self.policy, {n: prompts[n] for n in numbers}, self.budget)
+        used = {n: prompts[n] for n in dict.fromkeys(s.prompt for s in samples)}
+        on_cpu = self.policy.device.type == "cpu"
+        kind = self.forward or choose_for(self.policy, used, _lengths(prompts, samples), self.budget, on_cpu)
+        return kind(self.policy, used, self.budget)
 
     def _open_reference(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward | None:
         """The same as the base sees them, for KL(pi || ref)."""
@@ -260,13 +263,16 @@ class Learner:
             return self._open(prompts, samples)
 
     def _micro_batches(
-        self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]
+        self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample], forward: Forward
     ) -> Iterator[tuple[Batch, list[int]]]:
         """Batches, and which of `samples` are in each."""
-        costs = [self.forward.cost(len(prompts[s.prompt]), len(s.completion.token_ids_T)) for s in samples]
-        lengths, contexts = [run for run, _ in costs], [seen for _, seen in costs]
-        for part in split_by_tokens(lengths, contexts, self.budget):
+        for part in forward.split(_lengths(prompts, samples), self.budget):
             yield Batch.pack([samples[i] for i in part], prompts, self.policy.pad_id, self.policy.device), part
+
+
+def _lengths(prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[int, int, int]]:
+    """As `Forward.split` takes them."""
+    return [(s.prompt, len(prompts[s.prompt]), len(s.completion.token_ids_T)) for s in samples]
 
 
 def _samples(groups: Sequence[Group]) -> tuple[list[tuple[int, ...]], list[Sample]]:

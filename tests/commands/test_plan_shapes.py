@@ -91,11 +91,15 @@ def test_checkpointing_keeps_less_and_does_more(tmp_path: Path) -> None:
     assert less.work.flops > 1.2 * plain.work.flops
 
 
-def test_a_micro_batch_grows_with_its_budget_and_an_update_does_not(tmp_path: Path) -> None:
-    shapes, prompts = shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(8, 8)
+@pytest.mark.parametrize(("on_cpu", "budgets"), [(False, (128, 512)), (True, (132, 528))], ids=["shared", "packed"])
+def test_a_micro_batch_grows_with_its_budget_and_an_update_does_not(
+    tmp_path: Path, on_cpu: bool, budgets: tuple[int, int]
+) -> None:
+    """Packed, a prompt counts, too."""
+    shapes, prompts = replace(shapes_of(tiny.save(tmp_path / "m")), on_cpu=on_cpu), assumed_prompts(8, 8)
     small, large = (
         update_cost(shapes, prompts, 4, 31, replace(HARDWARE, tokens_per_micro_batch=budget), Binary(), False)
-        for budget in (128, 512)
+        for budget in budgets
     )
     assert (small.samples, small.micro_batches, large.samples, large.micro_batches) == (4, 8, 16, 2)
     assert large.activations == pytest.approx(4 * small.activations, rel=0.1)

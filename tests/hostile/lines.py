@@ -58,7 +58,9 @@ PATH_KEYS = (
     "run",
     "resume",
 )
-ELSEWHERE = {choice for choice in groups()["model"] if choice not in ("hf", "arithmetic_1m")} | {"gpu_24gb"}
+ELSEWHERE = {choice for choice in groups()["model"] if choice not in ("hf", "arithmetic_1m", "long_tail_2k")} | {
+    "gpu_24gb"
+}
 """Choices that need the hub or a GPU, of which the keys are those of other choices."""
 WRITTEN = ("run_dir", "out")
 """Keys that name a new folder, which is then the user's wish."""

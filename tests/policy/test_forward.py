@@ -1,4 +1,4 @@
-"""The two ways to run an update's samples, against a forward pass over every whole sequence."""
+"""Shared prompts and whole sequences, against a forward pass over every whole sequence."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from dppo_cli.policy.forward import (
     Forward,
     SharedPrompts,
     WholeSequences,
-    choose_forward,
     hidden_states,
     split_by_tokens,
 )
@@ -256,12 +255,7 @@ def test_the_adapters_dropout_is_drawn_once(train_config):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-# Which one
-
-
-def test_gradient_checkpointing_cannot_share(train_config):
-    assert choose_forward(make.policy(train_config())) is SharedPrompts
-    assert choose_forward(make.policy(train_config("hardware.gradient_checkpointing=true"))) is WholeSequences
+# One place
 
 
 def test_one_place_runs_the_base_model():

@@ -34,7 +34,10 @@ def test_equal_lengths_keep_their_order():
     assert split_by_tokens([], [], 8) == []
 
 
-def test_what_a_sample_costs():
-    """Tokens that run, and tokens that are only attended to."""
-    assert SharedPrompts.cost(prompt_tokens=100, response_tokens=7) == (7, 100)
-    assert WholeSequences.cost(prompt_tokens=100, response_tokens=7) == (107, 0)
+def test_what_counts_of_a_sample():
+    """A shared prompt is only attended to; a whole sequence runs both. The prompt's number does not matter."""
+    samples = [(0, 160, 3), (1, 160, 3), (2, 160, 3)]
+    assert SharedPrompts.split(samples, 26) == [[0, 1], [2]]
+    assert SharedPrompts.split(samples, 25) == [[0], [1], [2]]
+    assert WholeSequences.split(samples, 326) == [[0, 1], [2]]
+    assert WholeSequences.split(samples, 325) == [[0], [1], [2]]

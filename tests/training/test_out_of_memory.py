@@ -10,8 +10,9 @@ from updates import assert_identical, off_policy, parameters, with_budget
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
-from dppo_cli.policy.forward import SharedPrompts, WholeSequences
+from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences
 from dppo_cli.policy.head import _TokenLogProbs
+from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.training.learner import Learner
 from dppo_cli.types import Group
 
@@ -45,10 +46,13 @@ class Memory:
         patch.setattr(owner, name, staticmethod(counted) if part == "backward" else counted)
 
 
-def learner_of(config: TrainConfig, budget: int, warnings: list[str]) -> tuple[Learner, list[Group]]:
+def learner_of(
+    config: TrainConfig, budget: int, warnings: list[str], forward: type[Forward] = SharedPrompts
+) -> tuple[Learner, list[Group]]:
     """Equal calls give equal weights, samples and random states."""
     policy, groups = off_policy(config)
     made = make_learner(policy, with_budget(config, budget), warnings.append)
+    made.forward = forward
     torch.manual_seed(11)
     return made, groups
 
@@ -77,8 +81,10 @@ def assert_equal_states(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     assert_identical(list(found.values()), list(expected.values()))
 
 
-def after_updates(config: TrainConfig, budget: int, updates: int) -> dict[str, Tensor]:
-    learner, groups = learner_of(config, budget, [])
+def after_updates(
+    config: TrainConfig, budget: int, updates: int, forward: type[Forward] = SharedPrompts
+) -> dict[str, Tensor]:
+    learner, groups = learner_of(config, budget, [], forward)
     for _ in range(updates):
         learner.update(groups)
     return {name: tensor.clone() for name, tensor in state(learner).items()}
@@ -126,15 +132,13 @@ def test_the_metrics_are_those_of_the_pass_that_was_finished(
     assert (result.num_positions, result.num_padding) == (expected.num_positions, expected.num_padding)
 
 
-def test_whole_sequences(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which run where a model cannot share prompts."""
-    monkeypatch.setattr("dppo_cli.training.learner.choose_forward", lambda policy: WholeSequences)
-    expected = after_updates(config, 64, 1)
-    learner, groups = learner_of(config, 128, [])
-    assert learner.forward is WholeSequences
+@pytest.mark.parametrize(("forward", "budget"), [(WholeSequences, 64), (PackedGroups, 32)])
+def test_other_ways(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, forward: type[Forward], budget: int) -> None:
+    expected = after_updates(config, budget, 1, forward)
+    learner, groups = learner_of(config, 2 * budget, [], forward)
     Memory(monkeypatch, "backward", [2])
     learner.update(groups)
-    assert learner.budget == 64
+    assert learner.budget == budget
     assert_equal_states(state(learner), expected)
 
 

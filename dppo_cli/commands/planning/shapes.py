@@ -49,6 +49,7 @@ class Shapes:
     quantised: int  # parameters of the base that are in 4 bits
     adapted: tuple[tuple[int, int], ...]  # (parameters, base bytes) of each layer with an adapter or in 4 bits
     largest_layer: int  # parameters of the largest of these
+    on_cpu: bool
 
     @property
     def base_bytes(self) -> float:
@@ -139,7 +140,7 @@ def make_shapes(source: Source, adapter: LoRA, hardware: Hardware, dtype: torch.
     modules: Iterator[Any] = model.modules()
     layers = [_layer(m, dtype) for m in modules if isinstance(m, LoraLayer | FourBit)]
     adapted = tuple(found for found in layers if found is not None)
-    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted))
+    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted), on_cpu)
 
 
 def _layer(module: Any, dtype: torch.dtype) -> tuple[int, int] | None:

@@ -12,10 +12,11 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation
 from dppo_cli.commands.planning.recorder import Recorder
 from dppo_cli.commands.planning.shapes import Shapes
 from dppo_cli.config.sections import Hardware, Sampling
-from dppo_cli.policy.forward import CONTEXT_PER_POSITION, Forward, choose_forward, split_by_tokens
+from dppo_cli.policy.choice import choose_for
+from dppo_cli.policy.forward import Forward
 from dppo_cli.policy.head import Head, masses, token_log_probs
 from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer
-from dppo_cli.rollout.local import Record
+from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.sampling import draw
 from dppo_cli.types import Batch, Example, PaddedPrompts, PolicyReport, Prompt
 
@@ -120,11 +121,13 @@ def update_cost(
 ) -> UpdateCost:
     """Of `group` samples of `max_new_tokens` tokens to each of `prompts`. `reference`: the base runs them, too."""
     policy, recorder, budget = shapes.policy, Recorder(shapes.tensors()), hardware.tokens_per_micro_batch
-    kind = choose_forward(policy)
     owners = [p for p in range(len(prompts)) for _ in range(group)]
-    costs = [kind.cost(len(prompts[p].token_ids), max_new_tokens) for p in owners]
-    parts = split_by_tokens([run for run, _ in costs], [seen for _, seen in costs], budget)
-    part = max(parts, key=lambda part: _size(part, costs))
+    lengths = [len(prompts[p].token_ids) for p in owners]
+    samples = [(p, n, max_new_tokens) for p, n in zip(owners, lengths, strict=True)]
+    token_ids = {p: prompt.token_ids for p, prompt in enumerate(prompts)}
+    kind = choose_for(policy, token_ids, samples, budget, shapes.on_cpu)
+    parts = kind.split(samples, budget)
+    part = max(parts, key=lambda part: (len(part), max(lengths[i] for i in part)))
     here = dict.fromkeys(owners[i] for i in part)
     here.update(dict.fromkeys(_some(prompts, PROMPTS_AT_ONCE * budget)))
     numbers = list(here)
@@ -137,10 +140,10 @@ def update_cost(
             with torch.no_grad(), policy.without_adapter():
                 base: Forward = kind(policy, given, budget)
                 _log_probs(policy.head, base, batch, hardware.head_chunk)
-        states, of_prompts = recorder.live, _work(recorder)
+        states, of_prompts, before = recorder.live, _work(recorder), forward.num_positions
         recorder.restart_peak()
         hidden_NH = forward.predicting_states(batch)
-        run = recorder.live
+        run, positions = recorder.live, forward.num_positions - before
         recorder.restart_peak()
         anchor = _report(approx, policy.head, hidden_NH)
 
@@ -155,16 +158,15 @@ def update_cost(
         del logp_N
         backward = recorder.restart_peak() - kept
         of_batch = _less(_work(recorder), of_prompts)
-        left = recorder.live
-        before = _work(recorder)
+        left, done = recorder.live, _work(recorder)
         forward.backward()
         prompts_backward = recorder.restart_peak() - left
-        of_prompts = of_prompts.plus(_less(_work(recorder), before))
+        of_prompts = of_prompts.plus(_less(_work(recorder), done))
     more = len(prompts) / len(numbers)
     return UpdateCost(
         micro_batches=len(parts),
         samples=len(part),
-        positions=round(_size(part, costs)),
+        positions=positions,
         # Keys and values of the prompts that were left out, each with its gradient.
         prompt_states=round(states * (2 * more - 1)),
         activations=kept - states,
@@ -188,10 +190,6 @@ def _some(prompts: Sequence[Prompt], tokens: int) -> list[int]:
             break
         found.append(p)
     return found
-
-
-def _size(part: Sequence[int], costs: Sequence[tuple[int, int]]) -> float:
-    return len(part) * (max(costs[i][0] for i in part) + max(costs[i][1] for i in part) / CONTEXT_PER_POSITION)
 
 
 def _batch(numbers: Sequence[int], owners: Sequence[int], prompts: Sequence[Prompt], length: int) -> Batch:

@@ -1,0 +1,56 @@
+"""Which `Forward` the updates of a model run through."""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences, shared_tokens
+from dppo_cli.policy.packed_forward import PackedGroups, can_pack
+from dppo_cli.policy.policy import Policy
+
+PACKED_TOKEN = 0.95
+"""What a token of a row costs of one beside padding. Without masks and copies of keys and values it was 8% less."""
+
+
+def choose_for(
+    policy: Policy,
+    prompts: Mapping[int, Sequence[int]],
+    samples: Sequence[tuple[int, int, int]],
+    budget: int,
+    on_cpu: bool,
+) -> type[Forward]:
+    """`choose_forward`, but on a CPU `PackedGroups` instead of `SharedPrompts` where it is less work.
+
+    `samples`: as `Forward.split` takes them.
+
+    A packed prompt runs in each micro-batch that has responses to it, a shared one once more for the backward pass, and
+    what shared prompts begin with runs once. On a GPU it has not been measured.
+    """
+    kind = choose_forward(policy)
+    if kind is not SharedPrompts or not on_cpu or not can_pack(policy.model):
+        return kind
+    own = [tokens for *_, tokens in samples]
+    # Forward and backward passes.
+    packed, shared = 2 * sum(own), 3 * shared_tokens(list(prompts.values()))
+    for part in PackedGroups.split(samples, budget):
+        packed += 2 * sum(len(prompts[number]) for number in {samples[i][0] for i in part})
+    for part in SharedPrompts.split(samples, budget):
+        shared += 2 * len(part) * max(own[i] for i in part)
+    return PackedGroups if PACKED_TOKEN * packed < shared else SharedPrompts
+
+
+def choose_forward(policy: Policy) -> type[Forward]:
+    """`SharedPrompts` where responses can continue from their prompt's keys and values in training.
+
+    transformers keeps none under gradient checkpointing, and layers other than attention have none. Under gradient
+    checkpointing `PackedGroups` shares prompts, too, where the model's layers are known.
+    """
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    layers = DynamicCache(config=policy.model.config).layers
+    # transformers' own property for it was renamed between the versions that are supported.
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
+    if recomputes and can_pack(policy.model):
+        return PackedGroups
+    shares = not recomputes and all(type(layer) in attention for layer in layers)
+    return SharedPrompts if shares else WholeSequences
