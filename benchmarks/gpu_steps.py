@@ -115,9 +115,8 @@ def decode(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 
                 sampling = Sampling(1.0, 1.0, 0, 0.0, tokens, [])
                 return bench.timed(lambda: in_order(engine.generate(prompts, group, sampling, num_logprobs, seed=1)))
 
-            run(2)  # a warm-up
-            prefill, _ = run(1)
-            seconds, peak = run(size.decoded)
+            # The first of each is a warm-up, which on CUDA records the graphs for so many tokens.
+            (_, (prefill, _)), (_, (seconds, peak)) = ((run(n), run(n)) for n in (1, size.decoded))
             step = (seconds - prefill) / (size.decoded - 1)
             layer_bytes = 0.516 if settings.adapter.quantization else 2.0
             read = size.layer_parameters * layer_bytes + 2 * size.head_parameters

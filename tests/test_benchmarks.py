@@ -237,7 +237,10 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["what"]: row for row in found["rows"]}
     assert [row for row in found["rows"] if "failed" in row] == []
-    assert list(rows) == [
+    # Those of gpu_decode.py have tests of their own.
+    decoding = ("static step", "long-tailed", "looking every")
+    assert len([name for name in rows if name.startswith(decoding)]) == 17
+    assert [name for name in rows if not name.startswith(decoding)] == [
         "probe",
         "decode, bf16 + LoRA, 2 rows",
         "decode, bf16 + LoRA, 4 rows",
@@ -258,7 +261,8 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     assert rows["whole step, TRL"]["not_run"] == "No module named 'trl'"
     ways = [row["forward"] for name, row in rows.items() if name.startswith("update")]
     assert ways == ["SharedPrompts", "PackedGroups", "PackedGroups", "WholeSequences"]
-    assert (update := rows[list(rows)[5]])["tokens_per_s"] == pytest.approx(2 * 2 * 8 / update["seconds"])
+    update = rows["update, bf16 LoRA, 2 x 2 x (8 + 8)"]
+    assert update["tokens_per_s"] == pytest.approx(2 * 2 * 8 / update["seconds"])
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("no GPU (") and "| whole step, TRL | not_run No module named 'trl' |" in text
 

@@ -92,14 +92,17 @@ def test_table_and_pictures_of_a_sweep(tmp_path: Path, plot: ModuleType) -> None
     }
     ppo, dppo = plot.table(runs).splitlines()[2:]
     assert ppo == (
-        "| lr1e-3_16 | ppo | 2 | 3, never | 0.450 (0.300 to 0.600) | 0.450 (0.300 to 0.600) | 0.00 (0.00 to 0.00) "
-        "| 0.0300 (0.0300 to 0.0300) |  |"
+        "| lr1e-3_16 | ppo | 3, never | 0.450 (0.300 to 0.600) | 0.450 (0.300 to 0.600) | 0.00 (0.00 to 0.00) "
+        "| 0.0300 (0.0300 to 0.0300) |  |  |"
     )
     # The means are 0.4 and 0.4 against 0.3 and 0.2; t is 12.706 for one degree of freedom.
     half = 12.706 * math.sqrt(0.005 / 2)
-    assert dppo.startswith("| lr1e-3_16 | dppo_tv | 2 | 2, 3 |") and dppo.endswith(f"| +0.150 ± {half:.3f} |")
+    assert dppo.startswith("| lr1e-3_16 | dppo_tv | 2, 3 |") and dppo.endswith(f"| 2.00, 2.00 | +0.150 ± {half:.3f} |")
     assert plot.masked_shares(runs["lr1e-3_16", "ppo"].values(), "+") == ([0.001], [0.1], [pytest.approx(2e-4)])
-    for draw, name in ((plot.draw_curves, "a.png"), (lambda r, out: plot.draw_masked(r, "lr1e-3_16", out), "b.png")):
+    for draw, name in (
+        (plot.draw_curves, "a.png"),
+        (lambda r, out: plot.draw_reward_and_masked(r, "lr1e-3_16", out), "b.png"),
+    ):
         draw(runs, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -121,5 +124,5 @@ def test_a_small_sweep_runs_goes_on_and_is_drawn(
     monkeypatch.setattr("sys.argv", ["plot.py", "sweep"])
     capsys.readouterr()
     plot.main()
-    assert "| four_bit | dppo_tv_full | 1 |" in capsys.readouterr().out
+    assert "| four_bit | dppo_tv_full | never |" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "sweep").glob("*.*")} >= {"long_tail.png", "masked_by_mu.png", "table.md"}

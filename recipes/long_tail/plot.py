@@ -2,8 +2,8 @@
 
     python recipes/long_tail/plot.py runs/long_tail        # pip install matplotlib
 
-Writes long_tail.png (curves), masked_by_mu.png (what was masked) and table.md into the sweep's folder. Jobs that failed
-or have not ended are left out, and counted.
+Writes long_tail.png (curves), masked_by_mu.png (reward and what was masked) and table.md into the sweep's folder. Jobs
+that failed or have not ended are left out, and counted.
 """
 
 import math
@@ -35,6 +35,8 @@ METHODS = {
 }
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, 97.5%, for 1 to 9 degrees of freedom."""
+
+SHOWN = ("ppo", "ppo_wide", "dppo_tv", "dppo_kl", "dppo_tv_full")
 
 Runs = dict[tuple[str, str], dict[int, "Finished"]]
 
@@ -80,11 +82,12 @@ def draw_curves(runs: Runs, out: Path) -> None:
                     continue
                 values = stacked(runs[point, method].values(), name)
                 x = np.arange(1, values.shape[1] + 1)
-                with np.errstate(all="ignore"):
-                    axis.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=colour, alpha=0.12, lw=0)
-                    main = method in ("ppo", "dppo_tv")
-                    label = method if not column and not row else None
-                    axis.plot(x, np.nanmean(values, 0), color=colour, lw=2 if main else 1, label=label)
+                shown = np.ma.masked_invalid(values)  # a rollout in which nothing was trained has no |pi-mu|
+                main = method in ("ppo", "dppo_tv")
+                if main:
+                    axis.fill_between(x, shown.min(0), shown.max(0), color=colour, alpha=0.15, lw=0)
+                label = method if not column and not row else None
+                axis.plot(x, shown.mean(0), color=colour, lw=2 if main else 0.9, label=label)
             axis.spines[["top", "right"]].set_visible(False)
             if not row:
                 axis.set_title(point, fontsize=10)
@@ -92,6 +95,7 @@ def draw_curves(runs: Runs, out: Path) -> None:
                 axis.set_ylabel(title)
         axes[-1, column].set_xlabel("rollout")
     figure.legend(loc="lower center", ncol=len(METHODS), frameon=False, fontsize=9)
+    figure.suptitle("Mean over seeds; bands from the lowest to the highest seed for ppo and dppo_tv", fontsize=10)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(out, dpi=100)
     plt.close(figure)
@@ -113,10 +117,19 @@ def masked_shares(seeds: Iterable[Finished], advantage: str) -> tuple[list[float
     return ends, shares, shifts
 
 
-def draw_masked(runs: Runs, point: str, out: Path) -> None:
-    methods = [m for m in ("ppo", "ppo_wide", "dppo_tv", "dppo_kl", "dppo_tv_full") if (point, m) in runs]
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
-    for axis, advantage in zip(axes, "+-", strict=True):
+def draw_reward_and_masked(runs: Runs, point: str, out: Path) -> None:
+    methods = [m for m in SHOWN if (point, m) in runs]
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), width_ratios=(1.2, 1, 1))
+    for method in methods:
+        reward = stacked(runs[point, method].values(), "reward")
+        x = np.arange(1, reward.shape[1] + 1)
+        axes[0].fill_between(x, reward.min(0), reward.max(0), color=METHODS[method], alpha=0.12, lw=0)
+        axes[0].plot(x, reward.mean(0), color=METHODS[method], label=method)
+    axes[0].set_xlabel("rollout")
+    axes[0].set_ylabel("reward")
+    axes[0].spines[["top", "right"]].set_visible(False)
+    axes[2].sharey(axes[1])
+    for axis, advantage in zip(axes[1:], "+-", strict=True):
         for number, method in enumerate(methods):
             ends, shares, _ = masked_shares(runs[point, method].values(), advantage)
             decade = [math.log10(e) if e else -8.0 for e in ends]
@@ -125,9 +138,8 @@ def draw_masked(runs: Runs, point: str, out: Path) -> None:
         axis.set_title(f"A {'>' if advantage == '+' else '<'} 0", fontsize=10)
         axis.set_xlabel("log10 mu")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("share of tokens masked")
+    axes[1].set_ylabel("share of tokens masked")
     axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{point}, over the whole run", fontsize=10)
     figure.tight_layout()
     figure.savefig(out, dpi=100)
     plt.close(figure)
@@ -143,11 +155,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, T_975[min(n - 1, len(T_975)) - 1] * math.sqrt(variance / n)
 
 
+def mean_reward(run: Finished) -> float:
+    return float(np.nanmean(run.curves["reward"]))
+
+
+def early(run: Finished) -> float:
+    """The mean reward of the first third of the rollouts."""
+    reward = run.curves["reward"]
+    return float(np.nanmean(reward[: max(1, len(reward) // 3)]))
+
+
 def table(runs: Runs) -> str:
-    """Markdown. Each cell is the mean over seeds (lowest to highest); the last column is paired by seed."""
+    """Markdown. Each cell is the mean over seeds (lowest to highest); the last two columns are paired by seed."""
     lines = [
-        "| point | method | seeds | rollouts to a reward of 50% | best reward | last reward | last entropy "
-        "| last mean \\|pi-mu\\| | mean reward minus PPO's (95%) |",
+        "| point | method | rollouts to a reward of 50% | best reward | last reward | last entropy "
+        "| last mean \\|pi-mu\\| | early reward / PPO's, by seed | mean reward - PPO's (95%) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for point in POINTS:
@@ -160,23 +182,21 @@ def table(runs: Runs) -> str:
             reached = [int(np.argmax(r >= 0.5)) + 1 if (r >= 0.5).any() else None for r in reward]
             to_half = [str(n) if n else "never" for n in reached]
             last = [_last(stacked(seeds.values(), n)) for n in ("entropy", "shift_mean")]
-            pairs = [
-                float(np.nanmean(seeds[s].curves["reward"]) - np.nanmean(base[s].curves["reward"]))
-                for s in sorted(seeds.keys() & base.keys())
-            ]
+            both = sorted(seeds.keys() & base.keys()) if method != "ppo" else []
+            ratios = [early(seeds[s]) / early(base[s]) for s in both]
             difference = ""
-            if method != "ppo" and pairs:
-                mean, half = interval(pairs)
+            if both:
+                mean, half = interval([mean_reward(seeds[s]) - mean_reward(base[s]) for s in both])
                 difference = f"{mean:+.3f} ± {half:.3f}"
             cells = [
                 point,
                 method,
-                str(len(seeds)),
                 ", ".join(to_half),
                 _cell(np.nanmax(reward, 1), ".3f"),
                 _cell(_last(reward), ".3f"),
                 _cell(last[0], ".2f"),
                 _cell(last[1], ".4f"),
+                ", ".join(f"{ratio:.2f}" for ratio in ratios),
                 difference,
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -201,7 +221,7 @@ def main() -> None:
         sys.exit(f"{sweep} holds no finished runs")
     draw_curves(runs, sweep / "long_tail.png")
     point = "lr1e-3_16" if any(p == "lr1e-3_16" for p, _ in runs) else next(iter(runs))[0]
-    draw_masked(runs, point, sweep / "masked_by_mu.png")
+    draw_reward_and_masked(runs, point, sweep / "masked_by_mu.png")
     text = table(runs)
     for method in METHODS:
         for advantage in "+-":
