@@ -16,11 +16,12 @@ RECORD = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """`run` is None where the job left no run; `error` says why, if its record does."""
+    """`run` is None where the job left no run; `error` says why, if its record does. `swept`: what was typed for it."""
 
     name: str
     run: RunData | None
     error: str | None
+    swept: Mapping[str, Any]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -87,22 +88,37 @@ def _read_job(path: Path) -> Job:
         except (OSError, ValueError):
             record = {"error": f"{RECORD} is damaged"}
     error = record.get("error") if isinstance(record, dict) else None
+    swept = _words(record.get("overrides") if isinstance(record, dict) else None)
     if not (path / "config.yaml").is_file():
-        return Job(path.name, None, str(error or "it left no run"))
+        return Job(path.name, None, str(error or "it left no run"), swept)
     try:
-        return Job(path.name, read_run(path), None if error is None else str(error))
+        return Job(path.name, read_run(path), None if error is None else str(error), swept)
     except DppoError as damage:
-        return Job(path.name, None, str(damage))
+        return Job(path.name, None, str(damage), swept)
+
+
+def _words(overrides: Any) -> dict[str, Any]:
+    """Of key=value the value by the key's last part: `recipes/method=ppo` is {"method": "ppo"}."""
+    words = [word for word in overrides or [] if isinstance(word, str) and "=" in word]
+    return {key.rpartition("/")[2]: _number(value) for key, _, value in (word.partition("=") for word in words)}
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text) if not text.lstrip("-").isdecimal() else int(text)
+    except ValueError:
+        return text
 
 
 def settings(jobs: Sequence[Job]) -> list[Setting]:
-    """The best mean accuracy first; without one last."""
-    keys = varied([job.config for job in jobs if job.run is not None])
+    """The best mean accuracy first; without one last. By what was typed where every job has a record of it."""
+    ran = [job for job in jobs if job.run is not None]
+    configs = [job.swept if all(job.swept for job in ran) else job.config for job in ran]
+    keys = varied(configs)
     found: dict[str, Setting] = {}
-    for job in jobs:
-        if job.run is not None:
-            values = {key: job.config.get(key) for key in keys}
-            found.setdefault(repr(values), Setting(values, [])).jobs.append(job)
+    for job, config in zip(ran, configs, strict=True):
+        values = {key: config.get(key) for key in keys}
+        found.setdefault(repr(values), Setting(values, [])).jobs.append(job)
     return sorted(found.values(), key=lambda s: (s.mean_after is None, -(s.mean_after or 0)))
 
 

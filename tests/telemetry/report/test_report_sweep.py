@@ -44,6 +44,20 @@ def test_seeds_are_grouped_and_the_best_mean_comes_first(sweep: Path) -> None:
     assert spread([0.7, 0.8]) == "75.0% ± 7.1" and spread([0.7]) == "70.0%" and spread([]) == "–"
 
 
+def test_settings_are_named_as_they_were_typed(sweep: Path) -> None:
+    """A choice of a recipe changes several keys of the config, and has one name; numbers stay numbers."""
+    for i, (method, lr) in enumerate([("ppo", "1e-3"), ("ppo", "1e-3"), ("dppo_tv", "1e-4"), ("dppo_tv", "1e-4")]):
+        overrides = [f"recipes/method={method}", f"optim.lr={lr}", "steps=6", f"seed={i % 2 + 1}"]
+        (sweep / str(i) / "job.json").write_text(json.dumps({"number": i, "overrides": overrides, "error": None}))
+    ranked = settings(read_jobs(sweep))
+    assert [(s.name, len(s.jobs)) for s in ranked] == [
+        ("method=ppo optim.lr=0.001", 2),
+        ("method=dppo_tv optim.lr=0.0001", 2),
+    ]
+    (sweep / "3/job.json").unlink()
+    assert [s.name for s in settings(read_jobs(sweep))] == ["optim.lr=0.001", "optim.lr=0.0001"], "not of all jobs"
+
+
 def test_the_page_of_a_sweep(sweep: Path) -> None:
     html = sweep_page(sweep)
     text = Parsed(html).text
