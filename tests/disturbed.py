@@ -30,6 +30,7 @@ SERVER.set_forkserver_preload(["disturbed", "dppo_cli.commands.train", "transfor
 def outcome(run: Path) -> dict[str, Any]:
     """What a run found, in every bit, without what it cost."""
     summary = read_json(run / "summary.json")
+    assert [row["warning"] for row in warned(run)] == summary["warnings"]
     rows = read_lines(run / "metrics.jsonl")
     return {
         "adapter": hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest(),
@@ -38,9 +39,13 @@ def outcome(run: Path) -> dict[str, Any]:
         "masked_tokens": (run / "masked_tokens.json").read_text(encoding="utf-8"),
         "masked_by_mu": (run / "masked_by_mu.json").read_text(encoding="utf-8"),
         "samples": contents(run / "samples"),
-        "warned": read_lines(run / "warnings.jsonl") if (run / "warnings.jsonl").exists() else [],
         **{key: summary[key] for key in ("eval_before", "eval_after", "steps", "interrupted", "warnings")},
     }
+
+
+def warned(run: Path) -> list[dict[str, Any]]:
+    """What was written of warnings as they occurred."""
+    return read_lines(run / "warnings.jsonl") if (run / "warnings.jsonl").exists() else []
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -233,6 +233,7 @@ def test_a_run_that_starts_anew_needs_the_folder(
     assert error.startswith(f"dppo: adapter.path={adapter} is not a folder here")
     assert sorted(path.name for path in (work / "run").iterdir() if path.name != ".lock") == [
         "config.yaml",
+        "eval_before.json",
         "metrics.jsonl",
         "samples",
     ]

@@ -1,6 +1,5 @@
 """The model with a long-tailed vocabulary: its size, what it answers, and the script that makes it."""
 
-import logging
 from importlib import resources
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from dppo_cli.embedded import pretrain_long_tail
 from dppo_cli.embedded.pretrain_long_tail import (
     HABIT,
     OPERANDS,
@@ -84,9 +84,10 @@ def test_the_answers_are_a_distribution_in_which_every_habit_is_wrong() -> None:
     assert (ids_BT[:, -1] == build_tokenizer().eos_token_id).all()
 
 
-def test_a_short_pretraining_learns_and_writes_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="dppo_cli.embedded.pretrain_long_tail"):
-        pretrain(tmp_path / "model", steps=21, seed=1)
-    steps = [float(text.split("KL ")[1].split()[0]) for text in caplog.messages if text.startswith("step")]
-    assert steps[0] > 10 and steps[-1] < 0.8 * steps[0]
+def test_a_short_pretraining_learns_and_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(pretrain_long_tail.log, "info", lambda *message: told.append(message))
+    pretrain(tmp_path / "model", steps=21, seed=1)
+    (_, first), (_, last) = ((message[1], float(str(message[3]))) for message in told if "KL %.4f" in str(message[0]))
+    assert first > 10 and last < 0.8 * first
     assert {p.name for p in (tmp_path / "model").iterdir()} == {p.name for p in FOLDER.iterdir()}

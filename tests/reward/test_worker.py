@@ -168,7 +168,7 @@ def test_a_worker_that_hangs_dies_with_its_trainer(tmp_path: Path) -> None:
     assert wait_for(lambda: not alive(worker))
 
 
-def test_a_trainer_that_is_interrupted_while_calls_are_repeated_ends_at_once(tmp_path: Path) -> None:
+def test_a_trainer_that_is_interrupted_while_calls_wait_ends_at_once(tmp_path: Path) -> None:
     """Ctrl-C reaches the main thread, and the others wait for their workers."""
     (tmp_path / "mine.py").write_text(DOUBLE.format(quirk="open('called', 'w').close(); time.sleep(600)"))
     trainer = """
@@ -176,7 +176,13 @@ def test_a_trainer_that_is_interrupted_while_calls_are_repeated_ends_at_once(tmp
         from dppo_cli.reward.pool import Pool
         # A shell has its background jobs ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        Pool("mine.py:score", 2, 600.0, 8.0).call_each([({"prompts": ["p"], "completions": ["1"]}, 0)] * 8)
+        pool = Pool("mine.py:score", 2, 600.0, 8.0)
+        try:
+            calls = [pool.begin(({"prompts": ["p"], "completions": ["1"]}, 0)) for _ in range(8)]
+            [call.result() for call in calls]
+        except BaseException:
+            pool.give_up()
+            raise
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(trainer)], cwd=tmp_path, stderr=subprocess.DEVNULL
