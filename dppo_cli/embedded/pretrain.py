@@ -94,13 +94,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return as_transformers_has_it(tokenizer, CONTEXT)
+
+
+def as_transformers_has_it(tokenizer: Tokenizer, context: int, **special: str) -> PreTrainedTokenizerFast:
+    """With PAD, EOS and other `special` tokens, for prompts of up to `context` tokens that are padded on the left."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
         padding_side="left",
-        model_max_length=CONTEXT,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
+        **special,
     )
 
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dppo_cli.embedded.pretrain import EOS, PAD, Muon, save, trapezoid
+from dppo_cli.embedded.pretrain import EOS, PAD, Muon, as_transformers_has_it, save, trapezoid
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return as_transformers_has_it(tokenizer, CONTEXT, unk_token="<unk>")
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
