@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dppo_cli.config.checks import did_you_mean
-from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys
+from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys, recipes_dir
 from dppo_cli.errors import ConfigError
 
 MEMBERS = {"eval_sets.": "data", "data.members.": "data", "reward.members.": "reward"}
@@ -95,7 +95,9 @@ def _composed_keys(command: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _no_such_choice(group: str, choice: str) -> str:
-    return f"there is no {group}={choice}{did_you_mean(choice, groups().get(group, []))}"
+    # A recipe may have groups of its own, below recipes/.
+    of_recipes = [path.stem for path in (recipes_dir().parent / group).glob("*.yaml")]
+    return f"there is no {group}={choice}{did_you_mean(choice, groups().get(group, of_recipes))}"
 
 
 def _no_such_key(key: str, keys: Sequence[str]) -> str:

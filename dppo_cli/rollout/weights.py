@@ -50,6 +50,8 @@ def check_weights(kind: str, dtype: str | None, quantised: bool) -> None:
             "memory)"
         )
     if kind == "quantized" and dtype is not None:
+        if not quantised:
+            raise ConfigError(f"rollout.dtype={dtype}: a 4-bit copy computes in the precision of training; use null")
         raise ConfigError(f"rollout.dtype={dtype} needs a copy of the weights; use rollout.weights=dequantized")
 
 

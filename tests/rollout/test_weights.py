@@ -80,6 +80,7 @@ def test_the_choice_in_words(train_config):
         (False, "dequantized", None, "rollout.weights=dequantized needs a quantised base"),
         (True, "adapter", None, "use dequantized .* or quantized"),
         (True, "quantized", "bfloat16", "rollout.dtype=bfloat16 needs a copy of the weights"),
+        (False, "quantized", "bfloat16", "a 4-bit copy computes in the precision of training; use null"),
     ],
 )
 def test_what_cannot_be(train_config, quantised, kind, dtype, says):
