@@ -9,6 +9,8 @@ DEMO := runs/demo
 TWO := OMP_NUM_THREADS=1
 # Of llama-cpp-python, whose source archive holds llama.cpp.
 LLAMA := 0.3.36
+# For the tests of its kernels: the builds of torch for a CPU have none, the others bring theirs.
+TRITON := 3.6.0
 
 .PHONY: demo demo-real stability bench bench-gpu test test-slow test-gpu test-hostile test-llama-cpp format clean
 
@@ -51,7 +53,7 @@ bench-gpu: $(if $(PY),,$(VENV)/installed)
 	$(or $(PY),$(BIN)/python) benchmarks/gpu.py $(WORDS)
 
 # Format check, lint, strict types, tests.
-test: $(VENV)/installed
+test: $(VENV)/installed $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),$(VENV)/triton)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -88,6 +90,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		"install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/triton: $(VENV)/installed
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps triton==$(TRITON)
 	touch $@
 
 clean:

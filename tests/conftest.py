@@ -1,6 +1,7 @@
 """What all tests share: the tiny models in folders, and configs composed from the real YAML tree."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,10 @@ SMALL = (
 """What makes `dppo train` small enough for a tiny model; a test's own overrides come after it."""
 
 ComposeTrain = Callable[..., TrainConfig]
+
+if not torch.cuda.is_available():
+    # Before any module has kernels in Triton: its interpreter runs them on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
