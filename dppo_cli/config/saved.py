@@ -142,10 +142,19 @@ def _digest(key: bytes, text: str) -> str:
     return hmac.new(key, text.encode("utf-8"), hashlib.sha256).hexdigest()
 
 
+def user_folder() -> Path:
+    """Where the user's key is kept. The XDG specification says to ignore a relative XDG_CONFIG_HOME.
+
+    Raises RuntimeError if there is no home folder.
+    """
+    named = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".config") / "dppo"
+
+
 def _key(make: bool) -> bytes | None:
     """The user's key. None if there is none, or if none can be kept."""
     with suppress(OSError, RuntimeError):
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dppo"
+        folder = user_folder()
         path = folder / "key"
         if make and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -133,6 +133,16 @@ def test_who_signed_it(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert is_ours(text)
 
 
+@pytest.mark.parametrize("named", ["relative", "./x", ""])
+def test_a_relative_folder_is_ignored(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", named)
+    assert is_ours(sign("a: 1\n"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home/.config/dppo/key").is_file()
+
+
 def test_only_signing_makes_a_key(keys: Path) -> None:
     assert not is_ours(f"a: 1\n# signature: {'0' * 64}\n")
     assert not keys.exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row, first_line
-from dppo_cli.config.saved import is_ours, sign
+from dppo_cli.config.saved import is_ours, sign, user_folder
 
 GIB = 2**30
 LITTLE = 1.0
@@ -31,7 +31,7 @@ def disk() -> Iterator[Row]:
 
 def signatures() -> Iterator[Row]:
     """Whether a run can be signed, by which it is later known as the user's own."""
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dppo"
+    folder = user_folder()
     if is_ours(sign("dppo doctor\n")):
         yield Row("signatures", OK, f"runs are signed with {folder / 'key'}")
     else:
