@@ -5,6 +5,7 @@ own verifier scores a response.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class ReasoningGym:
 
 def _made(task: str, options: dict[str, Any]) -> Any:
     """The library's data set. Raises ConfigError."""
+    # reasoning-gym imports it, and it tells of its cache folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It leaves a file open.

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -146,6 +146,9 @@ def problems(result: Result) -> list[str]:
 
 
 def _ending(result: Result) -> Iterator[str]:
+    if "TTY_COMPATIBLE" in result.case.environment:
+        # A terminal, as the user says: what progress wrote there it has erased.
+        result = replace(result, err=re.sub(r"(?s).*\x1b\[2K", "", result.err))
     last = result.err.strip().splitlines()[-1][:300] if result.err.strip() else ""
     if result.status is None:
         yield f"hangs: {SECONDS} s"
@@ -169,8 +172,9 @@ def _places(result: Result) -> Iterator[str]:
     is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(result.case.words))
     for path in result.new:
         parts = Path(path).parts
-        # reasoning-gym imports matplotlib, which keeps a list of fonts.
-        if path in MAY_COME or "matplotlib" in parts or path == "home/.cache" or "__pycache__" in parts:
+        # reasoning-gym imports matplotlib, which keeps a list of fonts, in a temporary folder if it has no other.
+        fonts = any(part == "matplotlib" or part.startswith("matplotlib-") for part in parts)
+        if path in MAY_COME or fonts or path == "home/.cache" or "__pycache__" in parts:
             continue
         if parts[0] != "work" or not (parts[1] in named or "*" in named):
             yield f"wrote {path!r}"

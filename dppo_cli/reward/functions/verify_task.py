@@ -1,6 +1,7 @@
 """The verifiers of reasoning-gym. Some of them evaluate the answer as Python, so they run in the sandbox."""
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from dppo_cli.errors import RewardError
 from dppo_cli.reward.functions import sandbox
 from dppo_cli.reward.patterns import TooSlowError, compiled, last_match
 
+# reasoning-gym imports it, and it tells of its cache folder.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It leaves a file open.
