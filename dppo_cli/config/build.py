@@ -137,6 +137,7 @@ class _Builder:
             value = OmegaConf.to_object(OmegaConf.merge(leaf, {"value": escaped(node)})).value  # type: ignore[union-attr]
         except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+        _check_elements(hint, value, where)
         _check_number(hint, node, value, where)
         if CODE in marks:
             self.check_code(where, str(value))
@@ -151,6 +152,16 @@ class _Builder:
 @cache
 def _leaf(hint: Any) -> type:
     return make_dataclass("Leaf", [("value", hint)])
+
+
+def _check_elements(hint: Any, value: Any, where: str) -> None:
+    """Refuse a list in a list of numbers or text, which OmegaConf lets through."""
+    kinds = [h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is list]
+    if not isinstance(value, list) or not all(set(typing.get_args(kind)) <= {int, float, str, bool} for kind in kinds):
+        return
+    for i, element in enumerate(value if kinds else []):
+        if isinstance(element, list | dict):
+            raise ConfigError(f"{where}[{i}]={element} must be one value, not a list or a mapping")
 
 
 def _check_number(hint: Any, node: Any, value: Any, where: str) -> None:

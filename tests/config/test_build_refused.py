@@ -24,6 +24,8 @@ HERE = Picture.__module__
         ({"pen": {"width": 1, "colour": square()}}, "pen.colour"),
         ({"sizes": square()}, "sizes"),
         ({"sizes": [1.0, square()]}, "sizes[1]"),
+        ({"sizes": [1.0, [2.0]]}, "sizes[1]=[2.0] must be one value"),
+        ({"sizes": [{"a": 1.0}]}, "sizes[0]={'a': 1.0} must be one value"),
         ({"labels": {"a": square()}}, "labels.a"),
         ({"labels": {"_target_": "os.system"}}, "labels"),
         ({"shape": collage(target(Square, name=square(), side=1))}, "shape.parts[0].name"),

@@ -33,6 +33,11 @@ COMMANDS = (
     ("train", "resume=run"),
     ("train", "resume=run", f"steps={STEPS + 1}"),
     ("train", *TRAIN, "run_dir=run", "resume=auto"),
+    ("sample", "run=run", "text=1+1="),
+    ("compare", "run=run", "other=base", "out=out"),
+    ("report", "run=run", "out=out"),
+    ("report", "sweep=.", "out=out"),
+    ("runs", "folder=."),
 )
 
 

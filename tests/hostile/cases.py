@@ -24,10 +24,11 @@ SMALL = ("batch.prompts_per_step=4", "batch.prompts_per_update=4", "data.eval_pr
 """`dppo train` in half a second."""
 CONFIG_FOLDERS = ("config", "home/.config")  # XDG_CONFIG_HOME, and what an empty one stands for
 MAY_COME = {"canary-ran", *CONFIG_FOLDERS, *(f"{f}/dppo{key}" for f in CONFIG_FOLDERS for key in ("", "/key"))}
-OURS = ("runs", "sweeps", "evals")
+OURS = ("runs", "sweeps", "evals", "comparisons")
 """Folders in the working folder that dppo writes without being told to."""
-MAY_STAY = ("work/runs", "work/runs/last", "work/evals")
+MAY_STAY = ("work/runs", "work/runs/last", "work/evals", "work/comparisons")
 """What a refused command may leave."""
+WARNS = ("warning: ", "dppo: warning: ")
 LONGEST = 3000
 """Characters of an error message, besides those that were typed."""
 CANARY = """\
@@ -149,6 +150,11 @@ def _ending(result: Result) -> Iterator[str]:
     if "TTY_COMPATIBLE" in result.case.environment:
         # A terminal, as the user says: what progress wrote there it has erased.
         result = replace(result, err=re.sub(r"(?s).*\x1b\[2K", "", result.err))
+    # A library in a reward's process, of the memory that the user allows it.
+    lines = [text for text in result.err.splitlines(keepends=True) if not text.startswith("OpenBLAS error")]
+    if result.status == 0:
+        lines = [text for text in lines if not text.startswith(WARNS)]
+    result = replace(result, err="".join(lines))
     last = result.err.strip().splitlines()[-1][:300] if result.err.strip() else ""
     if result.status is None:
         yield f"hangs: {SECONDS} s"
@@ -208,6 +214,11 @@ def _results(result: Result) -> Iterator[str]:
 
 
 def _summary(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
+    if "difference" in summary:
+        mean, sides = summary["difference"]["mean"], [summary[side]["accuracy"] for side in ("second", "first")]
+        if not all(0 <= side <= 1 for side in sides) or abs(mean - sides[0] + sides[1]) > 1e-9:
+            yield f"summary.json has the accuracies {sides} and the difference {mean}"
+        return
     for key in ("eval_before", "eval_after", "accuracy"):
         # None: not judged, by a reward that the data does not fit.
         if summary.get(key) is not None and not (isinstance(summary[key], float | int) and 0 <= summary[key] <= 1):

@@ -20,7 +20,8 @@ REMOVED = "removed"
 """The value that takes a key away."""
 # fmt: off
 OF_A_RUN = ("config.yaml", "metrics.jsonl", "summary.json", "masked_tokens.json", "resumes.json", ".lock", "adapter",
-    "adapter/adapter_config.json", f"adapter/{WEIGHTS}", "adapter/README.md", "checkpoints")
+    "adapter/adapter_config.json", f"adapter/{WEIGHTS}", "adapter/README.md", "checkpoints", "eval_before.json",
+    "masked_by_mu.json", "warnings.jsonl", "samples", "samples/step-1.jsonl")
 OF_A_CHECKPOINT = (".", "adapter", "adapter/adapter_config.json", f"adapter/{WEIGHTS}", "adapter/README.md",
     "manifest.json", "state.json", "state.safetensors")
 VALUES = (REMOVED, REMOVED, REMOVED, None, True, -1, 0, 1, 2, 3, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),

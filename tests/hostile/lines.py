@@ -43,9 +43,16 @@ SIZES = {
     "checkpoint.every": ("0", "1"),
     "checkpoint.keep": ("1", "2"),
     "optim.warmup_updates": ("0", "3"),
+    "samples": ("1", "2"),
+    "rows": ("0", "1", "3"),
+    "check": ("0", "1", "3"),
+    "problems": ("1", "2"),
+    "prompt_tokens": ("1", "50"),
+    "shown": ("0", "1", "3"),
+    "limit": ("1", "3"),
 }
 """Keys that say how much is done, with values that take no time."""
-ONLY_LONG = ("steps",)
+ONLY_LONG = ("steps", "rows", "check", "problems", "shown", "limit")
 """Large values of these are no mistake."""
 PATH_KEYS = (
     "data.path",
@@ -56,6 +63,9 @@ PATH_KEYS = (
     "run_dir",
     "out",
     "run",
+    "other",
+    "sweep",
+    "folder",
     "resume",
 )
 ELSEWHERE = {choice for choice in groups()["model"] if choice not in ("hf", "arithmetic_1m", "long_tail_2k")} | {
@@ -63,7 +73,21 @@ ELSEWHERE = {choice for choice in groups()["model"] if choice not in ("hf", "ari
 }
 """Choices that need the hub or a GPU, of which the keys are those of other choices."""
 WRITTEN = ("run_dir", "out")
-"""Keys that name a new folder, which is then the user's wish."""
+"""Keys that name a new folder or file, which is then the user's wish."""
+COMMANDS = {
+    "train": 12,
+    "eval": 4,
+    "export": 2,
+    "data": 2,
+    "plan": 2,
+    "sample": 2,
+    "report": 2,
+    "compare": 2,
+    "runs": 1,
+}
+"""How often each is drawn. `doctor` asks the hub."""
+WAITS = ("serve",)
+"""Keys that have a command go on until it is told to end."""
 NEEDED = {
     "data=file": "data.path=problems.jsonl",
     "reward=function": "reward.path=canary.py:f",
@@ -75,13 +99,13 @@ CALLBACK = "{a: {_target_: canary.Mine}}"
 
 
 def line(seed: int, prepared: Path) -> Case:
-    """A command line of train, eval or export, the same for the same seed. `prepared`: has the run `finished`."""
+    """A command line, the same for the same seed. `prepared`: has the run `finished`."""
     random = Random(seed)
-    command = random.choices(("train", "eval", "export"), (7, 2, 1))[0]
+    command = random.choices(tuple(COMMANDS), tuple(COMMANDS.values()))[0]
     drawn = [word for _ in range(random.choices((1, 2, 3), (7, 2, 1))[0]) for word in _words(random, command)]
     if random.random() < 0.02:
         drawn.append(random.choice(drawn))
-    sweep = ["-m", "seed=1,2"] if random.random() < 0.03 and command != "export" else []
+    sweep = ["-m", "seed=1,2"] if random.random() < 0.03 and command in ("train", "eval") else []
     words = [command, *_beginning(random, command, drawn), *sweep, *drawn]
     text = " ".join(words)
     return Case(
@@ -101,7 +125,7 @@ def _words(random: Random, command: str) -> Sequence[str]:
         return [random.choice(ODD["loose"])]
     if kind == "option":
         return list(random.choice(ODD["options"]))
-    if kind == "choice":
+    if kind == "choice" and groups_of(command):
         group = random.choice(groups_of(command))
         return [f"{group}={random.choice(['nope', 'null', *groups()[group] * 3, *ODD['nested']])}"]
     key, choice, default = random.choice(_leaves(command))
@@ -148,9 +172,15 @@ def _beginning(random: Random, command: str, drawn: Sequence[str]) -> list[str]:
     """Words that make a command small; what was drawn stands after them."""
     keys = {word.partition("=")[0].lstrip("+~") for word in drawn}
     given = [word for choice, word in NEEDED.items() if choice in drawn and word.partition("=")[0] not in keys]
-    if command == "train":
+    if command in ("train", "plan", "data"):
         return [*([] if "data=file" in drawn else ["data.train_problems=32"]), *SMALL, *given]
-    if command == "export":
+    if command == "runs":
+        return ["folder=."]
+    if command == "sample":
+        return ["run=prepared", "text=1+1=", *given]
+    if command == "compare":
+        return ["run=prepared", f"other={random.choice(('prepared', 'base'))}", "out=out", *given]
+    if command in ("export", "report"):
         return ["run=prepared", "out=out", *given]
     data = [] if "data=file" in drawn else ["data=arithmetic"]
     of = ["run=prepared"] if random.random() < 0.5 else ["model.path=embedded:arithmetic_1m", *data]
@@ -177,7 +207,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     for name, child in node.items():
         if isinstance(child, dict) and child:
             yield from _flat(child, f"{prefix}{name}.")
-        elif name not in ("defaults", "_target_"):
+        elif name not in ("defaults", "_target_", *WAITS):
             yield f"{prefix}{name}", child
 
 

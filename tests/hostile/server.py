@@ -24,9 +24,15 @@ import hydra.main
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+import dppo_cli.commands.compare
+import dppo_cli.commands.data
 import dppo_cli.commands.evaluate
 import dppo_cli.commands.export
+import dppo_cli.commands.plan
+import dppo_cli.commands.report
 import dppo_cli.commands.resume
+import dppo_cli.commands.runs
+import dppo_cli.commands.sample
 import dppo_cli.commands.train  # noqa: F401
 from dppo_cli.cli.main import main
 
