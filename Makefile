@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/dppo export run=$(DEMO) format=adapter
 	$(BIN)/dppo export run=$(DEMO) format=merged
 
-# A real language model learns sums, without a GPU: ten minutes, and 93 MB to fetch. recipes/smollm2_arithmetic/README.md.
+# A real language model learns sums, without a GPU: five to ten minutes, and 93 MB to fetch. recipes/smollm2_arithmetic/README.md.
 demo-real: $(VENV)/installed
 	$(BIN)/python recipes/smollm2_arithmetic/fetch.py runs/smollm2-135m
 	$(BIN)/dppo train recipe=smollm2_arithmetic model.path=runs/smollm2-135m run_dir=runs/demo-real resume=auto
