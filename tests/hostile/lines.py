@@ -75,17 +75,17 @@ ELSEWHERE = {choice for choice in groups()["model"] if choice not in ("hf", "ari
 WRITTEN = ("run_dir", "out")
 """Keys that name a new folder or file, which is then the user's wish."""
 COMMANDS = {
-    "train": 12,
-    "eval": 4,
-    "export": 2,
-    "data": 2,
-    "plan": 2,
-    "sample": 2,
-    "report": 2,
-    "compare": 2,
-    "runs": 1,
+    "train": 60,
+    "eval": 20,
+    "export": 10,
+    "data": 5,
+    "sample": 5,
+    "report": 5,
+    "compare": 5,
+    "runs": 5,
+    "plan": 1,
 }
-"""How often each is drawn. `doctor` asks the hub."""
+"""How often each is drawn; `plan` takes seconds. `doctor` asks the hub."""
 WAITS = ("serve",)
 """Keys that have a command go on until it is told to end."""
 NEEDED = {
