@@ -1,6 +1,7 @@
 """`dppo data`: the problems of a run as the model and the reward see them, before anything is trained."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ FORMS = {
 
 def run_data(config: DataConfig, config_yaml: str) -> dict[str, Any]:
     """Print tables, or JSON, and return what JSON holds."""
-    if config.out is not None and Path(config.out).exists():
+    if config.out is not None and os.path.lexists(config.out):
         raise ConfigError(f"out={config.out} exists; name a new file")
     told: list[str] = []
     train, sets = read_problems(config, told.append)

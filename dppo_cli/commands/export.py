@@ -4,6 +4,7 @@ A merge happens in float32. What was written is read back and compared with the 
 policy samples to held-out prompts. After that it may be pushed to the hub.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def run_export(config: ExportConfig, config_yaml: str) -> dict[str, Any]:
         check_hub(config.push_to_hub)
     try:
         check_free(out, "out")
-        if out.exists():
+        if os.path.lexists(out):
             raise RunError(f"out={out} exists already; name another folder, or delete it first")
         found = _write(config, run, out, converter)
     except (OSError, SafetensorError) as error:

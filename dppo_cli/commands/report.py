@@ -54,7 +54,7 @@ def run_report(config: ReportConfig, config_yaml: str) -> dict[str, Any]:
     if config.serve:
         return _serve(config, folder, make)
     out = Path(str(config.out))
-    if out.is_dir() or (out.exists() and not config.overwrite):
+    if out.is_dir() or (os.path.lexists(out) and not config.overwrite):  # A link to nowhere is there, too.
         what = (
             "is a folder; name a file" if out.is_dir() else "exists already; name another file, or add overwrite=true"
         )

@@ -268,6 +268,8 @@ def test_a_target_that_exists(trained: Path, work: Path, refused: Callable[..., 
     (work / "taken").mkdir()
     assert "out=taken exists already" in refused(f"run={trained}", "out=taken")
     assert list((work / "taken").iterdir()) == []
+    (work / "nowhere").symlink_to("not/there")
+    assert "out=nowhere exists already" in refused(f"run={trained}", "out=nowhere")
 
 
 def test_a_run_that_is_not_there_or_not_finished(model: Path, work: Path, refused: Callable[..., str]) -> None:

@@ -59,6 +59,12 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(
     assert (work / "report.html").stat().st_size > 10**6
 
 
+def test_a_link_to_nowhere_is_there(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "loop").symlink_to("loop")
+    assert refused(capsys, "run=run", "out=loop").startswith("out=loop exists already")
+    assert (work / "loop").is_symlink()
+
+
 def test_what_is_refused(run: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "sweep").mkdir()
     (work / "sweep/multirun.yaml").write_text("")

@@ -147,7 +147,7 @@ def problems(result: Result) -> list[str]:
 
 
 def _ending(result: Result) -> Iterator[str]:
-    if "TTY_COMPATIBLE" in result.case.environment:
+    if {"TTY_COMPATIBLE", "FORCE_COLOR"} & set(result.case.environment):
         # A terminal, as the user says: what progress wrote there it has erased.
         result = replace(result, err=re.sub(r"(?s).*\x1b\[2K", "", result.err))
     # A library in a reward's process, of the memory that the user allows it.
