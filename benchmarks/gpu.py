@@ -24,14 +24,16 @@ from typing import Any
 import torch
 import transformers
 from gpu_decode import STEPS as DECODING
+from gpu_fused import STEPS as FUSED
 from gpu_model import LLAMA_8B, TINY
+from gpu_nf4 import STEPS as PRODUCTS
 from gpu_steps import STEPS as MOST
 from gpu_steps import Bench
 from measure import BUILD
 
-ORDER = "probe decode topk static static_topk refill blocks generate update update_packed step"
-ORDER += " decode_nf4 static_nf4 topk_nf4 update_nf4 update_nf4_whole gpu_16gb peer"
-STEPS = {name: {**MOST, **DECODING}[name] for name in ORDER.split()}
+ORDER = "probe decode topk static static_topk refill long blocks generate update update_packed"
+ORDER += " update_plain kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4 update_nf4_whole gpu_16gb peer"
+STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS}[name] for name in ORDER.split()}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0
 """Seconds for all steps together."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels import slots
 from dppo_cli.kernels.graphs import Graphs
+from dppo_cli.kernels.slots import Room
 from dppo_cli.rollout import refill
 from dppo_cli.rollout.local import LocalEngine
 from dppo_cli.rollout.refill import ON_CUDA, Refilling
@@ -76,8 +77,11 @@ def static_steps(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: 
                 _, prefill, _ = seconds_of(bench, engine, prompts, group, 1, num_logprobs)
                 first, second, peak = seconds_of(bench, engine, prompts, group, size.decoded, num_logprobs)
             step = (second - prefill) / (size.decoded - 1)
-            read = size.layer_parameters * layer_bytes + 2 * size.head_parameters
-            read += rows * (width + size.decoded / 2) * size.cache_bytes
+            weights = size.layer_parameters * layer_bytes + 2 * size.head_parameters
+            read, shared = (
+                weights + (prompt_rows * width + rows * size.decoded / 2) * size.cache_bytes
+                for prompt_rows in (rows, rows // group)
+            )
             bench.add(
                 f"{name}, {kind}, {rows} rows" + (f", top-{num_logprobs}" if num_logprobs else ""),
                 ms_per_step=1e3 * step,
@@ -85,8 +89,41 @@ def static_steps(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: 
                 prefill_s=prefill,
                 recording_s=first - second,
                 share_of_floor=read / bench.copy_bandwidth() / step,
+                share_with_prompts_once=shared / bench.copy_bandwidth() / step,
                 peak_gib="" if peak is None else peak,
             )
+
+
+class Noted(StaticSequences):
+    """`made`: the room of each that was made, and its bytes."""
+
+    made: list[tuple[Room, int]]
+
+    def __init__(self, *of: Any) -> None:
+        super().__init__(*of)
+        self.made.append((self.room, self.num_bytes))
+
+
+def long_prompts(bench: Bench, words: tuple[str, ...] = BF16) -> None:
+    """Prompts eight times as long as in the other steps: the time, and the memory that storing them once saves."""
+    size = bench.size
+    prompts = prompts_of(size, size.prompts, 8 * size.prompt)
+    rows, tokens = size.prompts * size.group, size.new // 2
+    Noted.made = []
+    with patch.object(refill, "StaticSequences", Noted), static_engine(bench, words, rows, Graphs) as engine:
+        _, prefill, _ = seconds_of(bench, engine, prompts, size.group, 1, 0)
+        first, second, peak = seconds_of(bench, engine, prompts, size.group, tokens, 0)
+    room, taken = Noted.made[-1]
+    each = taken / room.all_positions
+    bench.add(
+        f"long prompts, {size.prompts} x {size.group} samples of {8 * size.prompt} + {tokens} tokens",
+        ms_per_step=1e3 * (second - prefill) / (tokens - 1),
+        prefill_s=prefill,
+        recording_s=first - second,
+        slots_gib=taken / 2**30,
+        slots_gib_unshared=each * room.slots * (room.prompt_positions + room.positions) / 2**30,
+        peak_gib="" if peak is None else peak,
+    )
 
 
 class Forced(StaticSequences):
@@ -160,6 +197,7 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "static": (90, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA")),
     "static_topk": (30, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA", 20)),
     "refill": (60, refilled),
+    "long": (30, long_prompts),
     "blocks": (20, blocks),
     "static_nf4": (90, lambda b: static_steps(b, NF4, "static step, NF4 + LoRA")),
 }

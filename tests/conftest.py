@@ -7,8 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter runs kernels on the CPU, if it is asked to before Triton is imported, which the next ones do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tiny
 from helpers import write_rewards
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,10 +35,6 @@ SMALL = (
 """What makes `dppo train` small enough for a tiny model; a test's own overrides come after it."""
 
 ComposeTrain = Callable[..., TrainConfig]
-
-if not torch.cuda.is_available():
-    # Before any module has kernels in Triton: its interpreter runs them on the CPU.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

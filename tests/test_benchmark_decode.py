@@ -33,6 +33,7 @@ def test_static_steps(scripts: SimpleNamespace, step: str):
     kinds = ("graphs, 2 rows", "graphs, 4 rows", "graphs, masked attention, 4 rows", "no graphs, 4 rows")
     assert list(rows) == [f"{name}, {kind}{', top-20' if step == 'static_topk' else ''}" for kind in kinds]
     assert all(row["prefill_s"] > 0 and {"ms_per_step", "share_of_floor"} <= set(row) for row in rows.values())
+    assert all(0 < row["share_with_prompts_once"] / row["share_of_floor"] < 1 for row in rows.values())
 
 
 def test_refilled_slots(scripts: SimpleNamespace):
@@ -60,3 +61,13 @@ def test_blocks(scripts: SimpleNamespace):
         "looking every 8 steps, 0 ahead, 4 rows",
         "looking every 8 steps, 1 ahead, 4 rows",
     ]
+
+
+def test_long_prompts(scripts: SimpleNamespace):
+    """Of two layers with two key heads of 16 numbers in float32: two prompts of 64 tokens, four samples of 4."""
+    ((name, row),) = measured(scripts, "long").items()
+    assert name == "long prompts, 2 x 2 samples of 64 + 4 tokens"
+    position = 2 * 2 * 2 * 16 * 4 / 2**30
+    assert row["slots_gib"] == pytest.approx(position * (2 * 256 + 4 * 256))
+    assert row["slots_gib_unshared"] == pytest.approx(position * 4 * (256 + 256))
+    assert row["prefill_s"] > 0 and "ms_per_step" in row

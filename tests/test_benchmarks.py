@@ -237,10 +237,10 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["what"]: row for row in found["rows"]}
     assert [row for row in found["rows"] if "failed" in row] == []
-    # Those of gpu_decode.py have tests of their own.
-    decoding = ("static step", "long-tailed", "looking every")
-    assert len([name for name in rows if name.startswith(decoding)]) == 17
-    assert [name for name in rows if not name.startswith(decoding)] == [
+    # Those of gpu_decode.py, gpu_fused.py and gpu_nf4.py have tests of their own.
+    decoding = ("static step", "long-tailed", "long prompts", "looking every")
+    assert len([name for name in rows if name.startswith(decoding)]) == 18
+    assert [name for name in rows if not name.startswith((*decoding, "kernel", "product"))] == [
         "probe",
         "decode, bf16 + LoRA, 2 rows",
         "decode, bf16 + LoRA, 4 rows",
@@ -248,6 +248,7 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
         "transformers' generate, 4 rows",
         "update, bf16 LoRA, 2 x 2 x (8 + 8)",
         "update, bf16 LoRA, packed, 2 x 2 x (8 + 8)",
+        "update, bf16 LoRA, packed, plain modules, 2 x 2 x (8 + 8)",
         "whole step, bf16 LoRA",
         "decode, NF4 + LoRA, 2 rows",
         "decode, NF4 + LoRA, 4 rows",
@@ -260,7 +261,7 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     ]
     assert rows["whole step, TRL"]["not_run"] == "No module named 'trl'"
     ways = [row["forward"] for name, row in rows.items() if name.startswith("update")]
-    assert ways == ["SharedPrompts", "PackedGroups", "PackedGroups", "WholeSequences"]
+    assert ways == ["SharedPrompts", *["PackedGroups"] * 3, "WholeSequences"]
     update = rows["update, bf16 LoRA, 2 x 2 x (8 + 8)"]
     assert update["tokens_per_s"] == pytest.approx(2 * 2 * 8 / update["seconds"])
     text = (tmp_path / "gpu.md").read_text()

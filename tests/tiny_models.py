@@ -29,6 +29,8 @@ SIZE = dict(tiny.GROUPED, vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1,
 WINDOW = dict(SIZE, sliding_window=6)
 TIED = dict(SIZE, tie_word_embeddings=True)
 LONGROPE_LIMIT = 64
+BLOCKS = dict(hidden_size=64, intermediate_size=128, head_dim=16)
+"""Sizes of which NF4's blocks are a part, as in models that people use."""
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -86,8 +88,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def save(folder: Path, family: str) -> Path:
-    config = FAMILIES[family].__class__.from_dict(FAMILIES[family].to_dict())
+def save(folder: Path, family: str, **sizes: int) -> Path:
+    """`sizes`: instead of those in `FAMILIES`."""
+    config = FAMILIES[family].__class__.from_dict({**FAMILIES[family].to_dict(), **sizes})
     torch.manual_seed(0)
     model: PreTrainedModel
     if isinstance(config, Gemma3Config):

@@ -2,57 +2,108 @@
 
 PEFT converts the float32 A, B and x to W's precision at every product, and multiplies and adds in operations of their
 own: eight small kernels for each layer and token. Here there are two, and layers that read one input share the first.
+On a GPU they share the product with W, too, and weights in 4 bits are multiplied as they are, by `fused.nf4`.
 
 Shapes: I inputs, O outputs of a layer, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dppo_cli.kernels.devices import CUDA
+from dppo_cli.kernels.four_bits import biases_of, is_4_bit, why_not
+from dppo_cli.kernels.joined import are_joined, joined
 from dppo_cli.kernels.llama import Projections, each
+from dppo_cli.kernels.probe import refused, without_triton
+
+CLOSE = 2**-6
+"""Of numbers near 1 in bfloat16, whose sums were rounded in another order."""
+NOT_FUSED = "products with 4-bit weights take several times as long as they could: {}"
 
 
 class Beside:
     """Makes the products of `LlamaStep`; `refresh` takes over the adapter as it is now, at the same addresses.
 
     Dropout is left out. Layers without an adapter, and adapters that compute something else (DoRA, several adapters,
-    biases), run as the modules they are.
+    biases), run as the modules they are. `warn` is told, once, if products in 4 bits should be fused and cannot be.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, warn: Callable[[str], None] = lambda _: None) -> None:
+        self.dtype, self.warn = dtype, warn
         self.copies: list[Tensor] = []
         self.sources: list[Tensor] = []
+        self.wholes: list[tuple[list[nn.Parameter], Tensor]] = []
+        self.said = False
 
     def __call__(self, *modules: Any) -> Projections:
         if not all(_is_plain(module) for module in modules):
             return each(*modules)
         adapters = [_adapter(module) for module in modules]
+        bases = [module.get_base_layer() for module in modules]
         a_rI = self._copied([a for a, _, _ in adapters])
-        rest = [
-            (module.get_base_layer(), a.shape[0], self._copied([b]), s)
-            for module, (a, b, s) in zip(modules, adapters, strict=True)
-        ]
+        bs, scaling = [b for _, b, _ in adapters], [s for _, _, s in adapters]
+        ranks = [len(a) for a, _, _ in adapters]
+        lows = [slice(sum(ranks[:i]), sum(ranks[: i + 1])) for i in range(len(ranks))]
+        # One below the other where they can be.
+        whole_Or = self._copied(bs) if len(set(ranks)) == 1 else None
+        b_Ors = [self._copied([b]) for b in bs] if whole_Or is None else whole_Or.split([len(b) for b in bs])
+        fused: list[tuple[Any, slice]] = []
+        most_rows = 0
+        if self._fuses(bases):
+            from dppo_cli.kernels.fused.nf4_product import MOST_ROWS, Nf4Product
+
+            most_rows = MOST_ROWS
+            if whole_Or is not None:
+                fused = [(Nf4Product(bases, whole_Or, scaling), slice(0, sum(ranks)))]
+            else:
+                by_layer = zip(bases, b_Ors, scaling, strict=True)
+                fused = list(zip((Nf4Product([base], b, [s]) for base, b, s in by_layer), lows, strict=True))
+            self.wholes += [(product.weights, product.codes) for product, _ in fused]
+        of_bases = self._of_bases(bases)
 
         def products(x: Tensor) -> list[Tensor]:
-            low = nn.functional.linear(x.to(self.dtype), a_rI).flatten(0, -2)
-            found, start = [], 0
-            for base, rank, b_Or, s in rest:
-                out = base(x)
-                out.view(-1, out.shape[-1]).addmm_(low[:, start : start + rank], b_Or.t(), alpha=s)
-                found.append(out)
-                start += rank
+            x = x.to(self.dtype)
+            low = nn.functional.linear(x, a_rI).flatten(0, -2)
+            if len(low) <= most_rows:
+                return [out for product, part in fused for out in product(x, low[:, part])]
+            found = list(of_bases(x))
+            for out, part, b_Or, s in zip(found, lows, b_Ors, scaling, strict=True):
+                out.view(-1, out.shape[-1]).addmm_(low[:, part], b_Or.t(), alpha=s)
             return found
 
         return products
 
     def refresh(self) -> None:
+        assert all(are_joined(parameters, whole) for parameters, whole in self.wholes), "the weights were replaced"
         if self.copies:
             torch._foreach_copy_(self.copies, [source.detach() for source in self.sources])
+
+    def _of_bases(self, bases: Sequence[Any]) -> Projections:
+        """One product for all, if it can be; else their own forward passes."""
+        if not (len(bases) > 1 and all(type(base) is nn.Linear and _may_move(base.weight) for base in bases)):
+            return each(*bases)
+        parameters = [base.weight for base in bases]
+        whole_OI, bias_O, sizes = joined(parameters), biases_of(bases), [len(weight) for weight in parameters]
+        self.wholes.append((parameters, whole_OI))
+        return lambda x: nn.functional.linear(x, whole_OI, bias_O).split(sizes, dim=-1)
+
+    def _fuses(self, bases: Sequence[Any]) -> bool:
+        if not all(is_4_bit(base) for base in bases):
+            return False
+        device = bases[0].weight.device
+        why = without_triton(device, self.dtype)
+        if why is None:
+            reasons = (why_not(base, self.dtype) for base in bases)
+            why = next((reason for reason in reasons if reason is not None), None) or _refused(device, self.dtype)
+        if why and not self.said:
+            self.said = True
+            self.warn(NOT_FUSED.format(why))
+        return why is None
 
     def _copied(self, sources: Sequence[Tensor]) -> Tensor:
         """One below the other."""
@@ -60,6 +111,19 @@ class Beside:
         self.copies += whole.split([len(source) for source in sources])
         self.sources += sources
         return whole
+
+
+@cache
+def _refused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the kernel's results on this device say."""
+    from dppo_cli.kernels.fused.nf4_product import difference
+
+    return refused(partial(difference, device, dtype), CLOSE)
+
+
+def _may_move(weight: Tensor) -> bool:
+    """Where a few rows more or less take the same time. CPUs have layouts of their own, see packed.py."""
+    return weight.device.type == CUDA and not weight.requires_grad
 
 
 def _is_plain(layer: Any) -> bool:

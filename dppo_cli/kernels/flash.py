@@ -1,11 +1,14 @@
-"""Attention of one token per slot by FlashAttention-2, which reads a slot up to its sequence's length and no further.
+"""Attention of one token per row to two stretches of keys, its prompt's and its own, by FlashAttention-2.
 
 torch's kernel for sequences of different lengths takes the length in use beside the offset of each (`seqused_k`), so
-slots of a fixed size are sequences to it, with free room between them. It reads a key once for all of its query heads,
-and splits long sequences between processors. `scaled_dot_product_attention` needs a mask for different lengths; with
-one it takes another kernel, which reads all positions that the mask covers.
+stretches of a pool are sequences to it: of any length, in any order, and several rows may read the same one. It reads a
+key once for all of its query heads, and splits long sequences between processors. `scaled_dot_product_attention` needs
+a mask for different lengths; with one it takes another kernel, which reads all positions that the mask covers.
 
-Shapes: R rows, C positions of a slot, K key heads, Q query heads per key head, D head size.
+Each stretch is an attention of its own, with output o and log-sum-exp l of its scores; together they are, exactly,
+    o = o_1 + s (o_2 - o_1),  s = exp(l_2) / (exp(l_1) + exp(l_2)).
+
+Shapes: R rows, M positions of the pool, K key heads, Q query heads per key head, D head size.
 """
 
 import torch
@@ -15,45 +18,56 @@ from torch.nn.functional import scaled_dot_product_attention
 from dppo_cli.kernels.devices import CUDA
 
 CLOSE = 0.02
-"""Largest difference of two kernels in 16 bits, for values of unit variance: a few roundings of the result."""
+"""Largest difference from float32 in 16 bits, for values of unit variance: two roundings of the result."""
 
 
 class FlashOverSlots:
-    """Takes the place of `scaled_dot_product_attention` in `LlamaStep`, for keys and values that are whole slots."""
+    """Takes the place of `scaled_dot_product_attention` in `LlamaStep`, for keys and values that are whole pools.
 
-    def __init__(self, slots: int, capacity: int, device: torch.device) -> None:
-        self.capacity = capacity
-        self.q_start_S1 = torch.arange(slots + 1, dtype=torch.int32, device=device)
-        self.k_start_S1 = self.q_start_S1 * capacity
-        self.used_R = self.q_start_S1[:0]
+    `rows`: at most; `longest`: positions of a stretch, at most.
+    """
 
-    def look(self, used_R: Tensor) -> None:
-        """How many positions of each slot the next calls attend to."""
-        self.used_R = used_R.int()
+    def __init__(self, rows: int, longest: int, device: torch.device) -> None:
+        self.longest = longest
+        self.q_start = torch.arange(2 * rows + 1, dtype=torch.int32, device=device)
+        self.k_start = self.used = self.q_start[:0]
+
+    def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None:
+        """Where the stretches of each row begin in the pool, and how many positions the next calls attend to.
+
+        None is empty: the kernel says of an empty one that its log-sum-exp is infinite.
+        """
+        # One call for both: as many sequences as there are rows, twice, and the end of the last, which is not read.
+        self.k_start = torch.cat([prompt_R, own_R, own_R[:1]]).int()
+        self.used = torch.cat([prompt_used_R, own_used_R]).int()
 
     def __call__(
-        self, q_RKQD: Tensor, keys_RKCD: Tensor, values_RKCD: Tensor, attn_mask: Tensor | None, scale: float
+        self, q_RKQD: Tensor, keys_MKD: Tensor, values_MKD: Tensor, attn_mask: Tensor | None, scale: float
     ) -> Tensor:
         """[R, K, Q, D]. `attn_mask` is not read: it says what `look` was told."""
-        rows, size = len(q_RKQD), q_RKQD.shape[-1]
-        keys, values = (
-            states.transpose(1, 2).reshape(-1, states.shape[1], size) for states in (keys_RKCD, values_RKCD)
-        )
-        found: Tensor = torch.ops.aten._flash_attention_forward(
-            q_RKQD.reshape(rows, -1, size),
-            keys,
-            values,
-            self.q_start_S1[: rows + 1],
-            self.k_start_S1[: rows + 1],
+        size = q_RKQD.shape[-1]
+        found, lse = torch.ops.aten._flash_attention_forward(
+            q_RKQD.expand(2, *q_RKQD.shape).reshape(len(self.used), -1, size),
+            keys_MKD,
+            values_MKD,
+            self.q_start[: len(self.k_start)],
+            self.k_start,
             1,
-            self.capacity,
+            self.longest,
             0.0,
             False,
             False,
             scale=scale,
-            seqused_k=self.used_R,
-        )[0]
-        return found.reshape(q_RKQD.shape)
+            seqused_k=self.used,
+        )[:2]
+        return merged(found, lse).reshape(q_RKQD.shape)
+
+
+def merged(found: Tensor, lse: Tensor) -> Tensor:
+    """[R, K Q, D] from the outputs [2 R, K Q, D] and log-sum-exps [K Q, 2 R], first those of all first stretches."""
+    (first, second), (first_lse, second_lse) = found.chunk(2), lse.t().chunk(2)
+    share = torch.sigmoid(second_lse - first_lse)[..., None]
+    return torch.lerp(first.to(share.dtype), second.to(share.dtype), share).to(found.dtype)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
@@ -63,26 +77,35 @@ def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def difference(device: torch.device, dtype: torch.dtype, key_heads: int, query_heads: int, size: int) -> float:
-    """The largest difference between the two kernels, for `query_heads` to each key head and three slots.
+    """The largest difference from attention in float32, for `query_heads` to each key head.
 
-    They are in use up to their first position, a middle one, and their last; behind these are large numbers. Raises
-    RuntimeError where the kernel refuses.
+    Three prompts are in use up to their first position, a middle one, and their last, and so are the slots of five rows
+    that read them, in no order and some of them twice. Behind these positions are large numbers. Raises RuntimeError
+    where the kernel refuses.
     """
-    used, capacity = (1, 300, 512), 512
+    prompt_used, prompt, own_used, longest = (1, 300, 512), (2, 0, 2, 1, 0), (1, 512, 300, 512, 1), 512
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    q = random(len(used), key_heads, query_heads, size)
-    keys, values = (random(len(used), capacity, key_heads, size) for _ in range(2))
-    seen = torch.arange(capacity) < torch.tensor(used)[:, None]
+    q = random(len(prompt), key_heads, query_heads, size)
+    keys, values = (random(len(prompt_used) + len(prompt), longest, key_heads, size) for _ in range(2))
+    used = torch.tensor(prompt_used + own_used, device=device)
+    seen = torch.arange(longest, device=device) < used[:, None]
     for states in (keys, values):
-        states[~seen.to(device)] = 100.0
-    flash = FlashOverSlots(len(used), capacity, device)
-    flash.look(torch.tensor(used, device=device))
-    given = (q, keys.transpose(1, 2), values.transpose(1, 2))
-    found = flash(*given, attn_mask=None, scale=size**-0.5)
-    mask = seen[:, None, None].to(device)
-    expected = scaled_dot_product_attention(*given, attn_mask=mask, scale=size**-0.5)
-    return float((found.float() - expected.float()).abs().max())
+        states[~seen] = 100.0
+    prompt_R = torch.tensor(prompt, device=device)
+    own_R = torch.arange(len(prompt), device=device) + len(prompt_used)
+    flash = FlashOverSlots(len(prompt), longest, device)
+    flash.look(prompt_R * longest, own_R * longest, used[prompt_R], used[own_R])
+    found = flash(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=None, scale=size**-0.5)
+    both_keys, both_values, mask = (torch.cat([of[prompt_R], of[own_R]], dim=1) for of in (keys, values, seen))
+    expected = scaled_dot_product_attention(
+        q.float(),
+        both_keys.transpose(1, 2).float(),
+        both_values.transpose(1, 2).float(),
+        attn_mask=mask[:, None, None],
+        scale=size**-0.5,
+    )
+    return float((found.float() - expected).abs().max())

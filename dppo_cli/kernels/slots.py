@@ -1,13 +1,16 @@
-"""Keys and values of sequences in slots of a fixed size, and a decoding step whose shapes and addresses are fixed.
+"""Keys and values of sequences in places of a fixed size, and a decoding step whose shapes and addresses are fixed.
 
-A slot holds one sequence from its first position on, so sequences of different lengths need no padding, and another
-sequence can take a slot while the others go on. The host reads nothing: a CUDA graph can replay a step.
+A prompt has a place, which all of its samples read; what a sample writes is in a slot of its own. Both hold a sequence
+from its first position on, so different lengths need no padding, and another sequence can take a place while the others
+go on. The host reads nothing: a CUDA graph can replay a step.
 
-Shapes: S slots, C positions of a slot, R rows (the first R slots take part in a step), X positions that a step reads,
-K key heads, Q query heads per key head, D head size, H hidden size, N sequences that get a slot, L prompt positions.
+Shapes: P places of prompts, S slots, M positions of all of them, R rows (the first R slots take part in a step), X
+positions that a step reads, K key heads, Q query heads per key head, D head size, H hidden size, N prompts, L prompt
+positions.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from dppo_cli.kernels.beside import Beside
+from dppo_cli.kernels.devices import empty_cache
 from dppo_cli.kernels.flash import CLOSE, FlashOverSlots, difference, has_flash
 from dppo_cli.kernels.llama import LlamaStep
+from dppo_cli.kernels.probe import refused
 
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary frequencies that do not depend on how long the longest sequence is."""
@@ -28,96 +33,140 @@ def has_fixed_frequencies(model: PreTrainedModel) -> bool:
     return getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None) in FIXED_ROTARY
 
 
+@dataclass(frozen=True)
+class Room:
+    """`prompts` places of `prompt_positions` each, `slots` of `positions` each."""
+
+    prompts: int
+    prompt_positions: int
+    slots: int
+    positions: int
+
+    @property
+    def of_prompts(self) -> int:
+        return self.prompts * self.prompt_positions
+
+    @property
+    def all_positions(self) -> int:
+        return self.of_prompts + self.slots * self.positions
+
+    def with_room_for(self, other: "Room") -> "Room":
+        """The smallest that has room for what either has room for."""
+        return Room(
+            max(self.prompts, other.prompts),
+            max(self.prompt_positions, other.prompt_positions),
+            max(self.slots, other.slots),
+            max(self.positions, other.positions),
+        )
+
+
+Shown = Callable[[Tensor], Tensor]
+"""What attention is given of a layer's keys, or values, [M, K, D]."""
+
+
 class SlotStates:
-    """Keys and values of one layer, [S, C, K, D], written where `Decoding` says. As `LlamaStep` asks a cache for them.
+    """Keys and values of one layer, [M, K, D], written where `Decoding` says. As `LlamaStep` asks a cache for them.
 
     They begin as zeros: what is behind a sequence's end has no weight in its attention, but zero times NaN is NaN.
     """
 
-    def __init__(self, slots: int, capacity: int, like_PLKD: Tensor) -> None:
-        shape = (slots, capacity, *like_PLKD.shape[2:])
-        self.keys, self.values = like_PLKD.new_zeros(shape), like_PLKD.new_zeros(shape)
+    def __init__(self, room: Room, like_NLKD: Tensor) -> None:
+        self.room = room
+        shape = (room.all_positions, *like_NLKD.shape[2:])
+        self.keys, self.values = like_NLKD.new_zeros(shape), like_NLKD.new_zeros(shape)
         self.at_R = torch.empty(0)
-        self.width = 0
+        self.shown: Shown = _whole
 
-    def look(self, at_R: Tensor, width: int) -> None:
-        """The next `update` writes to `at_R`, counted through all slots, and shows the first `width` of each."""
-        self.at_R, self.width = at_R, width
+    def look(self, at_R: Tensor, shown: Shown) -> None:
+        """The next `update` writes to `at_R` and gives what `shown` makes of the keys and of the values."""
+        self.at_R, self.shown = at_R, shown
 
     def update(self, keys_RK1D: Tensor, values_RK1D: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, K, X, D] each, with the new ones among them."""
-        rows = len(self.at_R)
         for pool, new in ((self.keys, keys_RK1D), (self.values, values_RK1D)):
-            pool.flatten(0, 1).index_copy_(0, self.at_R, new.squeeze(2))
-        return (
-            self.keys[:rows, : self.width].transpose(1, 2),
-            self.values[:rows, : self.width].transpose(1, 2),
-        )
+            pool.index_copy_(0, self.at_R, new.squeeze(2))
+        return self.shown(self.keys), self.shown(self.values)
 
-    def put(self, slot_N: Tensor, keys_NLKD: Tensor, values_NLKD: Tensor) -> None:
-        """A prompt's states from a slot's first position on."""
+    def put(self, place_N: Tensor, keys_NLKD: Tensor, values_NLKD: Tensor) -> None:
+        """Prompts' states, from a place's first position on."""
         for pool, new in ((self.keys, keys_NLKD), (self.values, values_NLKD)):
-            pool[:, : new.shape[1]].index_copy_(0, slot_N, new)
+            of_prompts(pool, self.room)[:, : new.shape[1]].index_copy_(0, place_N, new)
 
     def move(self, from_M: Tensor, to_M: Tensor, width: int) -> None:
+        """What is in the first `width` positions of slots, to other slots."""
         for pool in (self.keys, self.values):
-            pool[to_M, :width] = pool[from_M, :width]
+            own = of_slots(pool, self.room)
+            own[to_M, :width] = own[from_M, :width]
+
+
+def of_prompts(pool_MKD: Tensor, room: Room) -> Tensor:
+    """[P, positions of a place, K, D]."""
+    return pool_MKD[: room.of_prompts].view(room.prompts, room.prompt_positions, *pool_MKD.shape[1:])
+
+
+def of_slots(pool_MKD: Tensor, room: Room) -> Tensor:
+    """[S, positions of a slot, K, D]."""
+    return pool_MKD[room.of_prompts :].view(room.slots, room.positions, *pool_MKD.shape[1:])
+
+
+def _whole(pool_MKD: Tensor) -> Tensor:
+    return pool_MKD
 
 
 class Decoding:
     """`step` for one token of each of the first R slots. See `LlamaStep` for the models that it computes.
 
-    `like`: keys of any prompt [P, L, K, D], for each layer; their precision is that in which the model computes.
+    `like`: keys of any prompts [N, L, K, D], for each layer; their precision is that in which the model computes.
     `warn` is told if the faster attention (`FlashOverSlots`) should work here and does not.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        slots: int,
-        capacity: int,
-        like: Sequence[Tensor],
-        warn: Callable[[str], None],
-    ) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, model: PreTrainedModel, room: Room, like: Sequence[Tensor], warn: Callable[[str], None]) -> None:
+        self.room = room
         device, dtype = like[0].device, like[0].dtype
-        self.states = [SlotStates(slots, capacity, states) for states in like]
-        self.beside = Beside(dtype)
+        self.states = [SlotStates(room, states) for states in like]
+        self.beside = Beside(dtype, warn)
         why_not = _without_flash(model, like[0])
         if why_not:
             warn(WITHOUT_FLASH.format(why_not))
-        self.flash = FlashOverSlots(slots, capacity, device) if why_not is None else None
+        longest = max(room.prompt_positions, room.positions)
+        self.flash = FlashOverSlots(room.slots, longest, device) if why_not is None else None
         self.run = LlamaStep(model, self.beside, self.flash or scaled_dot_product_attention)
-        self.start_S = torch.arange(slots, device=device) * capacity
-        self.position_C = torch.arange(capacity, device=device)
+        if self.beside.wholes:
+            empty_cache(device)  # of the weights that were copied to be beside each other
+        self.start_S = torch.arange(room.slots, device=device) * room.positions + room.of_prompts
+        self.position_X = torch.arange(longest, device=device)
 
-    def step(self, token_R: Tensor, length_R: Tensor, width: int) -> Tensor:
-        """Final hidden states [R, H] of tokens int64 [R], each at the position after its slot's `length_R` positions.
+    def step(self, token_R: Tensor, place_R: Tensor, prompt_R: Tensor, length_R: Tensor, width: int) -> Tensor:
+        """Final hidden states [R, H] of tokens int64 [R], each at the position after `length_R` positions of its slot.
 
-        `width`, X: more than every length; the work grows with it, unless `flash` reads true lengths.
+        Before those are the `prompt_R` positions, one at least, of the prompt in place `place_R`. `width`: more than
+        every length; the work grows with it, unless `flash` reads true lengths.
         """
-        at_R = self.start_S[: len(token_R)] + length_R
-        mask_RX = None
+        rows, room = len(token_R), self.room
+        start_R = self.start_S[:rows]
+        mask_RX: Tensor | None = None
+        shown: Shown = _whole
         if self.flash is not None:
-            width = self.capacity
-            self.flash.look(length_R + 1)
+            self.flash.look(place_R * room.prompt_positions, start_R, prompt_R, length_R + 1)
         else:
-            mask_RX = self.position_C[:width] <= length_R[:, None]
+            of_prompt = self.position_X[: room.prompt_positions] < prompt_R[:, None]
+            mask_RX = torch.cat([of_prompt, self.position_X[:width] <= length_R[:, None]], dim=1)
+
+            def gathered(pool_MKD: Tensor) -> Tensor:
+                own = of_slots(pool_MKD, room)[:rows, :width]
+                return torch.cat([of_prompts(pool_MKD, room)[place_R], own], dim=1).transpose(1, 2)
+
+            shown = gathered
+
         for states in self.states:
-            states.look(at_R, width)
-        return self.run(self.states, token_R, length_R[:, None], mask_RX)[:, -1]
+            states.look(start_R + length_R, shown)
+        return self.run(self.states, token_R, (prompt_R + length_R)[:, None], mask_RX)[:, -1]
 
 
-def _without_flash(model: PreTrainedModel, like_PLKD: Tensor) -> str | None:
+def _without_flash(model: PreTrainedModel, like_NLKD: Tensor) -> str | None:
     """Why not: empty where it is not for this device or precision."""
-    device, dtype = like_PLKD.device, like_PLKD.dtype
+    device, dtype = like_NLKD.device, like_NLKD.dtype
     if not has_flash(device, dtype):
         return ""
-    key_heads, size = like_PLKD.shape[2:]
-    try:
-        apart = difference(device, dtype, key_heads, model.config.num_attention_heads // key_heads, size)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    return None if apart <= CLOSE else f"its results are {apart:.2g} off"
+    key_heads, size = like_NLKD.shape[2:]
+    shared = model.config.num_attention_heads // key_heads
+    return refused(lambda: difference(device, dtype, key_heads, shared, size), CLOSE)

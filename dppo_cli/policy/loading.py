@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from dppo_cli.config.sections import Hardware, LoRA, Model
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.kernels.devices import MPS, set_up
+from dppo_cli.kernels.llama import fuse
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.adapter import add_adapter, load_adapter, start_from
@@ -103,6 +104,7 @@ def load_policy(
         model.enable_input_require_grads()
     if device.type == "cpu":
         make_lean(model)
+    fuse(model, device, dtype, warn)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
     dropout = 0.0 if adapter is None else adapter.dropout

@@ -4,7 +4,7 @@ The device is given blocks of steps. While one runs, the host reads which sequen
 them out, gives their slots to the next of the queue, and hands on the prompts whose samples have all ended. So the
 device never waits for the host, and the tokens never depend on how fast either is.
 
-Shapes: S slots, T the most tokens of a response, G samples per prompt, N sequences that get a slot.
+Shapes: S slots, T the most tokens of a response, G samples per prompt.
 """
 
 from collections import deque
@@ -14,31 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.graphs import Graphs
+from dppo_cli.kernels.slots import Room
 from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.record import report_of
+from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import OnHost, Prefilled, StaticSequences, prefill, sent
-from dppo_cli.types import PolicyReport, Prompt
-
-Sampled = tuple[Tensor, PolicyReport]
-"""A response's tokens, int64 [T], and what the policy said of them."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """`group` responses to each prompt. `seeds`: one a prompt, for the uniform numbers of its samples at each step."""
-
-    prompts: Sequence[Prompt]
-    group: int
-    sampling: Sampling
-    num_logprobs: int
-    seeds: Sequence[int]
-
-    @property
-    def longest(self) -> int:
-        """Positions of the longest prompt with the longest response."""
-        return max(len(prompt.token_ids) for prompt in self.prompts) + self.sampling.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -46,8 +27,8 @@ class Pace:
     """How blocks are made.
 
     `steps`: of a block; `ahead`: blocks that the device is given before the host looks at the one before. `rows`:
-    numbers of rows that there are steps for, above the last its multiples; `width`: positions that attention reads are
-    rounded up to multiples of it. Fewer of either make fewer graphs.
+    numbers of rows that there are steps for, above the last its multiples; `width`: positions that attention reads, and
+    those of places and slots, are rounded up to multiples of it. Fewer of either make fewer graphs.
     """
 
     steps: int
@@ -62,30 +43,33 @@ class Occupant:
 
     number: int
     sample: int
-    prompt_tokens: int
     since: int  # the first block that it takes part in, where it is
     steps: int = 0
 
 
 @dataclass
 class Waiting:
-    """A prompt that has run, and the next of its samples that gets a slot."""
+    """A prompt in its place, and the next of its samples that gets a slot."""
 
     number: int
-    row: int
+    place: int
     uniform_TG: Tensor
     sample: int = 0
 
 
 class Blocks:
-    """One call: `groups()` once. `opened` makes the slots, from the states of prompts, which tell their shapes."""
+    """One call: `groups()` once. `opened` makes the slots, from the states of prompts, which tell their shapes.
+
+    `room`: places and slots that this call takes. A prompt keeps its place until the last of its samples has ended; if
+    no place is free, the next prompts wait, and slots may be empty meanwhile.
+    """
 
     def __init__(
         self,
         sampler: Sampler,
         wanted: Wanted,
         pace: Pace,
-        slots: int,
+        room: Room,
         pad_id: int,
         graphs: Graphs,
         opened: Callable[[Prefilled], StaticSequences],
@@ -94,10 +78,11 @@ class Blocks:
         self.graphs, self.opened = graphs, opened
         self.device = sampler.head.weight_VH.device
         self.most = wanted.sampling.max_new_tokens
-        self.occupants: list[Occupant | None] = [None] * slots
+        self.occupants: list[Occupant | None] = [None] * room.slots
         self.queue = deque(range(len(wanted.prompts)))
         self.waiting: deque[Waiting] = deque()
-        self.prefilled: Prefilled | None = None  # of those that wait
+        self.places = deque(range(room.prompts))  # that are free
+        self.place_of: dict[int, int] = {}
         self.sequences: StaticSequences | None = None
         self.count = 0
         self.looks: deque[tuple[int, OnHost]] = deque()
@@ -121,42 +106,35 @@ class Blocks:
     def _fill(self) -> None:
         """Give free slots to the next samples. Prompts run when the first of their samples has a slot."""
         free = deque(slot for slot, occupant in enumerate(self.occupants) if occupant is None)
-        while free and (self.waiting or self.queue):
+        while free and (self.waiting or (self.queue and self.places)):
             if not self.waiting:
-                self._prefill(-(-len(free) // self.wanted.group))
-            assert self.prefilled is not None and self.sequences is not None
-            slots, rows, uniforms = [], [], []
+                self._prefill(min(-(-len(free) // self.wanted.group), len(self.places)))
+            slots, places, uniforms = [], [], []
             while free and self.waiting:
                 first, slot = self.waiting[0], free.popleft()
-                length = self.prefilled.lengths[first.row]
-                self.occupants[slot] = Occupant(first.number, first.sample, length, since=self.count)
+                self.occupants[slot] = Occupant(first.number, first.sample, since=self.count)
                 slots.append(slot)
-                rows.append(first.row)
+                places.append(first.place)
                 uniforms.append(first.uniform_TG[:, first.sample])
                 first.sample += 1
                 if first.sample == self.wanted.group:
                     self.waiting.popleft()
-            lengths = [self.prefilled.lengths[row] for row in rows]
-            slot_N, row_N, length_N = (self._indices(numbers) for numbers in (slots, rows, lengths))
+            assert self.sequences is not None
             uniform_NT = sent(torch.stack(uniforms), self.device)
-            self.sequences.put(slot_N, self.prefilled, row_N, length_N, uniform_NT)
-        # At most one prompt is left over, because more run only if there are slots for them.
-        if not self.waiting:
-            self.prefilled = None
-        elif self.prefilled is not None and len(self.prefilled.lengths) > 1:
-            (left,) = self.waiting
-            self.prefilled, left.row = self.prefilled.only(left.row), 0
+            self.sequences.put(self._indices(slots), self._indices(places), uniform_NT)
 
     def _prefill(self, count: int) -> None:
         numbers = [self.queue.popleft() for _ in range(min(count, len(self.queue)))]
         prompts = [self.wanted.prompts[number] for number in numbers]
-        self.prefilled = prefill(self.sampler, prompts, self.pad_id, self.device)
+        prefilled = prefill(self.sampler, prompts, self.pad_id, self.device)
         if self.sequences is None:
-            self.sequences = self.opened(self.prefilled)
-        for row, number in enumerate(numbers):
+            self.sequences = self.opened(prefilled)
+        for number in numbers:
+            self.place_of[number] = self.places.popleft()
             generator = torch.Generator().manual_seed(self.wanted.seeds[number])
             uniform_TG = torch.rand((self.most, self.wanted.group), generator=generator)
-            self.waiting.append(Waiting(number, row, uniform_TG))
+            self.waiting.append(Waiting(number, self.place_of[number], uniform_TG))
+        self.sequences.put_prompts(self._indices([self.place_of[number] for number in numbers]), prefilled)
 
     def _launch(self) -> bool:
         """One block of steps, if a sequence may have a token to write."""
@@ -167,15 +145,15 @@ class Blocks:
         sequences = self.sequences
         assert sequences is not None
         # The last token runs, too, because the host does not know that it is the last one.
-        longest = max(occupant.prompt_tokens + min(occupant.steps + steps, self.most) for occupant in live)
-        width = sequences.width(_rounded_up(longest, self.pace.width))
+        longest = max(min(occupant.steps + steps, self.most) for occupant in live)
+        width = sequences.width(rounded_up(longest, self.pace.width))
         rows = self._compacted(len(live), longest)
 
         def step() -> None:
             sequences.step(rows, width)
 
         for _ in range(steps):
-            self.graphs((rows, width), step)
+            self.graphs((rows, width, sequences.options), step)
         for occupant in live:
             occupant.steps += steps
         self.looks.append((self.count, sequences.ends()))
@@ -212,6 +190,7 @@ class Blocks:
             samples[occupant.sample] = OnHost(self.sequences.recorded(slot, tokens))
             if len(samples) == self.wanted.group:
                 self.complete.append(occupant.number)
+                self.places.append(self.place_of.pop(occupant.number))
 
     def _sampled(self, recorded: OnHost) -> Sampled:
         columns = recorded.read()
@@ -221,9 +200,9 @@ class Blocks:
         return sent(torch.tensor(numbers), self.device)
 
 
-def _rounded_up(number: int, step: int) -> int:
+def rounded_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
 def _at_least(count: int, rows: Sequence[int]) -> int:
-    return next((n for n in rows if n >= count), _rounded_up(count, rows[-1]))
+    return next((n for n in rows if n >= count), rounded_up(count, rows[-1]))

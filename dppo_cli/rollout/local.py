@@ -10,7 +10,6 @@ prompt length, V vocabulary, K reported log-probs, H hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +22,12 @@ from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.head import masses
 from dppo_cli.policy.policy import Policy, model_head
-from dppo_cli.rollout.blocks import Sampled
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.refill import Refilling, refuses
-from dppo_cli.rollout.sampling import draw, truncate
+from dppo_cli.rollout.sampling import Sampled, Wanted, draw, truncate
 from dppo_cli.rollout.stop_strings import StopStrings, before_first
 from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
 from dppo_cli.types import Completion, PolicyReport, Prompt, Status
@@ -134,15 +132,16 @@ class LocalEngine:
         with self.copy.filled() if self.copy else self._policy_itself() as sampler:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
             seeds = [derive_seed(seed, number) for number in range(len(prompts))]
+            wanted = Wanted(prompts, group, sampling, num_logprobs, seeds)
             refills = self.refilling is not None and refuses(sampler.model, sampling) is None
             sampled = self._refilled if refills else self._in_parts
-            for number, responses in sampled(sampler, prompts, group, sampling, num_logprobs, seeds):
+            for number, responses in sampled(sampler, wanted):
                 yield number, [self._completion(*response, sampling.stop) for response in responses]
         return_freed_memory()
 
-    def _refilled(self, sampler: Sampler, *of: Any) -> Iterator[tuple[int, list[Sampled]]]:
+    def _refilled(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
         assert self.refilling is not None
-        groups = self.refilling.sample(sampler, *of)
+        groups = self.refilling.sample(sampler, wanted)
         while True:
             # Left at each group, as inference mode is: whoever takes it runs in a mode of its own.
             with sampler.mode():
@@ -151,21 +150,16 @@ class LocalEngine:
                 return
             yield found
 
-    def _in_parts(
-        self,
-        sampler: Sampler,
-        prompts: Sequence[Prompt],
-        group: int,
-        sampling: Sampling,
-        num_logprobs: int,
-        seeds: Sequence[int],
-    ) -> Iterator[tuple[int, list[Sampled]]]:
+    def _in_parts(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
+        group = wanted.group
         at_once = max(1, self.concurrent_sequences // group)
-        for start in range(0, len(prompts), at_once):
-            part = prompts[start : start + at_once]
-            record = Record(len(part) * group, sampling.max_new_tokens, sampler.head, num_logprobs)
-            steps = self._sample(sampler, record, part, group, sampling, seeds[start : start + at_once])
-            waiting = list(range(len(part)))
+        for start in range(0, len(wanted.prompts), at_once):
+            of_part = slice(start, start + at_once)
+            part = replace(wanted, prompts=wanted.prompts[of_part], seeds=wanted.seeds[of_part])
+            size = len(part.prompts)
+            record = Record(size * group, part.sampling.max_new_tokens, sampler.head, part.num_logprobs)
+            steps = self._sample(sampler, record, part)
+            waiting = list(range(size))
             while waiting:
                 with sampler.mode():  # not longer, as above
                     ended = next(steps, waiting)
@@ -189,33 +183,25 @@ class LocalEngine:
     # A tenth faster than no_grad on a CPU: thousands of small operations a token keep no account of what they change.
     # Of a generator torch ends the mode at each yield.
     @torch.inference_mode()
-    def _sample(
-        self,
-        sampler: Sampler,
-        record: Record,
-        prompts: Sequence[Prompt],
-        group: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Iterator[list[int]]:
-        """One sub-batch, from its prompts, with a seed each, to the last token.
+    def _sample(self, sampler: Sampler, record: Record, wanted: Wanted) -> Iterator[list[int]]:
+        """One sub-batch, from its prompts to the last token.
 
         Yields the numbers of the prompts that were seen to have no sample left to write. The others' have ended, too,
         when it ends.
         """
-        head, device = sampler.head, self.policy.device
+        head, device, sampling, group = sampler.head, self.policy.device, wanted.sampling, wanted.group
         eos_E = torch.tensor(self.policy.eos_ids, device=device)
         stops = self._stop_strings(sampling.stop) if sampling.stop else None
-        decoder = Decoder(sampler.model, prompts, group, sampling.max_new_tokens, self.policy.pad_id)
+        decoder = Decoder(sampler.model, wanted.prompts, group, sampling.max_new_tokens, self.policy.pad_id)
         active_A = torch.arange(record.size, device=device)
         here_A = torch.arange(record.size)  # the same on the host
-        left_P = [group] * len(prompts)
+        left_P = [group] * len(wanted.prompts)
         # Stop strings are looked for on the host, at every step.
         every = STEPS_UNREAD if device.type == CUDA and stops is None else 1
         # One for every sequence at every step, so that a token does not depend on which others have finished or are in
         # the sub-batch; all at once, because sending them to the device waits for it.
         shape = (sampling.max_new_tokens, group)
-        uniforms = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        uniforms = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in wanted.seeds]
         uniform_TB = torch.cat(uniforms, 1).to(device)
         hidden_AH = decoder.prefill()
         # Allocated once: the system would have to find and clear this much memory for every token.

@@ -4,7 +4,7 @@ A sequence that ends makes room for the next one, so one long response does not 
 sampling sub-batch by sub-batch, with the same seeds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -14,17 +14,22 @@ from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.graphs import Graphs
 from dppo_cli.kernels.llama import is_built_like_llama
-from dppo_cli.kernels.slots import has_fixed_frequencies
+from dppo_cli.kernels.slots import Room, has_fixed_frequencies
 from dppo_cli.policy.forward import keeps_every_position
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.blocks import Blocks, Pace, Sampled, Wanted
+from dppo_cli.rollout.blocks import Blocks, Pace, rounded_up
 from dppo_cli.rollout.copies import Sampler
+from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import Prefilled, StaticSequences
-from dppo_cli.types import Prompt
 
 ON_CUDA = Pace(steps=8, ahead=1)
 KEPT = 0.1
 """Of the device's memory: slots that take no more than this stay, with their graphs, while the policy trains."""
+
+AT_ONCE = 3
+"""Places for prompts, as a multiple of the prompts whose samples fill all slots. A prompt keeps its place for its last
+sample, so there can be as many as slots, but places for all of them would take what sharing saves. With the lengths of
+`refilled` in benchmarks/gpu_decode.py, a place for each slot instead saves 2% of the steps at most (simulated)."""
 
 
 def refuses(model: PreTrainedModel, sampling: Sampling | None = None) -> str | None:
@@ -35,6 +40,18 @@ def refuses(model: PreTrainedModel, sampling: Sampling | None = None) -> str | N
     return "there are stop strings" if sampling is not None and sampling.stop else None
 
 
+def room_for(wanted: Wanted, slots: int, pace: Pace) -> Room:
+    """What a call takes, with so many slots at most."""
+    slots = min(slots, len(wanted.prompts) * wanted.group)
+    longest = max(len(prompt.token_ids) for prompt in wanted.prompts)
+    return Room(
+        prompts=min(slots, len(wanted.prompts), AT_ONCE * -(-slots // wanted.group)),
+        prompt_positions=rounded_up(longest, pace.width),
+        slots=slots,
+        positions=rounded_up(wanted.sampling.max_new_tokens, pace.width),
+    )
+
+
 class Refilling:
     """Keeps slots and graphs from call to call where the weights stay where they are. `slots`: sequences at once."""
 
@@ -42,7 +59,6 @@ class Refilling:
         self.policy, self.slots, self.warn, self.pace = policy, slots, warn, pace
         self.graphs = Graphs(policy.device, warn)
         self.sequences: StaticSequences | None = None
-        self.of: tuple[object, ...] = ()
 
     def how(self, model: PreTrainedModel) -> str:
         """In words, for the user."""
@@ -56,42 +72,39 @@ class Refilling:
 
     # Of a generator torch ends the mode at each yield.
     @torch.inference_mode()
-    def sample(
-        self,
-        sampler: Sampler,
-        prompts: Sequence[Prompt],
-        group: int,
-        sampling: Sampling,
-        num_logprobs: int,
-        seeds: Sequence[int],
-    ) -> Iterator[tuple[int, list[Sampled]]]:
-        """Each prompt's number and its `group` responses, when they have all ended. `seeds`: see `Wanted`."""
-        wanted = Wanted(prompts, group, sampling, num_logprobs, seeds)
-        slots = min(self.slots, len(prompts) * group)
-        opened = partial(self._opened, sampler, wanted, slots)
+    def sample(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
+        """Each prompt's number and its responses, when they have all ended."""
+        room = room_for(wanted, self.slots, self.pace)
+        opened = partial(self._opened, sampler, wanted, room)
         stay = False
         try:
-            yield from Blocks(sampler, wanted, self.pace, slots, self.policy.pad_id, self.graphs, opened).groups()
+            yield from Blocks(sampler, wanted, self.pace, room, self.policy.pad_id, self.graphs, opened).groups()
             stay = self._may_stay()
         finally:
             if not stay:
                 self.release()
 
-    def _opened(self, sampler: Sampler, wanted: Wanted, slots: int, like: Prefilled) -> StaticSequences:
-        """Empty slots: those of the last call, if they are of the same kind, long enough, and there are enough."""
-        of = (sampler.model, wanted.sampling, wanted.num_logprobs)
-        if self.sequences is None or self.of != of or not self.sequences.has_room(slots, wanted.longest):
+    def _opened(self, sampler: Sampler, wanted: Wanted, room: Room, like: Prefilled) -> StaticSequences:
+        """Empty slots: those of the last call, if they are of the same model and there is room in them.
+
+        Others have room for this call and for those before it, so that calls that alternate do not make new ones.
+        """
+        if self.sequences is not None and self.sequences.sampler.model is sampler.model:
+            room = room.with_room_for(self.sequences.room)
+        else:
             self.release()
-            capacity = -(-wanted.longest // self.pace.width) * self.pace.width
-            self.sequences = StaticSequences(
-                *(sampler, wanted.sampling, wanted.num_logprobs, slots, capacity, self.policy.eos_ids, like, self.warn)
-            )
-            self.of = of
-        self.sequences.begin(sampler)
+        if self.sequences is None or self.sequences.room != room:
+            self.release()
+            self.sequences = StaticSequences(sampler, room, self.policy.eos_ids, like, self.warn)
+        self.sequences.begin(sampler, wanted.sampling, wanted.num_logprobs)
         return self.sequences
 
     def _may_stay(self) -> bool:
-        if self.policy.device.type != CUDA or self.sequences is None or self.of[0] is not self.policy.model:
+        if (
+            self.policy.device.type != CUDA
+            or self.sequences is None
+            or self.sequences.sampler.model is not self.policy.model
+        ):
             return False  # A copy has its weights elsewhere each time.
         total = torch.cuda.get_device_properties(self.policy.device).total_memory
         return self.sequences.num_bytes <= KEPT * total

@@ -1,9 +1,27 @@
-"""Drawing tokens from probabilities. Shapes: B sequences, V vocabulary."""
+"""What the in-process engine is asked for, and drawing tokens from probabilities. Shapes: B sequences, V vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dppo_cli.config.sections import Sampling
+from dppo_cli.types import PolicyReport, Prompt
+
+Sampled = tuple[Tensor, PolicyReport]
+"""A response's tokens, int64 [T], and what the policy said of them."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`group` responses to each prompt. `seeds`: one a prompt, for the uniform numbers of its samples at each step."""
+
+    prompts: Sequence[Prompt]
+    group: int
+    sampling: Sampling
+    num_logprobs: int
+    seeds: Sequence[int]
 
 
 def draw(mu_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -121,8 +121,10 @@ def test_8b_in_bfloat16_on_24_gb(llama_8b: Path) -> None:
     assert parts["base weights (bfloat16)"] == pytest.approx(14.96, abs=0.01)
     assert parts["adapter"] == parts["gradients"] == pytest.approx(4 * trained / GIB)
     assert parts["AdamW moments"] == pytest.approx(8 * trained / GIB)
-    # 128 sequences of 128 + 256 positions, 131,072 bytes each; autocast keeps the adapter in 16 bits meanwhile.
-    assert parts["KV cache of sampling"] == pytest.approx((128 * 384 * 131072 + 2 * trained) / GIB, rel=0.01)
+    # Each of 16 prompts once in 128 positions, rounded up to 256, and 128 responses of 256, 131,072 bytes a position;
+    # autocast keeps the adapter in 16 bits meanwhile.
+    assert parts["KV cache of sampling"] == pytest.approx(((16 + 128) * 256 * 131072 + 2 * trained) / GIB, rel=0.01)
+    assert "slots and graphs of sampling, which stay" not in parts
     assert "libraries" not in parts
     assert found["machine"] == CARDS["l4"].name and found["needed_gib"] > found["peak_memory_gib"] + 0.5
     assert found["model"]["samples_with"].startswith("weights with the adapter beside them, bfloat16")
@@ -134,6 +136,27 @@ def test_one_change_makes_it_fit_and_is_checked(llama_8b: Path) -> None:
     again = plan_of_8b(llama_8b, "hardware=gpu_24gb", "sampling.max_new_tokens=512", found["change"]["words"])
     assert again["fits"] and again["peak_memory_gib"] == pytest.approx(found["change"]["peak_memory_gib"], rel=1e-6)
     assert again["needed_gib"] <= found["free_gib"] < found["needed_gib"]
+
+
+STAY = "slots and graphs of sampling, which stay"
+
+
+def test_slots_stay_on_a_gpu_if_they_are_small_and_of_the_policy_itself() -> None:
+    """Not those of a copy, whose weights are elsewhere each time, nor those of stop strings, which have none."""
+    words = ("prompt_tokens=8", "sampling.max_new_tokens=32", "batch.prompts_per_step=4", "batch.prompts_per_update=4")
+    phases = report(machine(24, "cuda"), *words)["phases"]
+    sampling = phases["sampling"]
+    bound = sampling["KV cache of sampling"] + sampling["logits of sampling"] + sampling["samples"]
+    updates = [name for name in phases if name.startswith("update")]
+    assert len(updates) == 3 and all(phases[name][STAY] == pytest.approx(bound) for name in updates)
+    assert all(STAY not in phases[name] for name in ("loading", "sampling", "sampling, prompts"))
+    others = (
+        (machine(24, "cuda"), ("rollout.weights=merged",)),
+        (machine(24, "cuda"), ("sampling.stop=[x]",)),
+        (machine(9 * sampling["KV cache of sampling"], "cuda"), ()),
+    )
+    for of, more in others:
+        assert all(STAY not in phase for phase in report(of, *words, *more)["phases"].values())
 
 
 def test_four_bits_leave_room(llama_8b: Path) -> None:

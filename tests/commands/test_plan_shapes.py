@@ -15,6 +15,7 @@ from dppo_cli.commands.planning.shapes import NF4_BYTES, Shapes, make_shapes, re
 from dppo_cli.commands.planning.simulate import assumed_prompts, sampling_cost, update_cost
 from dppo_cli.config.sections import Hardware, LoRA, Model, Sampling
 from dppo_cli.errors import ConfigError, ModelError
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.loading import load_policy
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
@@ -61,6 +62,20 @@ def test_the_cache_is_that_of_keys_and_values(tmp_path: Path) -> None:
     keys_and_values = 2 * 2 * 8 * 2 * 8 * 18 * 4
     hidden_and_lengths = cost.cache - keys_and_values
     assert 0 <= hidden_and_lengths < 0.2 * keys_and_values
+
+
+def test_slots_are_counted_instead_where_steps_are_static(tmp_path: Path) -> None:
+    """A prompt once; record and slots in the positions that they are rounded up to."""
+    shapes, prompts, room = shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(2, 10), Room(3, 16, 8, 24)
+    plain, static = (sampling_cost(shapes, prompts, 4, SAMPLING, 0, *of) for of in ((), (room,)))
+    position = 2 * 2 * 8 * 2 * 4
+    assert plain.slots == 0 and static.slots == (3 * 16 + 8 * 24) * position
+    assert plain.cache - static.cache == 8 * 18 * position - static.slots
+    # Token ids in 8 bytes, log-probs in 4.
+    assert plain.record >= 8 * 8 * 12 and static.record == plain.record * 25 // 8
+    # Two prompts' states are there beside the slots.
+    assert static.prefill_peak - static.cache > 2 * 10 * position
+    assert (static.token, static.logits) == (plain.token, plain.logits)
 
 
 def test_four_bits_take_what_bitsandbytes_takes(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from dppo_cli.types import Completion
 SMALL = replace(ON_CUDA, rows=(2, 4, 8), width=16)
 """Several numbers of rows and widths in a short test."""
 SLOTS = 6
+TEXTS = (*make.MIXED, "2+2=", "b", "say it", "9-", "3 x", "yes")
+"""More prompts than there are places, so that places change hands, too."""
 
 
 def policy(config: TrainConfig, device: str, dtype: str) -> Policy:
@@ -34,7 +36,7 @@ def policy(config: TrainConfig, device: str, dtype: str) -> Policy:
 
 def generated(engine: LocalEngine, num_logprobs: int, temperature: float = 0.7) -> list[list[Completion]]:
     how = Sampling(temperature, 1.0, 0, 0.0, 40, [])
-    return in_order(engine.generate(make.prompts(engine.policy), 4, how, num_logprobs, seed=3))
+    return in_order(engine.generate(make.prompts(engine.policy, TEXTS), 4, how, num_logprobs, seed=3))
 
 
 def opened(of: Policy, weights: str = "auto", pace: Pace = SMALL, warn: Callable[[str], None] = make.fail) -> Any:
@@ -103,3 +105,16 @@ def the_adapter_is_read_anew(of: Policy) -> None:
     with opened(of, "quantized" if getattr(of.model, "is_quantized", False) else "adapter") as engine:
         engine.sync(1)
         _equal(generated(engine, 0), after)
+
+
+def evaluations_between_steps(of: Policy) -> None:
+    """Slots and graphs of training and of an evaluation, which is greedy, stay, and give the same each time."""
+    with opened(of, "quantized" if getattr(of.model, "is_quantized", False) else "adapter") as engine:
+        engine.sync(0)
+        first = [generated(engine, 4), generated(engine, 0, temperature=0.0)]
+        kept, recorded = engine.refilling.sequences, len(engine.refilling.graphs.recorded)
+        again = [generated(engine, 4), generated(engine, 0, temperature=0.0)]
+        assert kept is engine.refilling.sequences and recorded == len(engine.refilling.graphs.recorded)
+        assert (kept is not None, recorded > 0) == 2 * (of.device.type == "cuda",)
+    for found, expected in zip(again, first, strict=True):
+        _equal(found, expected)

@@ -1,9 +1,12 @@
 """The checks of tests/gpu/test_gpu_decode.py on a CPU: that they find what is right, and what is not."""
 
 import decode_cases
+import make
 import pytest
 import torch
 
+from dppo_cli.rollout.refill import room_for
+from dppo_cli.rollout.sampling import Wanted
 from dppo_cli.rollout.static import StaticSequences
 
 
@@ -17,6 +20,18 @@ def test_the_adapter(train_config, monkeypatch: pytest.MonkeyPatch, adapter: str
     decode_cases.the_adapter_is_read_anew(decode_cases.policy(train_config(f"adapter={adapter}"), "cpu", "float32"))
 
 
+def test_evaluations(train_config) -> None:
+    decode_cases.evaluations_between_steps(decode_cases.policy(train_config(), "cpu", "float32"))
+
+
+def test_places_change_hands(train_config) -> None:
+    of = decode_cases.policy(train_config(), "cpu", "float32")
+    how = decode_cases.Sampling(0.7, 1.0, 0, 0.0, 40, [])
+    wanted = Wanted(make.prompts(of, decode_cases.TEXTS), 4, how, 0, ())
+    room = room_for(wanted, decode_cases.SLOTS, decode_cases.SMALL)
+    assert room.prompts == decode_cases.SLOTS < len(wanted.prompts)
+
+
 def test_slots_and_sub_batches(train_config, monkeypatch: pytest.MonkeyPatch) -> None:
     of = decode_cases.policy(train_config(), "cpu", "float32")
     assert decode_cases.slots_and_sub_batches(of) < 1e-5
@@ -27,5 +42,5 @@ def test_slots_and_sub_batches(train_config, monkeypatch: pytest.MonkeyPatch) ->
         self.hidden_SH.add_(0.01 * torch.ones_like(self.hidden_SH))
 
     monkeypatch.setattr(StaticSequences, "step", off)
-    with pytest.raises(AssertionError, match=r"\d of 16"):
+    with pytest.raises(AssertionError, match=r"\d of 40"):
         decode_cases.slots_and_sub_batches(of)

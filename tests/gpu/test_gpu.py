@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fused_cases
 import gpu_cases
 import pytest
 import tiny_models
@@ -92,6 +93,19 @@ def test_packed_updates_agree_with_whole_sequences(
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, FlashOnCUDA), (torch.float32, Plain)])
 def test_attention_over_segments_agrees_with_plain_operations(dtype: torch.dtype, kernel: type[Kernel]) -> None:
     print(gpu_cases.attention_over_segments_agrees_with_plain_operations("cuda", dtype, kernel))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_kernels_are_as_exact_as_plain_operations(dtype: torch.dtype) -> None:
+    print(fused_cases.kernels_are_as_exact_as_plain_operations("cuda", dtype, tokens=700))
+
+
+@pytest.mark.parametrize("words", [(), ("hardware.gradient_checkpointing=true",)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("model", ["llama3", "qwen3"])
+def test_fused_modules_agree_with_plain_ones(model: str, adapter: str, words: tuple[str, ...], train_config) -> None:
+    config = train_config(f"adapter={adapter}", *words, model=model)
+    print(fused_cases.modules_agree_with_plain_ones(config, "cuda", "bfloat16"))
 
 
 def test_equal_commands_give_equal_tokens(families: dict[str, Path], work: Path) -> None:

@@ -9,6 +9,7 @@ import tiny_models
 import torch
 
 from dppo_cli.kernels.flash import CLOSE, difference
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.policy import model_head
 from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.static import StaticSequences, prefill
@@ -20,7 +21,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: tiny_models.save(root / family, family) for family in FAMILIES}
+    blocks = tiny_models.save(root / "blocks", "llama", **tiny_models.BLOCKS)
+    return {"blocks": blocks, **{family: tiny_models.save(root / family, family) for family in FAMILIES}}
 
 
 @pytest.fixture
@@ -40,14 +42,20 @@ def test_graphs_give_what_calls_give(config_of, family: str, dtype: str) -> None
 @pytest.mark.parametrize("weights", ["dequantized", "quantized"])
 def test_graphs_of_a_4_bit_base(config_of, weights: str) -> None:
     decode_cases.graphs_and_calls(
-        decode_cases.policy(config_of("llama", "adapter=qlora"), "cuda", "bfloat16"), 4, weights
+        decode_cases.policy(config_of("blocks", "adapter=qlora"), "cuda", "bfloat16"), 4, weights
     )
 
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", "dora"])
 def test_the_adapter_is_read_anew(config_of, adapter: str) -> None:
-    decode_cases.the_adapter_is_read_anew(
-        decode_cases.policy(config_of("qwen3", f"adapter={adapter}"), "cuda", "bfloat16")
+    config = config_of("blocks" if adapter == "qlora" else "qwen3", f"adapter={adapter}")
+    decode_cases.the_adapter_is_read_anew(decode_cases.policy(config, "cuda", "bfloat16"))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_evaluations_between_steps(config_of, adapter: str) -> None:
+    decode_cases.evaluations_between_steps(
+        decode_cases.policy(config_of("blocks", f"adapter={adapter}"), "cuda", "bfloat16")
     )
 
 
@@ -61,7 +69,9 @@ def test_slots_give_what_sub_batches_give(config_of, family: str, dtype: str, mo
 
 @pytest.mark.parametrize(("key_heads", "query_heads", "size"), [(8, 4, 128), (2, 7, 64), (4, 1, 64), (8, 2, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_reads_true_lengths(dtype: torch.dtype, key_heads: int, query_heads: int, size: int) -> None:
+def test_flash_attention_reads_true_lengths_of_shared_prompts(
+    dtype: torch.dtype, key_heads: int, query_heads: int, size: int
+) -> None:
     """In the shapes of Llama 3.1 8B, Qwen 2.5 0.5B, one query head each, and Qwen 3 1.7B."""
     assert difference(torch.device("cuda"), dtype, key_heads, query_heads, size) <= CLOSE
 
@@ -69,25 +79,32 @@ def test_flash_attention_reads_true_lengths(dtype: torch.dtype, key_heads: int, 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @torch.inference_mode()
 def test_a_step_does_not_wait_for_the_device(config_of, adapter: str) -> None:
-    of = decode_cases.policy(config_of("llama", f"adapter={adapter}", "rollout.weights=auto"), "cuda", "bfloat16")
+    of = decode_cases.policy(config_of("blocks", f"adapter={adapter}", "rollout.weights=auto"), "cuda", "bfloat16")
     head = model_head(of.model)
     sampler = Sampler(of.model, head, head.product, of.autocast)
     how = decode_cases.Sampling(0.7, 0.9, 5, 0.0, 8, [])
     with of.autocast():
         found = prefill(sampler, make.prompts(of), of.pad_id, of.device)
-        sequences = StaticSequences(sampler, how, 4, 4, 64, of.eos_ids, found, make.fail)
-        sequences.begin(sampler)
-        numbers = torch.arange(4, device="cuda")
-        lengths = torch.tensor(found.lengths, device="cuda")
-        sequences.put(numbers, found, numbers, lengths, torch.rand(4, 8, device="cuda"))
-        sequences.step(4, 64)  # libraries are loaded
+        sequences = StaticSequences(sampler, Room(4, 64, 8, 16), of.eos_ids, found, make.fail)
+        sequences.begin(sampler, how, 4)
+        places, slots = torch.arange(4, device="cuda"), torch.arange(8, device="cuda")
+        uniform_NT = torch.rand(8, 8, device="cuda")
+
+        def put() -> None:
+            sequences.put_prompts(places, found)
+            sequences.put(slots, slots % 4, uniform_NT)
+
+        put()
+        sequences.step(8, 16)  # libraries are loaded
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sequences.step(4, 64)
+            sequences.step(8, 16)
+            put()
+            sequences.move(slots[6:], slots[:2], 16)
             ends = sequences.ends()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len(ends.read()[0]) == 4
+        assert len(ends.read()[0]) == 8
 
 
 def test_memory_is_given_back(config_of) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import four_bit_layers
+import interpreted
 import make
 import pytest
 import torch
@@ -9,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from recording import addresses
 from torch import nn
 
+from dppo_cli.kernels import beside as beside_module
 from dppo_cli.kernels.beside import Beside
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj")
@@ -72,6 +75,167 @@ def test_refreshing_takes_over_the_adapter_in_place(train_config):
     for out, old, layer in zip(products(x), stale, of, strict=True):
         torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-5)
         assert (out - old).abs().max() > 0.1
+
+
+@torch.inference_mode()
+def test_weights_of_siblings_are_one_product_where_that_is_wanted(train_config, monkeypatch):
+    """The modules go on as they are, with views of it; a second `Beside` finds them."""
+    policy = make.policy(train_config(), adapter_scale=0.3)
+    of, x = layers(policy), inputs(policy)
+    base = of[1].get_base_layer()
+    base.bias = nn.Parameter(torch.arange(1.0, 1 + base.out_features), requires_grad=False)
+    expected = [layer(x) for layer in of]
+    calls = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(beside_module, "_may_move", lambda weight: not weight.requires_grad)
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(args) or linear(*args))
+    places = []
+    for _ in range(2):
+        beside = Beside(torch.float32)
+        products = beside(*of)
+        calls.clear()
+        found = products(x)
+        assert len(calls) == 2, "one of A, one of W"
+        places.append(addresses(*(whole for _, whole in beside.wholes)))
+        for out, layer, plain in zip(found, of, expected, strict=True):
+            torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer(x), plain, rtol=0, atol=0)
+    assert places[0] == places[1]
+    beside.refresh()
+    base.weight.data = base.weight.data.clone()
+    with pytest.raises(AssertionError, match="replaced"):
+        beside.refresh()
+
+
+def test_training_goes_on_with_joined_weights(train_config, monkeypatch):
+    """Made in inference mode, they can be saved for a backward pass."""
+    policy = make.policy(train_config(), adapter_scale=0.3)
+    of, x = layers(policy), inputs(policy).requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(torch.stack([layer(x).square().sum() for layer in of]).sum(), x)[0]
+
+    before = gradient()
+    monkeypatch.setattr(beside_module, "_may_move", lambda _: True)
+    with torch.inference_mode():
+        beside = Beside(torch.float32)
+        beside(*of)
+    assert len(beside.wholes) == 1
+    torch.testing.assert_close(gradient(), before, rtol=0, atol=0)
+
+
+class TestFused:
+    """4-bit bases by the kernel, in the interpreter, as on a GPU."""
+
+    @pytest.fixture
+    def four_bits(self, monkeypatch):
+        interpreted.kernels("nf4")
+        monkeypatch.setattr(beside_module, "without_triton", lambda *_: None)
+        beside_module._refused.cache_clear()
+        yield
+        beside_module._refused.cache_clear()
+
+    @staticmethod
+    def policy(train_config, *words: str, dtype: torch.dtype = torch.bfloat16, inputs: int = 64):
+        policy = make.policy(train_config("adapter=qlora", *words), adapter_scale=0.3)
+        for layer in layers(policy):
+            base = layer.get_base_layer()
+            layer.base_layer = four_bit_layers.layer(
+                base.out_features, inputs, dtype, bias=True, seed=base.out_features
+            )
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                if part.in_features == base.in_features:
+                    part.weight = nn.Parameter(four_bit_layers.random(part.out_features, inputs) / 4)
+        return policy
+
+    @torch.inference_mode()
+    def test_as_near_to_the_trainer_as_plain_operations(self, train_config, four_bits, monkeypatch):
+        policy = self.policy(train_config)
+        of = layers(policy)
+        x = four_bit_layers.random(40, 1, 64).bfloat16()
+        with policy.autocast(), torch.autocast("cpu", torch.bfloat16):
+            expected = [layer(x) for layer in of]
+        fused = Beside(torch.bfloat16, make.fail)
+        found = fused(*of)(x)
+        assert [type(parameters[0]).__name__ for parameters, _ in fused.wholes] == ["Params4bit"]
+        monkeypatch.setattr(beside_module, "without_triton", lambda *_: "")
+        plain = Beside(torch.bfloat16, make.fail)
+        today = plain(*of)(x)
+        assert not plain.wholes
+
+        def apart(a: list[torch.Tensor]) -> float:
+            pairs = zip(a, expected, strict=True)
+            return float(torch.cat([(one.double() - right.double()).abs().flatten() for one, right in pairs]).mean())
+
+        assert 0 < apart(found) <= 1.05 * apart(today)
+
+    @torch.inference_mode()
+    def test_the_adapter_is_taken_over_in_place(self, train_config, four_bits):
+        policy = self.policy(train_config)
+        of, x = layers(policy), four_bit_layers.random(3, 1, 64).bfloat16()
+        beside = Beside(torch.bfloat16, make.fail)
+        products = beside(*of)
+        before, stale = addresses(*beside.copies), products(x)
+        for layer in of:
+            for part in layer.lora_B.values():
+                part.weight.mul_(3)
+        beside.refresh()
+        assert addresses(*beside.copies) == before
+        for out, old, new in zip(products(x), stale, Beside(torch.bfloat16, make.fail)(*of)(x), strict=True):
+            assert torch.equal(out, new) and (out - old).abs().max() > 0.1
+
+    @torch.inference_mode()
+    def test_siblings_of_different_ranks_are_products_of_their_own(self, train_config, four_bits):
+        policy = self.policy(train_config, "adapter.r=4")
+        of, x = layers(policy), four_bit_layers.random(3, 1, 64).bfloat16()
+        for layer in of[1:]:
+            for parts in (layer.lora_A, layer.lora_B):
+                for part in parts.values():
+                    part.weight = nn.Parameter(part.weight[:3] if parts is layer.lora_A else part.weight[:, :3])
+        beside = Beside(torch.bfloat16, make.fail)
+        found = beside(*of)(x)
+        assert len(beside.wholes) == 3
+        with torch.autocast("cpu", torch.bfloat16):
+            for out, layer in zip(found, of, strict=True):
+                torch.testing.assert_close(out, layer(x), rtol=2**-6, atol=2**-5)
+
+    @torch.inference_mode()
+    def test_more_rows_than_the_kernel_is_good_for(self, train_config, four_bits):
+        nf4_product = interpreted.kernels("nf4_product")
+        policy = self.policy(train_config)
+        of, x = layers(policy), four_bit_layers.random(nf4_product.MOST_ROWS + 1, 1, 64).bfloat16()
+        calls = []
+        for layer in of:
+            layer.get_base_layer().register_forward_hook(lambda *_: calls.append(1))
+        products = Beside(torch.bfloat16, make.fail)(*of)
+        few, many = products(x[:2]), products(x)
+        assert len(calls) == 3
+        for a, b in zip(few, many, strict=True):
+            torch.testing.assert_close(a, b[:2], rtol=2**-6, atol=2**-5)
+
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [
+            (lambda base: setattr(base.weight.quant_state, "blocksize", 128), "a scale belongs to 128 weights, not 64"),
+            (lambda base: setattr(base, "compute_dtype", torch.float16), "it is made for bfloat16"),
+        ],
+    )
+    @torch.inference_mode()
+    def test_what_it_cannot_compute_is_said_once(self, train_config, four_bits, spoil, said):
+        policy = self.policy(train_config)
+        of, warned = layers(policy), []
+        spoil(of[1].get_base_layer())
+        beside = Beside(torch.bfloat16, warned.append)
+        for _ in range(2):
+            beside(*of)
+        assert warned == [beside_module.NOT_FUSED.format(said)] and not beside.wholes
+
+    @torch.inference_mode()
+    def test_neither_is_a_kernel_used_that_computes_something_else(self, train_config, four_bits, monkeypatch):
+        monkeypatch.setattr(interpreted.kernels("nf4_product"), "difference", lambda *_: 0.5)
+        policy, warned = self.policy(train_config), []
+        Beside(torch.bfloat16, warned.append)(*layers(policy))
+        assert warned == [beside_module.NOT_FUSED.format("its results are 0.5 off")]
 
 
 @pytest.mark.parametrize(

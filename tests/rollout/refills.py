@@ -64,5 +64,6 @@ def check_equal(found: Sequence[Sequence[Completion]], expected: Sequence[Sequen
 
 def tensors(sequences: StaticSequences) -> list[torch.Tensor]:
     pools = [pool for state in sequences.decoding.states for pool in (state.keys, state.values)]
-    own = [sequences.length_S, sequences.step_S, sequences.writing_S, sequences.hidden_SH, sequences.uniform_ST]
-    return [*pools, *own, sequences.mass_SV, *sequences.columns, *sequences.decoding.beside.copies]
+    own = [sequences.place_S, sequences.step_S, sequences.writing_S, sequences.hidden_SH, sequences.uniform_ST]
+    own += [sequences.prompt_length_P, sequences.prompt_hidden_PH, sequences.mass_SV]
+    return [*pools, *own, *sequences.columns, *sequences.decoding.beside.copies]

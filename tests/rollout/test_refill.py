@@ -1,5 +1,6 @@
 """Static steps with slots that are filled again: tokens and log-probs are those of sampling sub-batch by sub-batch."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -11,15 +12,19 @@ import tiny
 import tiny_models
 import torch
 from engines import generate, opened, sampling
+from plain_flash import plain_flash
 from recording import RecordedGraphs, addresses
 from refills import AHEAD, FAMILIES, LOOKING, check_equal, refilled, sampled, several_ends, tensors
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.kernels import slots
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import local, refill
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
-from dppo_cli.rollout.refill import ON_CUDA, Refilling, refuses
+from dppo_cli.rollout.refill import ON_CUDA, Refilling, refuses, room_for
+from dppo_cli.rollout.sampling import Wanted
 from dppo_cli.types import Status
 
 paces = pytest.mark.parametrize("pace", [LOOKING, AHEAD], ids=["looking", "ahead"])
@@ -67,6 +72,19 @@ def test_any_number_of_slots(policy, slots, pace):
 
 
 @paces
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize(("group", "slots"), [(1, 3), (3, 2), (3, 5), (4, 9)])
+def test_any_number_of_places(policy, monkeypatch, group, slots, at_once, pace):
+    """Prompts wait for the place of one whose samples have all ended, and none is taken from a sample before."""
+    monkeypatch.setattr(refill, "AT_ONCE", at_once)
+    prompts = make.prompts(policy, (*make.MIXED, "2+2=", "b", "say it", "9-"))
+    check_equal(
+        sampled(policy, prompts, group, sampling(20), slots=slots, pace=pace),
+        generate(policy, prompts, group, sampling(20)),
+    )
+
+
+@paces
 @pytest.mark.parametrize("new", [1, 2, 3, 8, 33])
 @pytest.mark.parametrize("group", [1, 4])
 def test_any_number_of_tokens_and_samples(policy, group, new, pace):
@@ -96,6 +114,19 @@ def test_every_way_of_drawing(policy, how, pace):
 def test_all_kinds_of_prompts(policy, texts):
     prompts = make.prompts(policy, texts)
     check_equal(sampled(policy, prompts, 3, sampling(20)), generate(policy, prompts, 3, sampling(20)))
+
+
+@paces
+def test_attention_that_reads_true_lengths(policy, monkeypatch, pace):
+    """As on CUDA, with a stand-in for the kernel: through places and slots that change hands, and moves."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
+    monkeypatch.setattr(slots, "has_flash", lambda *_: True)
+    prompts = make.prompts(policy, (*make.MIXED, "2+2=", "b", "say it"))
+    with refilled(policy, slots=5, pace=pace) as engine:
+        monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
+        found = in_order(engine.generate(prompts, 2, sampling(20), 4, seed=3))
+        assert engine.refilling.sequences.decoding.flash is not None
+    check_equal(found, generate(policy, prompts, 2, sampling(20), 4))
 
 
 def test_responses_of_one_token_and_of_all_tokens_at_once(policy):
@@ -137,16 +168,61 @@ def test_slots_stay_from_call_to_call_and_the_adapter_is_read_anew(policy, monke
     assert make.tokens(moved) != make.tokens(first[:3])
 
 
-def test_slots_of_another_kind_are_made_anew(policy, monkeypatch):
+def test_other_ways_of_drawing_and_records_take_the_same_slots(policy, monkeypatch):
+    """Training, evaluation, training: steps are recorded once for each."""
     monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
-    prompts = make.prompts(policy)
-    with refilled(policy, merge=False) as engine:
-        seen = []
-        for how, num_logprobs in ((sampling(4), 0), (sampling(4), 2), (sampling(4, 1.0), 2), (sampling(60, 1.0), 2)):
+    graphs, prompts = RecordedGraphs(), make.prompts(policy)
+    of_training, of_evaluation = (sampling(20), 4), (sampling(18, 0.0), 0)
+    # Each differs from training in one option.
+    others = [(sampling(20), 0), (sampling(20, temperature=2.0), 4), (sampling(9), 4)]
+    others += [(sampling(20, **{name: value}), 4) for name, value in (("top_p", 0.5), ("top_k", 2), ("min_p", 0.2))]
+    with refilled(policy, merge=False, graphs=graphs) as engine:
+        seen, recorded = [], []
+        for how, num_logprobs in (of_training, of_evaluation, of_training, of_evaluation, *others, of_training):
             found = in_order(engine.generate(prompts, 2, how, num_logprobs, seed=3))
             check_equal(found, generate(policy, prompts, 2, how, num_logprobs, merge=False))
             seen.append(engine.refilling.sequences)
-        assert len(set(map(id, seen))) == 4
+            recorded.append(len(graphs.recorded))
+    assert len(set(map(id, seen))) == 1
+    assert recorded[0] < recorded[1] == recorded[2] == recorded[3] and recorded[-1] == recorded[-2]
+
+
+def test_slots_that_are_made_anew_have_room_for_the_calls_before(policy, monkeypatch):
+    monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
+    long, short = make.prompts(policy, ("1+1=2, 2+2=", "3", "b")), make.prompts(policy, ("3", "4"))
+    with refilled(policy, slots=4, merge=False) as engine:
+        seen = []
+        for prompts, group, how in ((long, 1, sampling(8)), (short, 3, sampling(30)), (long, 1, sampling(8))):
+            found = in_order(engine.generate(prompts, group, how, 0, seed=3))
+            check_equal(found, generate(policy, prompts, group, how, merge=False))
+            seen.append(engine.refilling.sequences)
+    assert seen[0] is not seen[1] and seen[1] is seen[2]
+    assert [one.room for one in seen[:2]] == [Room(3, 16, 3, 8), Room(3, 16, 4, 32)]
+
+
+def test_slots_of_another_model_are_made_anew(policy, monkeypatch):
+    monkeypatch.setattr(Refilling, "_may_stay", lambda _: True)
+    with refilled(policy, merge=False) as engine:
+        in_order(engine.generate(make.prompts(policy), 2, sampling(20), 0, seed=3))
+        before = engine.refilling.sequences
+        before.sampler = replace(before.sampler, model=copy.deepcopy(policy.model))
+        in_order(engine.generate(make.prompts(policy), 2, sampling(4), 0, seed=3))
+        assert engine.refilling.sequences is not before and engine.refilling.sequences.room.positions == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "group", "slots", "expected"),
+    [
+        (64, 8, 64, Room(24, 256, 64, 512)),
+        (8, 8, 64, Room(8, 256, 64, 512)),
+        (64, 1, 48, Room(48, 256, 48, 512)),
+        (64, 8, 4, Room(3, 256, 4, 512)),
+        (2, 3, 64, Room(2, 256, 6, 512)),
+    ],
+)
+def test_room_for_a_call(count, group, slots, expected):
+    prompts = [make.prompt(0, (5,) * length) for length in (*[3] * (count - 1), 40)]
+    assert room_for(Wanted(prompts, group, sampling(300), 0, ()), slots, ON_CUDA) == expected
 
 
 @merging
@@ -178,8 +254,8 @@ def test_on_cuda_slots_stay_if_they_are_a_small_part_of_the_memory(policy, monke
         with refilled(policy, merge=merge) as engine:
             in_order(engine.generate(make.prompts(policy), 2, sampling(4), 0, seed=3))
             assert (engine.refilling.sequences is not None) == (stays and not merge)
-    # Keys and values of two layers with two heads of 8 numbers, in float32.
-    assert sizes == [5 * 32 * 2 * 2 * 2 * 8 * 4]
+    # Keys and values of two layers with two heads of 8 numbers, in float32: four prompts, five responses.
+    assert sizes == [(4 * 24 + 5 * 8) * 2 * 2 * 2 * 8 * 4]
 
 
 # When it is used

@@ -13,6 +13,7 @@ from recording import addresses
 from refills import FAMILIES, tensors
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.kernels.slots import Room, of_prompts, of_slots
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.static import OnHost, Prefilled, StaticSequences, prefill
@@ -26,15 +27,17 @@ def sampler_of(policy: Policy) -> Sampler:
 
 
 def sequences(policy: Policy, num_logprobs: int = 0, texts=EQUAL, **how) -> tuple[StaticSequences, Prefilled]:
-    """A slot for each prompt, filled."""
+    """Two slots for each prompt, filled; the first prompt is in the last place, and so on."""
     sampler, prompts = sampler_of(policy), make.prompts(policy, texts)
     found = prefill(sampler, prompts, policy.pad_id, policy.device)
-    of = sampling(8, **how)
-    made = StaticSequences(sampler, of, num_logprobs, len(prompts), 40, policy.eos_ids, found, make.fail)
-    made.begin(sampler)
-    numbers = torch.arange(len(prompts), device=policy.device)
-    uniform_NT = torch.rand(len(prompts), 8, generator=torch.Generator().manual_seed(0)).to(policy.device)
-    made.put(numbers, found, numbers, torch.tensor(found.lengths, device=policy.device), uniform_NT)
+    room = Room(prompts=len(prompts), prompt_positions=8, slots=2 * len(prompts), positions=8)
+    made = StaticSequences(sampler, room, policy.eos_ids, found, make.fail)
+    made.begin(sampler, sampling(8, **how), num_logprobs)
+    places = torch.arange(len(prompts), device=policy.device).flip(0)
+    made.put_prompts(places, found)
+    numbers = torch.arange(room.slots, device=policy.device)
+    uniform_NT = torch.rand(room.slots, 8, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    made.put(numbers, places.repeat(2), uniform_NT)
     return made, found
 
 
@@ -47,9 +50,9 @@ def test_a_step_does_not_wait_for_the_device(train_config, num_logprobs, how):
     meta = torch.device("meta")
     policy = replace(policy, model=copy.deepcopy(policy.model).to(meta), device=meta)
     made, _ = sequences(policy, num_logprobs, **how)
-    for rows in (3, 2):
-        made.step(rows, 16)
-    made.move(torch.tensor([2], device=meta), torch.tensor([0], device=meta), 16)
+    for rows in (6, 2):
+        made.step(rows, 8)
+    made.move(torch.tensor([2], device=meta), torch.tensor([0], device=meta), 8)
     assert made.columns[0].device == meta
     with pytest.raises(NotImplementedError, match="meta"):
         made.ends()
@@ -61,25 +64,25 @@ def test_whatever_a_step_changes_stays_where_it_is(train_config, num_logprobs):
     made, _ = sequences(make.policy(train_config(), adapter_scale=0.1), num_logprobs)
     before = addresses(*tensors(made))
     for _ in range(8):
-        made.step(3, 16)
+        made.step(6, 8)
     assert addresses(*tensors(made)) == before
     assert not any(column.is_inference() for column in made.columns)
 
 
 @torch.inference_mode()
 def test_what_has_ended_is_not_written_to(train_config):
-    """Its tokens, their number and the position after them stay while the others go on."""
+    """Its tokens and their number stay while the others go on."""
     policy = replace(make.policy(train_config(), adapter_scale=0.1), eos_ids=(1, *range(3, 60)))
     made, _ = sequences(policy)
     ended: dict[int, list[int]] = {}
     for _ in range(10):
-        made.step(3, 16)
+        made.step(6, 8)
         (ends_S,) = made.ends().read()
         for slot, tokens in enumerate(ends_S.tolist()):
             if tokens >= 0:
-                kept = [*made.recorded(slot, tokens)[0].tolist(), int(made.length_S[slot])]
-                assert ended.setdefault(slot, kept) == kept and len(kept) == tokens + 1
-    assert sorted(ended) == [0, 1, 2] and len({len(kept) for kept in ended.values()}) > 1
+                kept = made.recorded(slot, tokens)[0].tolist()
+                assert ended.setdefault(slot, kept) == kept and len(kept) == tokens
+    assert sorted(ended) == list(range(6)) and len({len(kept) for kept in ended.values()}) > 1
 
 
 @pytest.mark.parametrize("texts", [make.MIXED, EQUAL], ids=["padded", "equal lengths"])
@@ -91,21 +94,43 @@ def test_prompts_begin_in_the_first_column(train_config, tmp_path, family, texts
     together = prefill(sampler_of(policy), make.prompts(policy, texts), policy.pad_id, policy.device)
     for row, prompt in enumerate(make.prompts(policy, texts)):
         alone = prefill(sampler_of(policy), [prompt], policy.pad_id, policy.device)
-        for one in (together, together.only(row)):
-            at = row if one is together else 0
-            assert one.lengths[at] == len(prompt.token_ids) == alone.lengths[0]
-            torch.testing.assert_close(one.hidden_PH[at], alone.hidden_PH[0], rtol=1e-5, atol=1e-5)
-            for found, expected in zip(one.states, alone.states, strict=True):
-                for ours, plain in zip(found, expected, strict=True):
-                    cut = ours[at, : len(prompt.token_ids)]
-                    torch.testing.assert_close(cut, plain[0], rtol=1e-4, atol=1e-4)
+        assert together.lengths[row] == len(prompt.token_ids) == alone.lengths[0]
+        torch.testing.assert_close(together.hidden_PH[row], alone.hidden_PH[0], rtol=1e-5, atol=1e-5)
+        for found, expected in zip(together.states, alone.states, strict=True):
+            for ours, plain in zip(found, expected, strict=True):
+                cut = ours[row, : len(prompt.token_ids)]
+                torch.testing.assert_close(cut, plain[0], rtol=1e-4, atol=1e-4)
 
 
-def test_one_prompt_of_many_does_not_hold_the_memory_of_all(train_config):
+@torch.inference_mode()
+def test_a_prompt_is_stored_once_and_each_of_its_samples_begins_from_it(train_config):
+    policy = make.policy(train_config(), adapter_scale=0.1)
+    made, found = sequences(policy, texts=("3+4=", "a", "b + "))
+    room = made.room
+    assert made.num_bytes == 2 * 2 * 2 * 8 * 4 * room.all_positions and room.all_positions == 3 * 8 + 6 * 8
+    for row, (place, length) in enumerate(zip((2, 1, 0), found.lengths, strict=True)):
+        for states, (keys, values) in zip(made.decoding.states, found.states, strict=True):
+            for pool, new in ((states.keys, keys), (states.values, values)):
+                assert torch.equal(of_prompts(pool, room)[place, :length], new[row, :length])
+                assert not of_slots(pool, room).any()
+        assert int(made.prompt_length_P[place]) == length
+        for slot in (row, row + 3):
+            assert int(made.place_S[slot]) == place
+            assert torch.equal(made.hidden_SH[slot], found.hidden_PH[row])
+
+
+@torch.inference_mode()
+def test_slots_that_no_sequence_had_yet_write_to_themselves(train_config):
     policy = make.policy(train_config())
-    many = prefill(sampler_of(policy), make.prompts(policy), policy.pad_id, policy.device)
-    one = many.only(2)
-    assert one.lengths == (1,) and all(t.untyped_storage().nbytes() == t.nbytes for pair in one.states for t in pair)
+    _, found = sequences(policy)
+    made = StaticSequences(sampler_of(policy), Room(3, 8, 6, 8), policy.eos_ids, found, make.fail)
+    made.begin(sampler_of(policy), sampling(8), 0)
+    made.step(4, 8)
+    for states in made.decoding.states:
+        own = of_slots(states.keys, made.room)
+        assert own[:4, 0].any(-1).all() and not own[:, 1:].any() and not own[4:].any()
+        assert not of_prompts(states.keys, made.room).any()
+    assert made.hidden_SH.isfinite().all() and (made.ends().read()[0] == 1).all()
 
 
 def test_what_is_read_is_what_it_was_then():

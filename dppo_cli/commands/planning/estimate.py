@@ -16,8 +16,11 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.config.sections import Model
 from dppo_cli.errors import DppoError
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.location import EMBEDDED
 from dppo_cli.rollout.local import LocalRollout
+from dppo_cli.rollout.refill import ON_CUDA, refuses, room_for
+from dppo_cli.rollout.sampling import Wanted
 
 T = TypeVar("T")
 
@@ -72,8 +75,10 @@ class Planner:
         largest = max(training, held_out, key=lambda part: len(part[0]) * part[1])
         sequences = len(largest[0]) * largest[1]
         of = (id(shapes), config.sampling, config.approx)
+        room = self._room(config, shapes, prompts)
         sampling = self._once(
-            (*of, sequences), partial(sampling_cost, shapes, *largest, config.sampling, config.approx.num_logprobs)
+            (*of, sequences, room),
+            partial(sampling_cost, shapes, *largest, config.sampling, config.approx.num_logprobs, room),
         )
         update = self._once(
             (*of, config.hardware),
@@ -112,6 +117,22 @@ class Planner:
                 self.source(config.model), config.adapter, hardware, machine.dtype, machine.on_cpu
             )
         return self.shapes[key]
+
+    def _room(self, config: TrainConfig, shapes: Shapes, prompts: Prompts) -> Room | None:
+        """For keys and values of training and evaluation, where the engine takes static steps."""
+        sampling = config.sampling
+        if self.machine.on_cpu or not isinstance(config.rollout, LocalRollout):
+            return None
+        if refuses(shapes.policy.model, sampling) is not None:
+            return None
+        training, evaluation = (
+            room_for(Wanted(of, group, sampling, 0, ()), config.rollout.concurrent_sequences, ON_CUDA)
+            for of, group in (
+                (prompts.step, config.batch.samples_per_prompt),
+                (prompts.heldout, config.eval.samples_per_prompt),
+            )
+        )
+        return training.with_room_for(evaluation)
 
     def change_that_fits(self, config: TrainConfig, now: Estimate) -> tuple[str, Estimate] | None:
         """The first single change with which it fits, in words of the command line, and the estimate with it."""

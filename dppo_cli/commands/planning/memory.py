@@ -16,6 +16,7 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.kernels.memory import WORTH_IT, WORTH_RELEASING
 from dppo_cli.kernels.products import has_onednn
 from dppo_cli.rollout.local import LocalRollout
+from dppo_cli.rollout.refill import KEPT
 from dppo_cli.rollout.weights import SHARE, SamplingWeights, decide
 
 GIB, MIB = 2**30, 2**20
@@ -168,6 +169,11 @@ def memory(
         # One layer at a time, in the forward and in the backward pass: its tensors are counted above.
         for name in ("update, head", "update, backward", "update, prompts"):
             phases[name]["dequantisation buffers"] = shapes.largest_layer * float(dtype.itemsize)
+    if 0 < sampling.slots <= KEPT * machine.total and not weights.copied:
+        stay = sampling.cache + sampling.logits + sampling.step + sampling.record
+        for name, phase in phases.items():
+            if name.startswith("update"):
+                phase["slots and graphs of sampling, which stay"] = float(stay)
     least = sum(always.values()) + sum(adapter.values()) + base - released
     fixed = {*always, *adapter, base_name, "samples", "sampler's copy of weights"}
     held = {name: UNUSED * sum(n for part, n in phase.items() if part not in fixed) for name, phase in phases.items()}

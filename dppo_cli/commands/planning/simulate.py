@@ -12,12 +12,15 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation
 from dppo_cli.commands.planning.recorder import Recorder
 from dppo_cli.commands.planning.shapes import Shapes
 from dppo_cli.config.sections import Hardware, Sampling
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.choice import choose_for
 from dppo_cli.policy.forward import Forward
 from dppo_cli.policy.head import Head, masses, token_log_probs
+from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer
 from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.sampling import draw
+from dppo_cli.rollout.static import prefill as run_prompts
 from dppo_cli.types import Batch, Example, PaddedPrompts, PolicyReport, Prompt
 
 PROMPTS_AT_ONCE = 2
@@ -41,9 +44,13 @@ class Work:
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """Bytes of a sub-batch: the cache of keys and values, logits and what is drawn from them, what is recorded."""
+    """Bytes of a sub-batch: the cache of keys and values, logits and what is drawn from them, what is recorded.
+
+    `slots`: of the cache, what is in slots, which may stay while the policy trains.
+    """
 
     cache: int
+    slots: int
     logits: int
     record: int
     step: int  # what a token needs besides
@@ -68,9 +75,17 @@ class UpdateCost:
 
 
 def sampling_cost(
-    shapes: Shapes, prompts: Sequence[Prompt], group: int, sampling: Sampling, num_logprobs: int
+    shapes: Shapes,
+    prompts: Sequence[Prompt],
+    group: int,
+    sampling: Sampling,
+    num_logprobs: int,
+    room: Room | None = None,
 ) -> SamplingCost:
-    """Of `prompts` with `group` samples each: the beginning, and the last token, which attends to all others."""
+    """Of `prompts` with `group` samples each: the beginning, and the last token, which attends to all others.
+
+    `room`: of keys and values, where the engine takes static steps; the work of a token is about the same.
+    """
     policy, recorder = shapes.policy, Recorder(shapes.tensors())
     training = policy.model.training
     policy.model.eval()
@@ -96,8 +111,22 @@ def sampling_cost(
         decoder.step(token_B)
         step = recorder.peak - start
         token = _less(_work(recorder), done).plus(_less(done, prefill))
+        slots = 0
+        if room is not None:
+            whole = sum(buffer.nbytes for layer in decoder.cache.layers for buffer in layer.buffers)  # type: ignore[union-attr]
+            slots = whole // (size * decoder.capacity) * room.all_positions
+            cache += slots - whole
+            kept = kept * (room.positions + 1) // sampling.max_new_tokens
+            del decoder
+            recorder.restart_peak()
+            start = recorder.live
+            # While the slots of the step before are there.
+            run_prompts(
+                Sampler(policy.model, head, head.product, policy.autocast), prompts, policy.pad_id, policy.device
+            )
+            prefill_peak = cache + recorder.peak - start
     policy.model.train(training)
-    return SamplingCost(cache, logits_peak, kept, step, prefill_peak, prefill, token)
+    return SamplingCost(cache, slots, logits_peak, kept, step, prefill_peak, prefill, token)
 
 
 def _at_the_end(decoder: Decoder) -> None:
