@@ -16,6 +16,7 @@ from rich.table import Table
 from dppo_cli.commands.checkup.machine import (
     embedded_model,
     gpus,
+    kernels,
     memory,
     mps,
     processor,
@@ -70,6 +71,7 @@ def examine(hardware: Hardware) -> list[Row]:
         "processor": processor,
         "memory": memory,
         "gpu": gpus,
+        "kernels": kernels,
         "mps": mps,
         "hardware": partial(resolved, hardware),
         "embedded model": partial(embedded_model, hardware),

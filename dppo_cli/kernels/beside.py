@@ -21,8 +21,6 @@ from dppo_cli.kernels.joined import are_joined, joined
 from dppo_cli.kernels.llama import Projections, each
 from dppo_cli.kernels.probe import refused, without_triton
 
-CLOSE = 2**-6
-"""Of numbers near 1 in bfloat16, whose sums were rounded in another order."""
 NOT_FUSED = "products with 4-bit weights take several times as long as they could: {}"
 
 
@@ -116,7 +114,7 @@ class Beside:
 @cache
 def _refused(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the kernel's results on this device say."""
-    from dppo_cli.kernels.fused.nf4_product import difference
+    from dppo_cli.kernels.fused.nf4_product import CLOSE, difference
 
     return refused(partial(difference, device, dtype), CLOSE)
 

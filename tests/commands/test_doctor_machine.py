@@ -103,6 +103,29 @@ def test_gpus_that_do_not_work(monkeypatch: Change) -> None:
     assert row.status == PROBLEM and row.text.endswith("it computes 64 x 64 ones wrongly")
 
 
+@pytest.mark.parametrize(
+    ("without", "refuses", "status", "text"),
+    [
+        ("Triton is not installed", None, WARNING, "Triton is not installed: norms"),
+        (None, "its results are 0.7 off", WARNING, "norms, gates and rotations: those in Triton do not work here: its"),
+        (None, None, OK, "those in Triton compute"),
+    ],
+)
+def test_kernels(without: str | None, refuses: str | None, status: str, text: str, monkeypatch: Change) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dppo_cli.kernels.probe.without_triton", lambda device, dtype: without)
+    monkeypatch.setattr("dppo_cli.kernels.probe.refused", lambda difference, close: refuses)
+    row = only(machine.kernels())
+    assert row.status == status and row.text.startswith(text)
+    assert bool(row.fix) is (status == WARNING)
+
+
+def test_no_kernels_for_a_cpu(monkeypatch: Change) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(machine.kernels()) == []
+
+
 def test_the_driver_is_that_of_nvidia_smi(tmp_path: Path, monkeypatch: Change) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine._driver() is None

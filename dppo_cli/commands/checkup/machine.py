@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,33 @@ def _gpu(i: int, driver: str | None, built_for: str | None) -> Row:
     if not facts["bfloat16"]:
         return Row(name, WARNING, f"{text}; train in float32", "dppo train hardware.dtype=float32", facts)
     return Row(name, OK, text, facts=facts)
+
+
+def kernels() -> Iterator[Row]:
+    """Whether the kernels in Triton compute here what plain operations do. No row where they are not for the device."""
+    import torch
+
+    from dppo_cli.kernels.probe import refused, without_triton
+
+    if not torch.cuda.is_available():
+        return
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    why = without_triton(device, dtype)
+    if why == "":
+        return
+    if why is not None:
+        text = f"{why}: norms, gates, rotations and 4-bit products take several kernels each"
+        yield Row("kernels", WARNING, text, "pip install triton")
+        return
+    from dppo_cli.kernels.fused import layers, nf4_product
+
+    parts: tuple[tuple[str, Any], ...] = (("norms, gates and rotations", layers), ("4-bit products", nf4_product))
+    for name, made in parts:
+        why = refused(partial(made.difference, device, dtype), made.CLOSE)
+        if why is not None:
+            yield Row("kernels", WARNING, f"{name}: those in Triton do not work here: {why}", "pip install -U triton")
+            return
+    yield Row("kernels", OK, "those in Triton compute what plain operations do")
 
 
 def mps() -> Iterator[Row]:

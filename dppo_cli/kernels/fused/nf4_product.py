@@ -19,6 +19,8 @@ MOST_LAYERS = 3
 """That read one input."""
 MOST_ROWS = 256
 """Every weight is decoded for each 128 rows. Above it, to dequantise weights once takes less time, by estimate."""
+CLOSE = 2**-6
+"""Of numbers near 1 in bfloat16, whose sums were rounded in another order."""
 H100 = 132
 """Its multiprocessors, where there is no GPU to ask."""
 
