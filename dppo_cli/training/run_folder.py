@@ -60,6 +60,9 @@ def check_free(path: Path, key: str) -> None:
     """Raise RunError if `path`, which the user set as `key`, holds a run, is not a folder, or could not be written."""
     if len(path.parts) > MAX_DEPTH:
         raise RunError(f"{key}={path} is more than {MAX_DEPTH} folders deep; name another folder")
+    missing = next((before for before in reversed(path.parents) if not before.exists()), path)
+    if ".." in path.parts[len(missing.parts) :]:
+        raise RunError(f"{key}={path} leads nowhere: there is no folder {missing}; name another folder")
     if path.exists() and not path.is_dir():
         raise RunError(f"{key}={path} is a file; name a new folder")
     if path.is_dir() and any(p.name not in NO_RUN for p in path.iterdir()):

@@ -88,6 +88,15 @@ def test_what_is_not_free() -> None:
         check_free(Path("run/notes/x/y"), "run_dir")
 
 
+def test_back_from_a_folder_that_is_not_there() -> None:
+    """Its folders would be made on the way."""
+    with pytest.raises(RunError, match=r"out=here/nope/\.\./new leads nowhere: there is no folder here/nope;"):
+        Path("here").mkdir()
+        check_free(Path("here/nope/../new"), "out")
+    check_free(Path("here/../new"), "out")
+    assert [path.name for path in Path().iterdir()] == ["here"]
+
+
 def test_permission_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
