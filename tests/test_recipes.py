@@ -80,6 +80,13 @@ def test_the_picture_and_table_of_a_sweep(tmp_path: Path, plot: ModuleType) -> N
     assert (tmp_path / "stability.png").stat().st_size > 10_000
 
 
+def test_a_rollout_that_taught_nothing_has_no_difference(plot: ModuleType) -> None:
+    """The table has that of the last rollout which has one."""
+    steps = [{"reward": 0.5, "shift_mean": 0.25}, {"reward": 0.0, "shift_mean": None}]
+    row = plot.table({"ppo": [{"steps": steps, "summary": {"eval_after": 0.0}}]}).splitlines()[2]
+    assert row.endswith("| 0.000 (0.000 to 0.000) | 0.2500 (0.2500 to 0.2500) |")
+
+
 # On real problems
 
 

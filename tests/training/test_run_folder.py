@@ -90,8 +90,8 @@ def test_what_is_not_free() -> None:
 
 def test_back_from_a_folder_that_is_not_there() -> None:
     """Its folders would be made on the way."""
+    Path("here").mkdir()
     with pytest.raises(RunError, match=r"out=here/nope/\.\./new leads nowhere: there is no folder here/nope;"):
-        Path("here").mkdir()
         check_free(Path("here/nope/../new"), "out")
     check_free(Path("here/../new"), "out")
     assert [path.name for path in Path().iterdir()] == ["here"]

@@ -13,6 +13,7 @@ from dppo_cli.commands.planning.machine import GPU_RUNTIME, Machine
 from dppo_cli.commands.planning.shapes import Shapes, Source
 from dppo_cli.commands.planning.simulate import SamplingCost, UpdateCost
 from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.kernels.four_bits import BLOCK
 from dppo_cli.kernels.memory import WORTH_IT, WORTH_RELEASING
 from dppo_cli.kernels.products import has_onednn
 from dppo_cli.rollout.local import LocalRollout
@@ -111,6 +112,8 @@ def memory(
     if on_cpu and shapes.quantised and stays:
         # Weights that are not quantised are pages of the file, and keep all of it mapped.
         always["file of the weights"] = max(0.0, file - (shapes.parameters - shapes.quantised) * dtype.itemsize)
+    in_4_bits = not on_cpu and sampling.slots > 0 and weights.kind == "quantized"
+    scales = {"scales of 4-bit products": 4.0 * shapes.quantised / BLOCK if in_4_bits else 0.0}
     phases = {
         "loading": {
             **always,
@@ -122,6 +125,7 @@ def memory(
             **adapter,
             base_name: base - released,
             "sampler's copy of weights": copy + packed_head,
+            **scales,
             "KV cache of sampling": float(sampling.cache),
             "logits of sampling": float(sampling.logits + sampling.step),
             "samples": kept + sampling.record,
@@ -131,6 +135,7 @@ def memory(
             **adapter,
             base_name: base - released,
             "sampler's copy of weights": copy + packed_head,
+            **scales,
             "KV cache of sampling": float(sampling.cache),
             "prompts before sampling": float(sampling.prefill_peak - sampling.cache),
             "samples": kept,
@@ -170,12 +175,12 @@ def memory(
         for name in ("update, head", "update, backward", "update, prompts"):
             phases[name]["dequantisation buffers"] = shapes.largest_layer * float(dtype.itemsize)
     if 0 < sampling.slots <= KEPT * machine.total and not weights.copied:
-        stay = sampling.cache + sampling.logits + sampling.step + sampling.record
+        stay = sampling.cache + sampling.logits + sampling.step + sampling.record + sum(scales.values())
         for name, phase in phases.items():
             if name.startswith("update"):
                 phase["slots and graphs of sampling, which stay"] = float(stay)
     least = sum(always.values()) + sum(adapter.values()) + base - released
-    fixed = {*always, *adapter, base_name, "samples", "sampler's copy of weights"}
+    fixed = {*always, *adapter, *scales, base_name, "samples", "sampler's copy of weights"}
     held = {name: UNUSED * sum(n for part, n in phase.items() if part not in fixed) for name, phase in phases.items()}
     if not on_cpu:
         # What the allocator holds besides is no part of a run's number, but of the card's memory.
