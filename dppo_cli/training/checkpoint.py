@@ -143,6 +143,9 @@ def prune(run: Path, step: int, keep: int, also: Sequence[int]) -> None:
 
 
 def remove(path: Path) -> None:
+    """A checkpoint; what is no folder, or a link to one, is not dppo's and stays."""
+    if path.is_symlink() or not path.is_dir():
+        return
     # The manifest first, so that an interrupted removal leaves no checkpoint that seems complete.
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

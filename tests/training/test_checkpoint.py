@@ -278,3 +278,19 @@ def test_an_interrupted_removal_leaves_nothing_that_seems_complete(
     (newer / "state.json").unlink()
     assert newest_good(tmp_path, warned.append) is None
     assert [Path(w.split(" is ")[0]) for w in warned] == [newer, older]
+
+
+def test_what_is_no_folder_is_not_pruned(tmp_path: Path) -> None:
+    """It may be a link to a disk with more room, and it must not end the run."""
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for path in (folder / "step-3", elsewhere):
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
+    (folder / "step-1").symlink_to("/dev/null")
+    (folder / "step-2").symlink_to(elsewhere)
+    prune(tmp_path, 4, 1, [4])
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
+    (folder / "step-4").mkdir()
+    prune(tmp_path, 4, 1, [4])
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-4"]
+    assert (elsewhere / "manifest.json").is_file()
