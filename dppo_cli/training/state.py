@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_cli.errors import RunError
 from dppo_cli.kernels.devices import random_state, set_random_state
-from dppo_cli.training.evaluation import Measured
+from dppo_cli.training.evaluation import Measured, compared
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.order import PromptOrder
 
@@ -97,9 +97,10 @@ class RunState:
 
     def _load(self, snapshot: Snapshot) -> None:
         plain = snapshot.plain
-        self.step, self.seconds = plain["step"], plain["seconds"]
+        self.step, self.seconds = plain["step"], float(plain["seconds"])
         self.before = plain["before"]
-        self.best = None if plain["best"] is None else (plain["best"][0], plain["best"][1])
+        compared(self.before, self.before)  # What no summary can be made of would end the run at its end.
+        self.best = None if plain["best"] is None else (int(plain["best"][0]), float(plain["best"][1]))
         self.warnings = list(plain["warnings"])
         for name, tally in self.tallies.items():
             tally.load_state(plain["tallies"][name])

@@ -1,6 +1,7 @@
 """A run that was stopped and goes on from a snapshot equals an undisturbed one."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load, save
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner, train
+from dppo_cli.errors import RunError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import InStepCollector
 from dppo_cli.telemetry.listeners import Listeners
@@ -185,6 +187,27 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
     resumed.state.load(saved)
     assert go_on(resumed, 1, tmp_path / "resumed") == metrics
     assert_same(resumed, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("before", math.nan),
+        ("before", {"held_out": 1.0}),
+        ("before", {"held_out": {"accuracy": 0.5}}),
+        ("before", {"held_out": {"rates": ["x"]}}),
+        ("best", [1]),
+        ("best", [1, "x"]),
+        ("seconds", None),
+    ],
+)
+def test_what_no_run_has_written_is_refused(key, value, train_config):
+    """At once, not when a summary is made of it at the end."""
+    run = new_run(train_config(*CHOSEN))
+    snapshot = run.state.snapshot()
+    with pytest.raises(RunError, match="the checkpoint of step 0 is of another run"):
+        run.state.load(replace(snapshot, plain={**snapshot.plain, key: value}))
+    run.state.load(snapshot)
 
 
 PROMPTS = [make.prompt(i) for i in range(7)]
