@@ -1,5 +1,6 @@
 """A kernel is used where it is there and computes on this very device what plain operations compute."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -16,7 +17,13 @@ def without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return ""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return ""  # bfloat16 is emulated there
-    return None if importlib.util.find_spec("triton") else NO_TRITON
+    if importlib.util.find_spec("triton") is None:
+        return NO_TRITON
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # of a build for another system
+        return f"Triton cannot be imported: {_first_line(error)}"
+    return None
 
 
 def refused(difference: Callable[[], float], close: float) -> str | None:
@@ -30,5 +37,9 @@ def refused(difference: Callable[[], float], close: float) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # A compiler's errors are of many kinds.
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return _first_line(error)
     return None if apart <= close else f"its results are {apart:.2g} off"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
