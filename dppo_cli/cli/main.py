@@ -239,7 +239,7 @@ def _sweep_dir(overrides: Sequence[str]) -> Path:
         if word.startswith("run_dir="):
             try:
                 override = OverridesParser.create().parse_override(word)
-            except HydraException:
+            except (HydraException, ValueError):  # ValueError: more digits than Python reads
                 continue  # Hydra will say what is wrong with it.
             if override.is_sweep_override():
                 raise ConfigError(f"{word}: run_dir is the folder of all jobs of a sweep; name one")

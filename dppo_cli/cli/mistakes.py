@@ -59,6 +59,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"Hydra cannot make a config of these words: {' '.join(overrides)} ({first})"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}; write key=value, with quotes around spaces, commas and brackets"
+    if message.startswith("Exceeds the limit"):  # of digits that Python reads
+        keys = [word.partition("=")[0] for word in overrides if re.search(r"\d{4301}", word)]
+        return f"{', '.join(keys) or 'a word'} has a number with more than 4,300 digits"
     if match := re.search(r"Could not override '([^']+)'", message):
         return _no_such_key(match.group(1), _composed_keys(command, overrides))
     if match := re.search(r"Could not find '(hydra/[^']+)/([^'/]+)'", message):

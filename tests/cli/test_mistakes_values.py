@@ -39,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("work")
         (["sampling.min_p=0.1"], ["min_p", "min_p=0"]),
         (["sampling.temperature=0"], ["sampling.temperature=0", "greedy"]),
         (["sampling.temperature=-1"], ["sampling.temperature=-1", "temperature >= 0"]),
+        (["run_dir=" + 5000 * "9"], ["run_dir has a number with more than 4,300 digits"]),
+        (["steps=" + 5000 * "9"], ["steps has a number with more than 4,300 digits"]),
         (["approx=topk", "approx.k=5000"], ["approx.k=5000", "rollout.max_logprobs=1024"]),
         (["approx=topk", "approx.k=0"], ["approx.k=0", "at least 1"]),
         (["adapter=qlora", "rollout.weights=adapter"], ["rollout.weights=adapter", "dequantized", "quantized"]),

@@ -36,7 +36,8 @@ PADDED = ((5, 6, 7, 8, 9), (10, 11))
 
 def model(config: PretrainedConfig, **more):
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config, **more).eval()
+    # transformers writes the attention that it chose into the config.
+    made = AutoModelForCausalLM.from_config(copy.deepcopy(config), **more).eval()
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.3)  # biases and norms, too, which start at zero and one
     return made
