@@ -21,7 +21,10 @@ from dppo_cli.config.saved import read_config
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.adapter import SETTINGS, read_settings
 from dppo_cli.training.checkpoint import check, installed, newest_good, step_of
+from dppo_cli.training.evaluation import HELD_OUT, fingerprint
 from dppo_cli.training.run_folder import check_free
+from dppo_cli.training.state import Snapshot
+from dppo_cli.types import Prompt
 
 OF_THE_COMMAND = ("resume", "run_dir", "trust")
 """Keys that say where and whether to go on."""
@@ -173,6 +176,35 @@ def find_earlier(run: Path, config: TrainConfig, config_yaml: str, warn: Callabl
         if installed().get(name) != then:
             warn(f"the run was made with {name} {then}, and this is {installed().get(name)}: results may differ")
     return Earlier(goes_on=True, checkpoint=checkpoint, changes=changed)
+
+
+def check_problems(
+    checkpoint: Path,
+    saved: Snapshot,
+    train: Sequence[Prompt],
+    sets: Mapping[str, Sequence[Prompt]],
+    warn: Callable[[str], None],
+) -> None:
+    """Raise RunError if `sets` are not the problems that the run was first evaluated on; warn if `train` has changed.
+
+    Of a run of a version that kept no fingerprints, only the number of problems is known.
+    """
+    for name, measured in (saved.plain["before"] or {}).items():
+        problems = sets.get(name, [])
+        then, now = len(measured["rates"]), len(problems)
+        if then != now or measured.get("fingerprint") not in (None, fingerprint(problems)):
+            which = "held-out problems of data" if name == HELD_OUT else f"problems of eval_sets.{name}"
+            what = f"{then} then, {now} now" if then != now else "a prompt, an answer or the order has changed"
+            raise RunError(
+                f"the {which} are not those of the run's first evaluation ({what}), so the last one could not be "
+                "compared with it. Restore the data to go on, or train the adapter further in a new run: "
+                f"adapter.path={checkpoint}/adapter"
+            )
+    if saved.plain.get("fingerprint") not in (None, fingerprint(train)):
+        warn(
+            f"the training problems have changed since step {saved.plain['step']}; the run goes on with the present "
+            "ones, so it equals no run that had one data set from the start"
+        )
 
 
 def method_hash(config_yaml: str) -> str:

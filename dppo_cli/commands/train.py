@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dppo_cli.commands.problems import encoded_problems
-from dppo_cli.commands.resume import find_earlier, method_hash
+from dppo_cli.commands.resume import check_problems, find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError
@@ -31,7 +31,7 @@ from dppo_cli.telemetry.watch import Watch
 from dppo_cli.training.batches import mini_batches
 from dppo_cli.training.card import card
 from dppo_cli.training.checkpoint import prune, read_checkpoint, sha256_of, write_checkpoint
-from dppo_cli.training.evaluation import Evaluator, Measured, compared
+from dppo_cli.training.evaluation import Evaluator, Measured, compared, fingerprint
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.memory_use import memory_metrics, peak_memory_gib
 from dppo_cli.training.metrics import PhaseTimer, rollout_metrics, update_metrics
@@ -215,6 +215,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         make_learner(policy, config, warn, world),
         ORDERS[config.order](train_prompts, config.seed),
         tallies={"masked_tokens": masked, "watch": watch, "samples": samples},
+        fingerprint=fingerprint(train_prompts),
     )
     folder = RunFolder(
         run_dir,
@@ -225,7 +226,9 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         goes_on=earlier.goes_on,
     )
     if earlier.checkpoint is not None:
-        state.load(read_checkpoint(earlier.checkpoint))
+        saved = read_checkpoint(earlier.checkpoint)
+        state.load(saved)
+        check_problems(earlier.checkpoint, saved, train_prompts, sets, early.append)
     if earlier.goes_on:
         folder.check_goes_on(state.step)
     stopping = Stopping(config.checkpoint.grace, listeners.warned)

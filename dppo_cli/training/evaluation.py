@@ -1,9 +1,11 @@
 """Evaluation: sample answers to held-out problems, score them, count."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 from dppo_cli.config.checks import check_fits
@@ -18,7 +20,7 @@ HELD_OUT = "held_out"
 """The name of the run's own held-out problems among the sets that it is evaluated on."""
 
 Measured = dict[str, Any]
-"""`EvalResult.figures()` and `rates`: as JSON, what there is to remember of an evaluation."""
+"""`EvalResult.figures()`, `rates`, and `fingerprint` of the problems: as JSON, what there is to remember."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def fingerprint(problems: Sequence[Prompt]) -> str:
+    """Equal for the same prompts and answers, as text, in the same order."""
+    digest = sha256()
+    for example in (problem.example for problem in problems):
+        text = json.dumps([example.prompt, [dict(m) for m in example.messages], example.answer], sort_keys=True)
+        digest.update(f"{text}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
@@ -171,7 +182,10 @@ class Evaluator:
         n = self.plan.samples_per_prompt
         ks = [k for k in (2**i for i in range(n.bit_length())) if k <= n]
         found = {name: self(step, name) for name in self.sets}
-        return {name: {**result.figures(ks), "rates": result.rates} for name, result in found.items()}
+        return {
+            name: {**result.figures(ks), "rates": result.rates, "fingerprint": fingerprint(self.sets[name])}
+            for name, result in found.items()
+        }
 
 
 def compared(before: Mapping[str, Measured] | None, after: Mapping[str, Measured] | None) -> dict[str, Any]:
@@ -186,8 +200,8 @@ def compared(before: Mapping[str, Measured] | None, after: Mapping[str, Measured
     for name, measured in before.items():
         difference = paired_difference(measured["rates"], after[name]["rates"]) if name in after else None
         sets[name] = {
-            "before": _without_rates(measured),
-            "after": _without_rates(after[name]) if name in after else None,
+            "before": _shown(measured),
+            "after": _shown(after[name]) if name in after else None,
             "difference": None if difference is None else asdict(difference),
         }
     return {
@@ -200,8 +214,8 @@ def compared(before: Mapping[str, Measured] | None, after: Mapping[str, Measured
     }
 
 
-def _without_rates(measured: Measured) -> dict[str, Any]:
-    return {key: value for key, value in measured.items() if key != "rates"}
+def _shown(measured: Measured) -> dict[str, Any]:
+    return {key: value for key, value in measured.items() if key not in ("rates", "fingerprint")}
 
 
 def _mean(values: Sequence[float]) -> float | None:

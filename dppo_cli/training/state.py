@@ -44,6 +44,7 @@ class RunState:
     learner: Learner
     prompts: PromptOrder
     tallies: Mapping[str, Tally]
+    fingerprint: str | None = None  # of the problems that `prompts` takes from; None: not known
     step: int = 0
     seconds: float = 0.0  # of processes that ended before this one
     before: dict[str, Measured] | None = None  # the evaluations before the first step, by set
@@ -80,6 +81,7 @@ class RunState:
             "step": self.step,
             "seconds": self.seconds,
             "before": self.before,
+            "fingerprint": self.fingerprint,
             "best": self.best,
             "warnings": list(self.warnings),
             "tallies": {name: tally.state() for name, tally in self.tallies.items()},
@@ -100,6 +102,9 @@ class RunState:
         self.step, self.seconds = plain["step"], float(plain["seconds"])
         self.before = plain["before"]
         compared(self.before, self.before)  # What no summary can be made of would end the run at its end.
+        found = [plain.get("fingerprint"), *(m.get("fingerprint") for m in (self.before or {}).values())]
+        if not all(value is None or isinstance(value, str) for value in found):
+            raise TypeError("a fingerprint is no text")
         self.best = None if plain["best"] is None else (int(plain["best"][0]), float(plain["best"][1]))
         self.warnings = list(plain["warnings"])
         for name, tally in self.tallies.items():

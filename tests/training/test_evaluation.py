@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from itertools import combinations
 from statistics import stdev
 from typing import Any
@@ -10,9 +11,9 @@ import make
 import pytest
 
 from dppo_cli.config.sections import Sampling
-from dppo_cli.training.evaluation import EvalResult, compared, evaluate, pass_at_k
+from dppo_cli.training.evaluation import EvalResult, compared, evaluate, fingerprint, pass_at_k
 from dppo_cli.training.intervals import accuracy_interval
-from dppo_cli.types import Completion, Group, Prompt, Score
+from dppo_cli.types import Completion, Example, Group, Prompt, Score
 
 
 def evaluation(rewards: list[float | None], samples_per_prompt: int, success_reward: float = 1.0) -> EvalResult:
@@ -156,7 +157,8 @@ def test_a_comparison_before_and_after() -> None:
     assert found["evaluations"]["held_out"]["difference"]["mean"] == pytest.approx(1 / 3)
     assert found["evaluations"]["held_out"]["difference"]["problems"] == 3
     assert found["evaluations"]["more"]["difference"] == {"mean": -1.0, "interval": None, "problems": 1}
-    assert "rates" not in found["evaluations"]["more"]["after"]
+    shown = evaluation([0.0], 1).figures()
+    assert found["evaluations"]["more"]["after"] == shown, "neither rates nor fingerprint"
     half = compared(before, None)
     assert (half["eval_before"], half["eval_after"]) == (1 / 3, None)
     assert half["evaluations"]["more"]["after"] is half["evaluations"]["more"]["difference"] is None
@@ -165,4 +167,29 @@ def test_a_comparison_before_and_after() -> None:
 
 def measured(rates: list[float]) -> dict[str, Any]:
     result = evaluation(list(rates), 1)
-    return {**result.figures(), "rates": result.rates}
+    return {**result.figures(), "rates": result.rates, "fingerprint": "4624224b588a6e52"}
+
+
+def test_a_fingerprint_is_of_texts_answers_and_their_order() -> None:
+    problems = [Example("1+2=", "3"), Example("é", "\ud800")]
+
+    def of(examples: Sequence[Example]) -> str:
+        return fingerprint([Prompt(i, example, (3,)) for i, example in enumerate(examples)])
+
+    # By hand: SHA-256 of a line of JSON for each problem.
+    lines = '["1+2=", [], "3"]\n["\\u00e9", [], "\\ud800"]\n'
+    assert of(problems) == sha256(lines.encode()).hexdigest()[:16]
+    said, other = ({"role": "user", "content": text} for text in ("1+2=", "2+1="))
+    changed = [
+        problems[::-1],
+        problems[:1],
+        [*problems, problems[0]],
+        [Example("1+2= ", "3"), problems[1]],
+        [Example("1+2=", "4"), problems[1]],
+        [Example("1+2=", "3", messages=[said]), problems[1]],
+        [Example("1+2=", "3", messages=[other, said]), problems[1]],
+    ]
+    assert len({of(problems), *map(of, changed)}) == 8
+    assert of([]) == sha256(b"").hexdigest()[:16]
+    turned = {"content": "1+2=", "role": "user"}
+    assert of([Example("1+2=", "3", {"level": 1}, [turned])]) == of([Example("1+2=", "3", {}, [said])])

@@ -196,6 +196,8 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
         ("before", {"held_out": 1.0}),
         ("before", {"held_out": {"accuracy": 0.5}}),
         ("before", {"held_out": {"rates": ["x"]}}),
+        ("before", {"held_out": {"rates": [0.5], "fingerprint": 5}}),
+        ("fingerprint", ["4624224b588a6e52"]),
         ("best", [1]),
         ("best", [1, "x"]),
         ("seconds", None),
