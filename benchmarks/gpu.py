@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -29,11 +30,13 @@ from gpu_model import LLAMA_8B, TINY
 from gpu_nf4 import STEPS as PRODUCTS
 from gpu_steps import STEPS as MOST
 from gpu_steps import Bench
+from gpu_trace import STEPS as TRACES
 from measure import BUILD
 
-ORDER = "probe decode topk static static_topk refill long blocks generate update update_packed"
-ORDER += " update_plain kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4 update_nf4_whole gpu_16gb peer"
-STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS}[name] for name in ORDER.split()}
+ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_packed"
+ORDER += " update_plain trace trace_update kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4"
+ORDER += " update_nf4_whole trace_nf4 trace_update_nf4 gpu_16gb peer"
+STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES}[name] for name in ORDER.split()}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0
 """Seconds for all steps together."""
@@ -86,8 +89,8 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(f"there is no step {unknown[0]}; choices: {', '.join(STEPS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --tiny --device cpu tries the script")
-    bench = Bench(TINY if args.tiny else LLAMA_8B, torch.device(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(TINY if args.tiny else LLAMA_8B, torch.device(args.device), out=args.out)
     start = time.monotonic()
     for name in chosen:
         limit, work = STEPS[name]
@@ -99,6 +102,7 @@ def main(words: Sequence[str] | None = None) -> None:
             with _limit(min(limit, left)):
                 work(bench)
         except Exception as error:  # The steps after it are worth their time.
+            traceback.print_exc()
             bench.add(name, failed=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
             bench.forget()
         about = where(bench.device)

@@ -1,8 +1,8 @@
 """Steps of gpu.py about decoding: CUDA graphs, the attention over slots, and slots that are filled again."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +34,10 @@ class Called(Graphs):
         self.records = False
 
 
+Ways = Mapping[str, tuple[type[Graphs], dict[str, Any]]]
+"""By name: graphs, and what functions of kernels/slots.py answer instead of the truth."""
+
+
 @contextmanager
 def static_engine(bench: Bench, words: tuple[str, ...], slots: int, graphs: type[Graphs]) -> Iterator[LocalEngine]:
     """Samples with static steps on every device."""
@@ -45,35 +49,40 @@ def static_engine(bench: Bench, words: tuple[str, ...], slots: int, graphs: type
         yield engine
 
 
-def seconds_of(bench: Bench, engine: LocalEngine, prompts: Sequence[Prompt], group: int, tokens: int, k: int) -> Any:
-    """Of a call, of the same once more, and the peak of memory then. The first records the graphs."""
+def seconds_of(
+    bench: Bench, engine: LocalEngine, prompts: Sequence[Prompt], group: int, tokens: int, k: int, once: bool = False
+) -> Any:
+    """Of a call, of the same once more unless `once`, and the peak of memory then. The first records the graphs."""
     sampling = Sampling(1.0, 1.0, 0, 0.0, tokens, [])
 
     def run() -> None:
         for _ in engine.generate(prompts, group, sampling, k, seed=1):
             pass
 
-    first, _ = bench.timed(run)
-    second, peak = bench.timed(run)
+    first, peak = bench.timed(run)
+    second, peak = (first, peak) if once else bench.timed(run)
     return first, second, peak
 
 
-def static_steps(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 0) -> None:
-    """Milliseconds of a step, for each number of rows: with graphs, without, and without flash attention."""
+GRAPHS: Ways = {"graphs": (Graphs, {})}
+OTHERS: Ways = {
+    "graphs, torch's flash attention": (Graphs, {"without_triton": lambda *_: ""}),
+    "graphs, masked attention": (Graphs, {"has_flash": lambda *_: False}),
+    "no graphs": (Called, {}),
+}
+
+
+def static_steps(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 0, ways: Ways = GRAPHS) -> None:
+    """Milliseconds of a step in each of the ways: for each number of rows with graphs alone, else for one."""
     size = bench.size
     width = size.prompt + (size.new - size.decoded) // 2
-    rows_of: dict[str, tuple[type[Graphs], bool, Sequence[int]]] = {
-        "graphs": (Graphs, True, size.rows),
-        "graphs, masked attention": (Graphs, False, size.rows[1:2]),
-        "no graphs": (Called, True, size.rows[1:2]),
-    }
     layer_bytes = 0.516 if config(size, *words).adapter.quantization else 2.0
-    for kind, (graphs, flash, all_rows) in rows_of.items():
-        for rows in all_rows:
+    for kind, (graphs, answers) in ways.items():
+        for rows in size.rows if ways is GRAPHS and not num_logprobs else size.rows[1:2]:
             group = min(size.group, rows)
             prompts = prompts_of(size, rows // group, width)
-            has_flash = slots.has_flash if flash else lambda *_: False
-            with patch.object(slots, "has_flash", has_flash), static_engine(bench, words, rows, graphs) as engine:
+            other = patch.multiple(slots, **answers) if answers else nullcontext()
+            with other, static_engine(bench, words, rows, graphs) as engine:
                 _, prefill, _ = seconds_of(bench, engine, prompts, group, 1, num_logprobs)
                 first, second, peak = seconds_of(bench, engine, prompts, group, size.decoded, num_logprobs)
             step = (second - prefill) / (size.decoded - 1)
@@ -194,11 +203,12 @@ def blocks(bench: Bench, words: tuple[str, ...] = BF16) -> None:
 
 
 STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
-    "static": (90, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA")),
+    "static": (60, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA")),
+    "static_ways": (60, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA", ways=OTHERS)),
     "static_topk": (30, lambda b: static_steps(b, BF16, "static step, bf16 + LoRA", 20)),
     "refill": (60, refilled),
     "long": (30, long_prompts),
     "blocks": (20, blocks),
-    "static_nf4": (90, lambda b: static_steps(b, NF4, "static step, NF4 + LoRA")),
+    "static_nf4": (60, lambda b: static_steps(b, NF4, "static step, NF4 + LoRA")),
 }
 """As in gpu_steps.py; those of BF16 first, because two policies would not fit."""

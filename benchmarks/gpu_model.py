@@ -16,6 +16,7 @@ from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.kernels.devices import set_up
 from dppo_cli.kernels.llama import fuse
+from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.policy.adapter import add_adapter
 from dppo_cli.policy.policy import Policy
 
@@ -127,6 +128,7 @@ def policy(size: Size, device: torch.device, of: TrainConfig) -> Policy:
     if of.hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+    make_lean(model, device)
     fuse(model, device, dtype, print)
     model.train(of.hardware.gradient_checkpointing)
     words = tokenizer(size.model["vocab_size"])

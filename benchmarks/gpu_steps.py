@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Bench:
     size: Size
     device: torch.device
     rows: list[dict[str, Any]] = field(default_factory=list)
+    out: Path = BUILD
     bandwidth: float | None = None
     policies: dict[tuple[str, ...], Policy] = field(default_factory=dict)
 

@@ -1,6 +1,7 @@
 """Kernels on the CPU by Triton's interpreter, with casts to bfloat16 that round to the nearest, as GPUs do.
 
-The interpreter's own casts cut the lower bits off, and its products take bfloat16 for integers.
+The interpreter's own casts cut the lower bits off, and its products take bfloat16 for integers. Numbers that a kernel
+has read cannot bound its loops there, if numpy makes no number of an array of one.
 """
 
 import importlib
@@ -43,6 +44,11 @@ def _mend() -> None:
         exact = torch.from_numpy(np.ascontiguousarray(x.data).view(np.int16)).view(torch.bfloat16)
         return interpreter.TensorHandle(exact.float().numpy(), interpreter.tl.float32)
 
+    def patch_tensor(tensor, scope):
+        plain_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    plain_patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, patch_tensor
     plain_dot = interpreter.InterpreterBuilder.create_dot
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = convert

@@ -26,12 +26,22 @@ def measured(scripts: SimpleNamespace, step: str) -> dict[str, dict]:
     return {row["what"]: row for row in bench.rows}
 
 
-@pytest.mark.parametrize("step", ["static", "static_topk", "static_nf4"])
-def test_static_steps(scripts: SimpleNamespace, step: str):
+@pytest.mark.parametrize(
+    ("step", "kinds"),
+    [
+        ("static", ("graphs, 2 rows", "graphs, 4 rows")),
+        ("static_topk", ("graphs, 4 rows, top-20",)),
+        ("static_nf4", ("graphs, 2 rows", "graphs, 4 rows")),
+        (
+            "static_ways",
+            ("graphs, torch's flash attention, 4 rows", "graphs, masked attention, 4 rows", "no graphs, 4 rows"),
+        ),
+    ],
+)
+def test_static_steps(scripts: SimpleNamespace, step: str, kinds: tuple[str, ...]):
     rows = measured(scripts, step)
     name = "static step, NF4 + LoRA" if step == "static_nf4" else "static step, bf16 + LoRA"
-    kinds = ("graphs, 2 rows", "graphs, 4 rows", "graphs, masked attention, 4 rows", "no graphs, 4 rows")
-    assert list(rows) == [f"{name}, {kind}{', top-20' if step == 'static_topk' else ''}" for kind in kinds]
+    assert list(rows) == [f"{name}, {kind}" for kind in kinds]
     assert all(row["prefill_s"] > 0 and {"ms_per_step", "share_of_floor"} <= set(row) for row in rows.values())
     assert all(0 < row["share_with_prompts_once"] / row["share_of_floor"] < 1 for row in rows.values())
 

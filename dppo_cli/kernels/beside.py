@@ -2,7 +2,8 @@
 
 PEFT converts the float32 A, B and x to W's precision at every product, and multiplies and adds in operations of their
 own: eight small kernels for each layer and token. Here there are two, and layers that read one input share the first.
-On a GPU they share the product with W, too, and weights in 4 bits are multiplied as they are, by `fused.nf4`.
+On a GPU they share the product with W, too, in which A's rows are rows of W, and `fused.adapter_up` adds s B (A x) for
+all of them. Weights in 4 bits are multiplied as they are, by `fused.nf4`.
 
 Shapes: I inputs, O outputs of a layer, r rank.
 """
@@ -15,20 +16,24 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dppo_cli.kernels.devices import CUDA
+from dppo_cli.kernels.devices import CUDA, empty_cache
 from dppo_cli.kernels.four_bits import biases_of, is_4_bit, why_not
 from dppo_cli.kernels.joined import are_joined, joined
 from dppo_cli.kernels.llama import Projections, each
 from dppo_cli.kernels.probe import refused, without_triton
 
 NOT_FUSED = "products with 4-bit weights take several times as long as they could: {}"
+NOT_AT_ONCE = "the adapter takes a kernel for each layer, because the one for several layers does not work here: {}"
+ROWS = 64
+"""The rows of A behind the weights are filled up with zeros to a multiple of it, which products on GPUs like."""
 
 
 class Beside:
     """Makes the products of `LlamaStep`; `refresh` takes over the adapter as it is now, at the same addresses.
 
     Dropout is left out. Layers without an adapter, and adapters that compute something else (DoRA, several adapters,
-    biases), run as the modules they are. `warn` is told, once, if products in 4 bits should be fused and cannot be.
+    biases), run as the modules they are. `warn` is told, once each, if products in 4 bits should be fused, or adapters
+    be added at once, and cannot be.
     """
 
     def __init__(self, dtype: torch.dtype, warn: Callable[[str], None] = lambda _: None) -> None:
@@ -36,20 +41,24 @@ class Beside:
         self.copies: list[Tensor] = []
         self.sources: list[Tensor] = []
         self.wholes: list[tuple[list[nn.Parameter], Tensor]] = []
-        self.said = False
+        self.said: set[str] = set()
 
     def __call__(self, *modules: Any) -> Projections:
         if not all(_is_plain(module) for module in modules):
             return each(*modules)
         adapters = [_adapter(module) for module in modules]
         bases = [module.get_base_layer() for module in modules]
-        a_rI = self._copied([a for a, _, _ in adapters])
         bs, scaling = [b for _, b, _ in adapters], [s for _, _, s in adapters]
         ranks = [len(a) for a, _, _ in adapters]
-        lows = [slice(sum(ranks[:i]), sum(ranks[: i + 1])) for i in range(len(ranks))]
         # One below the other where they can be.
         whole_Or = self._copied(bs) if len(set(ranks)) == 1 else None
         b_Ors = [self._copied([b]) for b in bs] if whole_Or is None else whole_Or.split([len(b) for b in bs])
+        if all(
+            type(base) is nn.Linear and base.weight.dtype == self.dtype and _may_move(base.weight) for base in bases
+        ):
+            return self._in_one(bases, [a for a, _, _ in adapters], whole_Or, b_Ors, scaling)
+        a_rI = self._copied([a for a, _, _ in adapters])
+        lows = [slice(sum(ranks[:i]), sum(ranks[: i + 1])) for i in range(len(ranks))]
         fused: list[tuple[Any, slice]] = []
         most_rows = 0
         if self._fuses(bases):
@@ -62,7 +71,7 @@ class Beside:
                 by_layer = zip(bases, b_Ors, scaling, strict=True)
                 fused = list(zip((Nf4Product([base], b, [s]) for base, b, s in by_layer), lows, strict=True))
             self.wholes += [(product.weights, product.codes) for product, _ in fused]
-        of_bases = self._of_bases(bases)
+        of_bases = each(*bases)
 
         def products(x: Tensor) -> list[Tensor]:
             x = x.to(self.dtype)
@@ -70,8 +79,7 @@ class Beside:
             if len(low) <= most_rows:
                 return [out for product, part in fused for out in product(x, low[:, part])]
             found = list(of_bases(x))
-            for out, part, b_Or, s in zip(found, lows, b_Ors, scaling, strict=True):
-                out.view(-1, out.shape[-1]).addmm_(low[:, part], b_Or.t(), alpha=s)
+            _add(found, low.split(ranks, dim=1), b_Ors, scaling)
             return found
 
         return products
@@ -81,14 +89,64 @@ class Beside:
         if self.copies:
             torch._foreach_copy_(self.copies, [source.detach() for source in self.sources])
 
-    def _of_bases(self, bases: Sequence[Any]) -> Projections:
-        """One product for all, if it can be; else their own forward passes."""
-        if not (len(bases) > 1 and all(type(base) is nn.Linear and _may_move(base.weight) for base in bases)):
-            return each(*bases)
-        parameters = [base.weight for base in bases]
-        whole_OI, bias_O, sizes = joined(parameters), biases_of(bases), [len(weight) for weight in parameters]
+    def _in_one(
+        self,
+        bases: Sequence[Any],
+        a_rIs: Sequence[Tensor],
+        whole_Or: Tensor | None,
+        b_Ors: Sequence[Tensor],
+        scaling: Sequence[float],
+    ) -> Projections:
+        """One product of x with W and A of all, and one addition, if it can be, or one for each."""
+        parameters, ranks = [base.weight for base in bases], [len(a) for a in a_rIs]
+        sizes, room = [len(weight) for weight in parameters], -(-sum(ranks) // ROWS) * ROWS
+        before, whole_OI = parameters[0].data_ptr(), joined(parameters, room)
+        if parameters[0].data_ptr() != before:
+            # Or parts of the freed weights would be taken for the next ones, and the rest of each stay unused.
+            empty_cache(whole_OI.device)
         self.wholes.append((parameters, whole_OI))
-        return lambda x: nn.functional.linear(x, whole_OI, bias_O).split(sizes, dim=-1)
+        _, *copies, rest = whole_OI.split([sum(sizes), *ranks, room - sum(ranks)])
+        for copy, a in zip(copies, a_rIs, strict=True):
+            copy.copy_(a.detach())
+        rest.zero_()  # which an adapter of a higher rank may have left
+        self.copies += copies
+        self.sources += a_rIs
+        bias_O = biases_of(bases)
+        if bias_O is not None:
+            bias_O = nn.functional.pad(bias_O, (0, room))
+        at_once = whole_Or is not None and self._at_once(whole_Or, sizes, scaling)
+
+        def products(x: Tensor) -> list[Tensor]:
+            out = nn.functional.linear(x.to(self.dtype), whole_OI, bias_O)
+            parts = out.split([*sizes, *ranks, room - sum(ranks)], dim=-1)
+            found = list(parts[: len(sizes)])
+            if at_once:
+                at_once(out)
+            else:
+                _add(found, [low.flatten(0, -2) for low in parts[len(sizes) : -1]], b_Ors, scaling)
+            return found
+
+        return products
+
+    def _at_once(self, b_Or: Tensor, sizes: Sequence[int], scaling: Sequence[float]) -> Callable[[Tensor], None] | None:
+        """Adds the adapters in one launch; None where there is no kernel for it."""
+        device = b_Or.device
+        why = without_triton(device, self.dtype)
+        if why is None:
+            from dppo_cli.kernels.fused.adapter_up import MOST_RANK, add_up
+
+            if b_Or.shape[1] > MOST_RANK:
+                return None
+            why = _refused_up(device, self.dtype)
+            if why is None:
+                return lambda out: add_up(out, b_Or, sizes, scaling)
+        self._say(NOT_AT_ONCE, why)
+        return None
+
+    def _say(self, what: str, why: str | None) -> None:
+        if why and what not in self.said:
+            self.said.add(what)
+            self.warn(what.format(why))
 
     def _fuses(self, bases: Sequence[Any]) -> bool:
         if not all(is_4_bit(base) for base in bases):
@@ -98,9 +156,7 @@ class Beside:
         if why is None:
             reasons = (why_not(base, self.dtype) for base in bases)
             why = next((reason for reason in reasons if reason is not None), None) or _refused(device, self.dtype)
-        if why and not self.said:
-            self.said = True
-            self.warn(NOT_FUSED.format(why))
+        self._say(NOT_FUSED, why)
         return why is None
 
     def _copied(self, sources: Sequence[Tensor]) -> Tensor:
@@ -117,6 +173,18 @@ def _refused(device: torch.device, dtype: torch.dtype) -> str | None:
     from dppo_cli.kernels.fused.nf4_product import CLOSE, difference
 
     return refused(partial(difference, device, dtype), CLOSE)
+
+
+@cache
+def _refused_up(device: torch.device, dtype: torch.dtype) -> str | None:
+    from dppo_cli.kernels.fused.adapter_up import CLOSE, difference
+
+    return refused(partial(difference, device, dtype), CLOSE)
+
+
+def _add(outs: Sequence[Tensor], lows: Sequence[Tensor], b_Ors: Sequence[Tensor], scaling: Sequence[float]) -> None:
+    for out, low, b_Or, s in zip(outs, lows, b_Ors, scaling, strict=True):
+        out.view(-1, out.shape[-1]).addmm_(low, b_Or.t(), alpha=s)
 
 
 def _may_move(weight: Tensor) -> bool:

@@ -11,6 +11,8 @@ Each stretch is an attention of its own, with output o and log-sum-exp l of its 
 Shapes: R rows, M positions of the pool, K key heads, Q query heads per key head, D head size.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,6 +21,18 @@ from dppo_cli.kernels.devices import CUDA
 
 CLOSE = 0.02
 """Largest difference from float32 in 16 bits, for values of unit variance: two roundings of the result."""
+ROWS, LONGEST = 5, 512
+"""Rows, and positions of a stretch, in which `difference` tries an attention."""
+
+
+class OverSlots(Protocol):
+    """An attention of one token per row to two stretches of pools."""
+
+    def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None: ...
+
+    def __call__(
+        self, q_RKQD: Tensor, keys_MKD: Tensor, values_MKD: Tensor, attn_mask: Tensor | None, scale: float
+    ) -> Tensor: ...
 
 
 class FlashOverSlots:
@@ -76,14 +90,17 @@ def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def difference(device: torch.device, dtype: torch.dtype, key_heads: int, query_heads: int, size: int) -> float:
+def difference(
+    attention: OverSlots, device: torch.device, dtype: torch.dtype, key_heads: int, query_heads: int, size: int
+) -> float:
     """The largest difference from attention in float32, for `query_heads` to each key head.
 
-    Three prompts are in use up to their first position, a middle one, and their last, and so are the slots of five rows
-    that read them, in no order and some of them twice. Behind these positions are large numbers. Raises RuntimeError
-    where the kernel refuses.
+    `attention` is for `ROWS` and `LONGEST`. Three prompts are in use up to their first position, a middle one, and
+    their last, and so are the slots of five rows that read them, in no order and some of them twice. Behind these
+    positions are large numbers. Raises RuntimeError where the kernel refuses.
     """
-    prompt_used, prompt, own_used, longest = (1, 300, 512), (2, 0, 2, 1, 0), (1, 512, 300, 512, 1), 512
+    longest = LONGEST
+    prompt_used, prompt, own_used = (1, 300, longest), (2, 0, 2, 1, 0), (1, longest, 300, longest, 1)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -97,9 +114,8 @@ def difference(device: torch.device, dtype: torch.dtype, key_heads: int, query_h
         states[~seen] = 100.0
     prompt_R = torch.tensor(prompt, device=device)
     own_R = torch.arange(len(prompt), device=device) + len(prompt_used)
-    flash = FlashOverSlots(len(prompt), longest, device)
-    flash.look(prompt_R * longest, own_R * longest, used[prompt_R], used[own_R])
-    found = flash(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=None, scale=size**-0.5)
+    attention.look(prompt_R * longest, own_R * longest, used[prompt_R], used[own_R])
+    found = attention(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=None, scale=size**-0.5)
     both_keys, both_values, mask = (torch.cat([of[prompt_R], of[own_R]], dim=1) for of in (keys, values, seen))
     expected = scaled_dot_product_attention(
         q.float(),

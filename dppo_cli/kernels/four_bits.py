@@ -1,6 +1,6 @@
 """What bitsandbytes' 4-bit layers hold. Shapes: I inputs, O outputs of a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,18 @@ def is_4_bit(layer: Any) -> bool:
     return any(
         kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes") for kind in type(layer).mro()
     )
+
+
+def dequantizer(layer: Any) -> Callable[[Tensor], Tensor] | None:
+    """W [O, I] of a 4-bit layer's codes; None if the layer multiplies by other means, or in another precision."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    if layer.compute_dtype not in (None, state.dtype):
+        return None
+    return lambda codes: dequantize_4bit(codes, state)
 
 
 def why_not(layer: Any, dtype: torch.dtype) -> str | None:

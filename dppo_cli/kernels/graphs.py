@@ -7,6 +7,7 @@ run them.
 import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -28,7 +29,7 @@ class Graphs:
         self.device, self.warn = device, warn
         self.recorded: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.records = device.type == CUDA
-        self.stream = torch.cuda.Stream(device) if self.records else None
+        self.stream = _recording_stream(device) if self.records else None
 
     def __call__(self, key: Hashable, function: Callable[[], None]) -> None:
         if key in self.recorded:
@@ -70,6 +71,12 @@ class Graphs:
             self.warn(FALLS_BACK.format(next(iter(str(error).splitlines()), type(error).__name__)))
             return
         self.recorded[key] = graph
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace of 32 MiB for each stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

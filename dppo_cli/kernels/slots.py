@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from dppo_cli.kernels.beside import Beside
 from dppo_cli.kernels.devices import empty_cache
-from dppo_cli.kernels.flash import CLOSE, FlashOverSlots, difference, has_flash
+from dppo_cli.kernels.flash import CLOSE, LONGEST, ROWS, FlashOverSlots, OverSlots, difference, has_flash
 from dppo_cli.kernels.llama import LlamaStep
-from dppo_cli.kernels.probe import refused
+from dppo_cli.kernels.probe import refused, without_triton
 
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary frequencies that do not depend on how long the longest sequence is."""
+WITHOUT_SPLIT = "attention of a decoding step takes several kernels, because that in Triton does not work here: {}"
 WITHOUT_FLASH = "attention reads more of the cache than is in use, because torch's flash kernel does not work here: {}"
 
 
@@ -62,6 +63,13 @@ class Room:
 
 Shown = Callable[[Tensor], Tensor]
 """What attention is given of a layer's keys, or values, [M, K, D]."""
+Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Puts new keys and values [R, K, 1, D] into pools of keys and of values [M, K, D] at positions int64 [R]."""
+
+
+def write_each(keys_MKD: Tensor, values_MKD: Tensor, at_R: Tensor, keys_RK1D: Tensor, values_RK1D: Tensor) -> None:
+    for pool, new in ((keys_MKD, keys_RK1D), (values_MKD, values_RK1D)):
+        pool.index_copy_(0, at_R, new.squeeze(2))
 
 
 class SlotStates:
@@ -70,8 +78,8 @@ class SlotStates:
     They begin as zeros: what is behind a sequence's end has no weight in its attention, but zero times NaN is NaN.
     """
 
-    def __init__(self, room: Room, like_NLKD: Tensor) -> None:
-        self.room = room
+    def __init__(self, room: Room, like_NLKD: Tensor, write: Write = write_each) -> None:
+        self.room, self.write = room, write
         shape = (room.all_positions, *like_NLKD.shape[2:])
         self.keys, self.values = like_NLKD.new_zeros(shape), like_NLKD.new_zeros(shape)
         self.at_R = torch.empty(0)
@@ -82,8 +90,7 @@ class SlotStates:
         self.at_R, self.shown = at_R, shown
 
     def update(self, keys_RK1D: Tensor, values_RK1D: Tensor) -> tuple[Tensor, Tensor]:
-        for pool, new in ((self.keys, keys_RK1D), (self.values, values_RK1D)):
-            pool.index_copy_(0, self.at_R, new.squeeze(2))
+        self.write(self.keys, self.values, self.at_R, keys_RK1D, values_RK1D)
         return self.shown(self.keys), self.shown(self.values)
 
     def put(self, place_N: Tensor, keys_NLKD: Tensor, values_NLKD: Tensor) -> None:
@@ -116,24 +123,20 @@ class Decoding:
     """`step` for one token of each of the first R slots. See `LlamaStep` for the models that it computes.
 
     `like`: keys of any prompts [N, L, K, D], for each layer; their precision is that in which the model computes.
-    `warn` is told if the faster attention (`FlashOverSlots`) should work here and does not.
+    `warn` is told if a faster attention (see `over_slots`) should work here and does not.
     """
 
     def __init__(self, model: PreTrainedModel, room: Room, like: Sequence[Tensor], warn: Callable[[str], None]) -> None:
         self.room = room
         device, dtype = like[0].device, like[0].dtype
-        self.states = [SlotStates(room, states) for states in like]
+        self.flash, write = over_slots(room, model.config.num_attention_heads, like[0], warn)
+        self.states = [SlotStates(room, states, write) for states in like]
         self.beside = Beside(dtype, warn)
-        why_not = _without_flash(model, like[0])
-        if why_not:
-            warn(WITHOUT_FLASH.format(why_not))
-        longest = max(room.prompt_positions, room.positions)
-        self.flash = FlashOverSlots(room.slots, longest, device) if why_not is None else None
         self.run = LlamaStep(model, self.beside, self.flash or scaled_dot_product_attention)
         if self.beside.wholes:
             empty_cache(device)  # of the weights that were copied to be beside each other
         self.start_S = torch.arange(room.slots, device=device) * room.positions + room.of_prompts
-        self.position_X = torch.arange(longest, device=device)
+        self.position_X = torch.arange(max(room.prompt_positions, room.positions), device=device)
 
     def step(self, token_R: Tensor, place_R: Tensor, prompt_R: Tensor, length_R: Tensor, width: int) -> Tensor:
         """Final hidden states [R, H] of tokens int64 [R], each at the position after `length_R` positions of its slot.
@@ -157,16 +160,40 @@ class Decoding:
 
             shown = gathered
 
+        at_R = start_R + length_R
         for states in self.states:
-            states.look(start_R + length_R, shown)
+            states.look(at_R, shown)
         return self.run(self.states, token_R, (prompt_R + length_R)[:, None], mask_RX)[:, -1]
 
 
-def _without_flash(model: PreTrainedModel, like_NLKD: Tensor) -> str | None:
-    """Why not: empty where it is not for this device or precision."""
+def over_slots(
+    room: Room, heads: int, like_NLKD: Tensor, warn: Callable[[str], None]
+) -> tuple[OverSlots | None, Write]:
+    """The fastest attention that reads true lengths and works here, for `heads` of queries, and how states are written.
+
+    None where there is none: silently where none is for the device or precision, else `warn` is told why.
+    """
     device, dtype = like_NLKD.device, like_NLKD.dtype
     if not has_flash(device, dtype):
-        return ""
+        return None, write_each
     key_heads, size = like_NLKD.shape[2:]
-    shared = model.config.num_attention_heads // key_heads
-    return refused(lambda: difference(device, dtype, key_heads, shared, size), CLOSE)
+    shared = heads // key_heads
+    why_not = without_triton(device, dtype)
+    if why_not is None:
+        from dppo_cli.kernels.fused import attention  # which imports Triton
+
+        if attention.supports(shared, size):
+            why_not = refused(lambda: attention.difference(device, dtype, key_heads, shared, size), CLOSE)
+            if why_not is None:
+                return attention.SplitAttention(room.prompt_positions, room.positions), attention.write
+    if why_not:
+        warn(WITHOUT_SPLIT.format(why_not))
+
+    def apart() -> float:
+        return difference(FlashOverSlots(ROWS, LONGEST, device), device, dtype, key_heads, shared, size)
+
+    why_not = refused(apart, CLOSE)
+    if why_not is None:
+        return FlashOverSlots(room.slots, max(room.prompt_positions, room.positions), device), write_each
+    warn(WITHOUT_FLASH.format(why_not))
+    return None, write_each

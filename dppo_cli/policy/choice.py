@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from dppo_cli.kernels.devices import CUDA
+from dppo_cli.kernels.segments import has_flash
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences, shared_tokens
 from dppo_cli.policy.packed_forward import PackedGroups, can_pack
 from dppo_cli.policy.policy import Policy
 
 PACKED_TOKEN = 0.95
-"""What a token of a row costs of one beside padding. Without masks and copies of keys and values it was 8% less."""
+"""What a token of a row costs of one beside padding. Without masks and copies of keys and values it was 8% less on a
+CPU; on an H100 an update of Llama 3.1 8B took 16% less for 3% fewer tokens."""
 
 
 def choose_for(
@@ -18,17 +21,16 @@ def choose_for(
     prompts: Mapping[int, Sequence[int]],
     samples: Sequence[tuple[int, int, int]],
     budget: int,
-    on_cpu: bool,
 ) -> type[Forward]:
-    """`choose_forward`, but on a CPU `PackedGroups` instead of `SharedPrompts` where it is less work.
+    """`choose_forward`, but `PackedGroups` instead of `SharedPrompts` where it is less work.
 
     `samples`: as `Forward.split` takes them.
 
     A packed prompt runs in each micro-batch that has responses to it, a shared one once more for the backward pass, and
-    what shared prompts begin with runs once. On a GPU it has not been measured.
+    what shared prompts begin with runs once.
     """
     kind = choose_forward(policy)
-    if kind is not SharedPrompts or not on_cpu or not can_pack(policy.model):
+    if kind is not SharedPrompts or not can_pack(policy.model) or not _has_flash(policy):
         return kind
     own = [tokens for *_, tokens in samples]
     # Forward and backward passes.
@@ -54,3 +56,10 @@ def choose_forward(policy: Policy) -> type[Forward]:
         return PackedGroups
     shares = not recomputes and all(type(layer) in attention for layer in layers)
     return SharedPrompts if shares else WholeSequences
+
+
+def _has_flash(policy: Policy) -> bool:
+    """Whether attention over segments runs without a matrix of all its scores."""
+    of = policy.model.config.get_text_config()
+    size = getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads
+    return policy.device.type == "cpu" or (policy.device.type == CUDA and has_flash(policy.dtype, size))

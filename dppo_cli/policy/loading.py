@@ -102,8 +102,7 @@ def load_policy(
     if hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    if device.type == "cpu":
-        make_lean(model)
+    make_lean(model, device)
     fuse(model, device, dtype, warn)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.

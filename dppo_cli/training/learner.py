@@ -251,8 +251,7 @@ class Learner:
     def _open(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward:
         """The prompts of `samples`, each once."""
         used = {n: prompts[n] for n in dict.fromkeys(s.prompt for s in samples)}
-        on_cpu = self.policy.device.type == "cpu"
-        kind = self.forward or choose_for(self.policy, used, _lengths(prompts, samples), self.budget, on_cpu)
+        kind = self.forward or choose_for(self.policy, used, _lengths(prompts, samples), self.budget)
         return kind(self.policy, used, self.budget)
 
     def _open_reference(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward | None:

@@ -1,5 +1,6 @@
 """What is checked of static decoding steps on a GPU, as functions of the device, so that a CPU runs them, too."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,18 +78,25 @@ def _equal(found: Sequence[Sequence[Completion]], expected: Sequence[Sequence[Co
 
 
 def slots_and_sub_batches(of: Policy) -> float:
-    """The largest difference of log-probs from those of sampling sub-batch by sub-batch, of sequences that are equal.
+    """The largest difference of log-probs from those of sampling sub-batch by sub-batch, as long as tokens are equal.
 
-    A rounding may turn a token, and all after it, so most sequences are equal, not all.
+    A rounding may turn a token, and all after it.
     """
     with opened(of) as engine:
         engine.sync(0)
         ours = make.flat(generated(engine, 0))
         engine.refilling = None
         plain = make.flat(generated(engine, 0))
-    equal = [(a, b) for a, b in zip(ours, plain, strict=True) if a.token_ids_T.tolist() == b.token_ids_T.tolist()]
-    assert len(equal) >= len(ours) * (0.9 if of.dtype == torch.float32 else 0.4), f"{len(equal)} of {len(ours)}"
-    return max(float((a.mu.logp_N - b.mu.logp_N).abs().max()) for a, b in equal)
+    pairs = [(a, b, _equal_tokens(a, b)) for a, b in zip(ours, plain, strict=True)]
+    equal, tokens = sum(n for _, _, n in pairs), sum(len(a.token_ids_T) for a in ours)
+    assert equal >= tokens * (0.9 if of.dtype == torch.float32 else 0.2), f"{equal} of {tokens} tokens"
+    return max(float((a.mu.logp_N[:n] - b.mu.logp_N[:n]).abs().max()) for a, b, n in pairs if n)
+
+
+def _equal_tokens(a: Completion, b: Completion) -> int:
+    """How many the two have in common before the first that differs."""
+    pairs = zip(a.token_ids_T.tolist(), b.token_ids_T.tolist(), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def the_adapter_is_read_anew(of: Policy) -> None:

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from dppo_cli.kernels.flash import CLOSE, difference
+from dppo_cli.kernels.flash import CLOSE, LONGEST, ROWS, FlashOverSlots, difference
 from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.policy import model_head
 from dppo_cli.rollout.copies import Sampler
@@ -33,7 +33,7 @@ def config_of(train_config, families: dict[str, Path]):
     return of
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_give_what_calls_give(config_of, family: str, dtype: str) -> None:
     decode_cases.graphs_and_calls(decode_cases.policy(config_of(family), "cuda", dtype), 4)
@@ -67,13 +67,34 @@ def test_slots_give_what_sub_batches_give(config_of, family: str, dtype: str, mo
     assert apart < most
 
 
-@pytest.mark.parametrize(("key_heads", "query_heads", "size"), [(8, 4, 128), (2, 7, 64), (4, 1, 64), (8, 2, 128)])
+HEADS = [(8, 4, 128), (2, 7, 64), (4, 1, 64), (8, 2, 128)]
+"""Key heads, query heads of each, their size: of Llama 3.1 8B, Qwen 2.5 0.5B, one query head each, Qwen 3 1.7B."""
+
+
+@pytest.mark.parametrize(("key_heads", "query_heads", "size"), HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flash_attention_reads_true_lengths_of_shared_prompts(
     dtype: torch.dtype, key_heads: int, query_heads: int, size: int
 ) -> None:
-    """In the shapes of Llama 3.1 8B, Qwen 2.5 0.5B, one query head each, and Qwen 3 1.7B."""
-    assert difference(torch.device("cuda"), dtype, key_heads, query_heads, size) <= CLOSE
+    device = torch.device("cuda")
+    flash = FlashOverSlots(ROWS, LONGEST, device)
+    assert difference(flash, device, dtype, key_heads, query_heads, size) <= CLOSE
+
+
+@pytest.mark.parametrize("most", [LONGEST, 8 * LONGEST])
+@pytest.mark.parametrize(("key_heads", "query_heads", "size"), HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_triton_reads_true_lengths_of_shared_prompts(
+    dtype: torch.dtype, key_heads: int, query_heads: int, size: int, most: int
+) -> None:
+    """In short chunks of a stretch, and in one that is longer than the stretch."""
+    pytest.importorskip("triton")
+    from dppo_cli.kernels.fused import attention
+
+    device = torch.device("cuda")
+    assert attention.difference(device, dtype, key_heads, query_heads, size) <= CLOSE
+    split = attention.SplitAttention(most, most)
+    assert difference(split, device, dtype, key_heads, query_heads, size) <= CLOSE
 
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])

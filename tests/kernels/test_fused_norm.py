@@ -105,6 +105,17 @@ def test_the_sum_is_rounded_before_its_norm(shape, dtype):
     torch.testing.assert_close(out, norm(x + delta, of.weight, of.variance_epsilon), rtol=0, atol=0)
 
 
+def test_what_is_added_may_be_part_of_longer_rows():
+    """As a product gives it that leaves something behind its outputs; it is not copied."""
+    of = module(64, torch.bfloat16)
+    x, longer = random(5, 1, 64, seed=2).bfloat16(), random(5, 1, 192, seed=3).bfloat16()
+    delta = longer[..., :64]
+    assert fused.in_rows(delta).data_ptr() == longer.data_ptr()
+    expected = add_and_norm(x, delta.contiguous(), of.weight, of.variance_epsilon)
+    for a, b in zip(add_and_norm(x, delta, of.weight, of.variance_epsilon), expected, strict=True):
+        assert torch.equal(a, b) and a.is_contiguous()
+
+
 def test_x_and_a_number_for_each_row_are_kept():
     of = module(512, torch.bfloat16)
     x, kept = random(3, 4, 512).bfloat16().requires_grad_(), []

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import AutoModelForCausalLM
 
-from dppo_cli.kernels.low_rank import LeanLoraLinear, adapted_linear, make_lean
+from dppo_cli.kernels.low_rank import LeanLoraLinear, adapted_linear, lean_4_bit, make_lean
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 
@@ -51,6 +51,24 @@ def test_a_model_is_the_one_that_peft_makes(train_config, architecture, dropout)
         assert b.abs().max() > 1e-3
     with policy.without_adapter(), torch.no_grad():
         assert (hidden_states(policy, IDS) - expected).abs().max() > 0.05, "the adapter made no difference"
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(("architecture", "dropout"), [("llama3", 0.0), ("qwen3", 0.3)])
+def test_a_4_bit_base_is_dequantised(train_config, architecture, dropout, checkpointing):
+    """As on a GPU, against PEFT's layers, which stay on a CPU."""
+    words = ("adapter=qlora", f"adapter.dropout={dropout}", f"hardware.gradient_checkpointing={checkpointing}")
+    policy = make.policy(train_config(*words, model=architecture), adapter_scale=0.1)
+    plain, lean = lean_4_bit()
+    expected, expected_gradient = states_and_gradient(policy)
+    make_lean(policy.model, torch.device("cuda"))
+    layers = [m for m in policy.model.modules() if isinstance(m, plain)]
+    assert len(layers) >= 8 and {type(m) for m in layers} == {lean}
+    found, gradient = states_and_gradient(policy)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    for a, b in zip(gradient, expected_gradient, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert b.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
@@ -118,6 +136,6 @@ def test_an_adapter_with_biases_stays_pefts(tiny_models):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     expected = model(input_ids=IDS).logits
-    make_lean(model)
+    make_lean(model, torch.device("cpu"))
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=0)
     assert sum(isinstance(m, LeanLoraLinear) for m in model.modules()) == 4

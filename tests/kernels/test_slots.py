@@ -11,8 +11,9 @@ from recording import addresses
 from test_llama import FAMILIES, model
 from transformers import LlamaConfig, Phi3Config
 
+from dppo_cli.kernels import flash as of_torch
 from dppo_cli.kernels import slots
-from dppo_cli.kernels.flash import CLOSE, FlashOverSlots, difference, merged
+from dppo_cli.kernels.flash import CLOSE, LONGEST, FlashOverSlots, difference, merged
 from dppo_cli.kernels.slots import Decoding, Room, SlotStates, has_fixed_frequencies
 from dppo_cli.rollout.decoder import Decoder
 
@@ -193,6 +194,10 @@ def test_two_parts_of_an_attention_are_one():
     torch.testing.assert_close(found, scores.softmax(-1) @ values, rtol=1e-12, atol=1e-12)
 
 
+def flash() -> FlashOverSlots:
+    return FlashOverSlots(of_torch.ROWS, LONGEST, torch.device("cpu"))
+
+
 def broken(how: str):
     """A kernel that does not do what it is asked."""
 
@@ -222,7 +227,7 @@ def broken(how: str):
 @pytest.mark.parametrize(("key_heads", "query_heads", "size"), [(8, 4, 128), (2, 7, 64), (4, 1, 64)])
 def test_a_kernel_that_works_is_found_to(monkeypatch, key_heads, query_heads, size, dtype):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
-    apart = difference(torch.device("cpu"), dtype, key_heads, query_heads, size)
+    apart = difference(flash(), torch.device("cpu"), dtype, key_heads, query_heads, size)
     assert 0 < apart <= CLOSE
 
 
@@ -232,7 +237,7 @@ WAYS = ("ignores the lengths", "one position less", "takes offsets as ascending"
 @pytest.mark.parametrize("how", [*WAYS, "heads of the log-sum-exp in another order"])
 def test_a_kernel_that_does_not_is_found_out(monkeypatch, how):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", broken(how))
-    assert not difference(torch.device("cpu"), torch.float16, 2, 4, 16) <= 10 * CLOSE
+    assert not difference(flash(), torch.device("cpu"), torch.float16, 2, 4, 16) <= 10 * CLOSE
 
 
 @pytest.mark.parametrize("how", ["ignores the lengths", "refuses"])

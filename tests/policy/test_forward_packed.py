@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dppo_cli.commands.train import make_learner
+from dppo_cli.policy import choice
 from dppo_cli.policy.choice import choose_for, choose_forward
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences
 from dppo_cli.policy.packed_forward import PackedGroups, can_pack
@@ -249,15 +250,20 @@ def test_which_models_are_packed_while_recomputing(made, family):
         (3, (40, 1, 1), 120, PackedGroups),
     ],
 )
-def test_on_a_cpu_samples_are_packed_where_fewer_tokens_run(made, prompt, own, budget, expected):
+def test_samples_are_packed_where_fewer_tokens_run(made, monkeypatch, prompt, own, budget, expected):
     prompts = {number: tuple(range(number, number + prompt)) for number in (0, 4)}
     samples = [(number, prompt, n) for number in prompts for n in own]
     policy = made("llama")
-    assert choose_for(policy, prompts, samples, budget, on_cpu=True) is expected
-    assert choose_for(policy, prompts, samples, budget, on_cpu=False) is SharedPrompts
+    assert choose_for(policy, prompts, samples, budget) is expected
     for words, family in (((), "gemma3"), ((RECOMPUTING,), "gemma3"), ((RECOMPUTING,), "llama")):
         other = made(family, *words)
-        assert choose_for(other, prompts, samples, budget, on_cpu=True) is choose_forward(other)
+        assert choose_for(other, prompts, samples, budget) is choose_forward(other)
+    for device, flash, kind in (("cuda", True, expected), ("cuda", False, SharedPrompts), ("mps", True, SharedPrompts)):
+        asked: list[object] = []
+        monkeypatch.setattr(choice, "has_flash", lambda *of, asked=asked, flash=flash: asked.append(of) or flash)
+        there = replace(policy, device=torch.device(device))
+        assert choose_for(there, prompts, samples, budget) is kind
+        assert asked == ([(torch.float32, policy.model.config.head_dim)] if device == "cuda" else [])
 
 
 def test_what_prompts_begin_with_is_counted_once(made):
@@ -266,8 +272,8 @@ def test_what_prompts_begin_with_is_counted_once(made):
     samples = [(number, 101, 20) for number in (0, 1, 2) for _ in range(2)]
     alike = {number: (*beginning, number) for number in (0, 1, 2)}
     apart = {number: (number, *beginning) for number in (0, 1, 2)}
-    assert choose_for(policy, alike, samples, 1000, on_cpu=True) is SharedPrompts
-    assert choose_for(policy, apart, samples, 1000, on_cpu=True) is PackedGroups
+    assert choose_for(policy, alike, samples, 1000) is SharedPrompts
+    assert choose_for(policy, apart, samples, 1000) is PackedGroups
 
 
 def test_another_attention_is_not_packed(made):

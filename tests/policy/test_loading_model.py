@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, OPTConfig
 
 from dppo_cli.errors import ConfigError, ModelError
-from dppo_cli.kernels.low_rank import LeanLoraLinear
+from dppo_cli.kernels.low_rank import LeanLoraLinear, lean_4_bit
 from dppo_cli.policy import loading
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.loading import check_head, resolve_device
@@ -97,9 +97,10 @@ def test_bfloat16_on_a_processor_without_it_warns(load, tiny_models, monkeypatch
     assert all("hardware.dtype=bfloat16 on a processor without bfloat16" in text for text in warnings)
 
 
-@pytest.mark.parametrize(("device", "kind"), [("cpu", LeanLoraLinear), ("cuda", LoraLinear)])
-def test_lean_layers_are_for_the_cpu(load, tiny_models, train_config, monkeypatch, device, kind):
-    """On other devices PEFT's layers stay. The weights of this test are on the CPU all the same."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_lean_layers(load, tiny_models, train_config, monkeypatch, device, adapter):
+    """On a CPU PEFT's layers stay on a 4-bit base. The weights of this test are on the CPU all the same."""
     load_model = loading._load_model
 
     def on_the_cpu(location, path, of, file, dtype, device, quantization, warn):
@@ -108,9 +109,10 @@ def test_lean_layers_are_for_the_cpu(load, tiny_models, train_config, monkeypatc
     monkeypatch.setattr(loading, "_load_model", on_the_cpu)
     monkeypatch.setattr(loading, "resolve_device", lambda _: (torch.device(device), torch.float32))
     monkeypatch.setattr(loading, "check_head", lambda _: None)
-    policy = load(tiny_models["llama3"], train_config().adapter)
+    policy = load(tiny_models["llama3"], train_config(f"adapter={adapter}").adapter)
     assert policy.device.type == device
-    assert {type(m) for m in policy.model.modules() if isinstance(m, LoraLinear)} == {kind}
+    expected = LeanLoraLinear if adapter == "lora" else lean_4_bit()[device == "cuda"]
+    assert {type(m) for m in policy.model.modules() if isinstance(m, LoraLinear | lean_4_bit()[0])} == {expected}
 
 
 # Dropout

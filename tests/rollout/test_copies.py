@@ -188,7 +188,7 @@ def adapted(folder: Path, config: TrainConfig, **options: Any) -> Policy:
     settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     torch.manual_seed(0)
     policy = replace(plain, peft=get_peft_model(plain.model, settings))
-    make_lean(policy.model)
+    make_lean(policy.model, policy.device)
     make.move_adapter(policy, 0.1)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.model.named_parameters():

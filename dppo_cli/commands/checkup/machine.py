@@ -153,12 +153,16 @@ def kernels() -> Iterator[Row]:
     if why == "":
         return
     if why is not None:
-        text = f"{why}: norms, gates, rotations and 4-bit products take several kernels each"
+        text = f"{why}: norms, gates, rotations, 4-bit products and attention take several kernels each"
         yield Row("kernels", WARNING, text, "pip install triton")
         return
-    from dppo_cli.kernels.fused import layers, nf4_product
+    from dppo_cli.kernels.fused import attention, layers, nf4_product
 
-    parts: tuple[tuple[str, Any], ...] = (("norms, gates and rotations", layers), ("4-bit products", nf4_product))
+    parts: tuple[tuple[str, Any], ...] = (
+        ("norms, gates and rotations", layers),
+        ("4-bit products", nf4_product),
+        ("attention of decoding steps", attention),
+    )
     for name, made in parts:
         why = refused(partial(made.difference, device, dtype), made.CLOSE)
         if why is not None:

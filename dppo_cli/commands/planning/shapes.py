@@ -49,7 +49,6 @@ class Shapes:
     quantised: int  # parameters of the base that are in 4 bits
     adapted: tuple[tuple[int, int], ...]  # (parameters, base bytes) of each layer with an adapter or in 4 bits
     largest_layer: int  # parameters of the largest of these
-    on_cpu: bool
 
     @property
     def base_bytes(self) -> float:
@@ -128,8 +127,8 @@ def make_shapes(source: Source, adapter: LoRA, hardware: Hardware, dtype: torch.
     if hardware.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    if on_cpu and not quantised:  # Layers on a quantised base stay PEFT's own.
-        make_lean(model)
+    if not (on_cpu and quantised):  # There layers on a quantised base stay PEFT's own.
+        make_lean(model, torch.device("cpu"))
     model.train(hardware.gradient_checkpointing or adapter.dropout > 0)
     model.is_quantized = bool(quantised)
     with mode:
@@ -140,7 +139,7 @@ def make_shapes(source: Source, adapter: LoRA, hardware: Hardware, dtype: torch.
     modules: Iterator[Any] = model.modules()
     layers = [_layer(m, dtype) for m in modules if isinstance(m, LoraLayer | FourBit)]
     adapted = tuple(found for found in layers if found is not None)
-    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted), on_cpu)
+    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted))
 
 
 def _layer(module: Any, dtype: torch.dtype) -> tuple[int, int] | None:
@@ -158,6 +157,8 @@ class FourBit(nn.Linear):
     """Stands in for bitsandbytes' 4-bit layer: each pass dequantises the weight, and keeps it no longer."""
 
     counted = False
+    restore = staticmethod(torch.empty_like)
+    """See `LeanLoraLinear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _Dequantised.apply(x.to(self.weight.dtype), self.weight)  # type: ignore[no-untyped-call]

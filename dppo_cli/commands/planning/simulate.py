@@ -154,7 +154,7 @@ def update_cost(
     lengths = [len(prompts[p].token_ids) for p in owners]
     samples = [(p, n, max_new_tokens) for p, n in zip(owners, lengths, strict=True)]
     token_ids = {p: prompt.token_ids for p, prompt in enumerate(prompts)}
-    kind = choose_for(policy, token_ids, samples, budget, shapes.on_cpu)
+    kind = choose_for(policy, token_ids, samples, budget)
     parts = kind.split(samples, budget)
     part = max(parts, key=lambda part: (len(part), max(lengths[i] for i in part)))
     here = dict.fromkeys(owners[i] for i in part)

@@ -100,13 +100,13 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
 
     layers: list[Any] = []
     for outputs in (192, 64):
-        codes, state = quantize_4bit(random(outputs, 256), compress_statistics=True, quant_type="nf4")
+        codes, state = quantize_4bit(random(outputs, 512), compress_statistics=True, quant_type="nf4")
         layer: Any = cast(Any, Linear4bit)(
-            256, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+            512, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
         )
         layer.weight = Params4bit(codes, False, state, quant_type="nf4", bnb_quantized=True)
         layers.append(layer)
-    x, low, b_Or = random(5, 256), random(5, 16), random(256, 8)
+    x, low, b_Or = random(5, 512), random(5, 16), random(256, 8)
     plain = []
     for i, layer in enumerate(layers):
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
