@@ -29,6 +29,8 @@ OURS = ("runs", "sweeps", "evals", "comparisons")
 MAY_STAY = ("work/runs", "work/runs/last", "work/evals", "work/comparisons")
 """What a refused command may leave."""
 WARNS = ("warning: ", "dppo: warning: ")
+PHASE = re.compile(r"[a-z][\w /,-]*( \.\.\.|: \d+ s)\n")
+"""A line of telemetry/phases.py."""
 LONGEST = 3000
 """Characters of an error message, besides those that were typed."""
 CANARY = """\
@@ -152,6 +154,8 @@ def _ending(result: Result) -> Iterator[str]:
         result = replace(result, err=re.sub(r"(?s).*\x1b\[2K", "", result.err))
     # A library in a reward's process, of the memory that the user allows it.
     lines = [text for text in result.err.splitlines(keepends=True) if not text.startswith("OpenBLAS error")]
+    # What takes seconds on a busy machine.
+    lines = [text for text in lines if not PHASE.fullmatch(text)]
     if result.status == 0:
         lines = [text for text in lines if not text.startswith(WARNS)]
     result = replace(result, err="".join(lines))

@@ -44,6 +44,7 @@ def result(
         ({"status": 1, "err": "Traceback\nValueError: x\n"}, ["Traceback: ValueError: x"]),
         ({"status": 2, "err": "dppo: a\n", "out": "Traceback"}, ["Traceback"]),
         ({"err": "warning\n"}, ["on stderr: warning"]),
+        ({"err": "sampling 2 problems ...\nsampling 2 problems: 5 s\n"}, []),
         ({"new": ["work/x"]}, ["wrote 'work/x'"]),
         ({"new": ["temporary/x"]}, ["wrote 'temporary/x'"]),
         ({"changed": ["home/.profile"]}, ["changed 'home/.profile'"]),
