@@ -10,13 +10,16 @@ import tiny_models
 import torch
 
 from dppo_cli.algorithm.approx import Binary, Full, TopK
+from dppo_cli.commands.planning import simulate
 from dppo_cli.commands.planning.recorder import Recorder
 from dppo_cli.commands.planning.shapes import NF4_BYTES, Shapes, make_shapes, read_source
 from dppo_cli.commands.planning.simulate import assumed_prompts, sampling_cost, update_cost
 from dppo_cli.config.sections import Hardware, LoRA, Model, Sampling
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.kernels.slots import Room
+from dppo_cli.policy.forward import Forward, SharedPrompts
 from dppo_cli.policy.loading import load_policy
+from dppo_cli.policy.packed_forward import PackedGroups
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
 HARDWARE = Hardware("cpu", "float32", 64, 16, False)
@@ -106,12 +109,13 @@ def test_checkpointing_keeps_less_and_does_more(tmp_path: Path) -> None:
     assert less.work.flops > 1.2 * plain.work.flops
 
 
-@pytest.mark.parametrize(("on_cpu", "budgets"), [(False, (128, 512)), (True, (132, 528))], ids=["shared", "packed"])
+@pytest.mark.parametrize(("kind", "budgets"), [(SharedPrompts, (128, 512)), (PackedGroups, (132, 528))])
 def test_a_micro_batch_grows_with_its_budget_and_an_update_does_not(
-    tmp_path: Path, on_cpu: bool, budgets: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Forward], budgets: tuple[int, int]
 ) -> None:
     """Packed, a prompt counts, too."""
-    shapes, prompts = replace(shapes_of(tiny.save(tmp_path / "m")), on_cpu=on_cpu), assumed_prompts(8, 8)
+    monkeypatch.setattr(simulate, "choose_for", lambda *_: kind)
+    shapes, prompts = shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(8, 8)
     small, large = (
         update_cost(shapes, prompts, 4, 31, replace(HARDWARE, tokens_per_micro_batch=budget), Binary(), False)
         for budget in budgets
