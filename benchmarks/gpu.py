@@ -33,9 +33,9 @@ from gpu_steps import Bench
 from gpu_trace import STEPS as TRACES
 from measure import BUILD
 
-ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_packed"
+ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_shared"
 ORDER += " update_plain trace trace_update kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4"
-ORDER += " update_nf4_whole trace_nf4 trace_update_nf4 gpu_16gb peer"
+ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb peer"
 STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES}[name] for name in ORDER.split()}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0

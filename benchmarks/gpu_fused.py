@@ -12,8 +12,6 @@ from gpu_steps import BF16, Bench, update
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from dppo_cli.policy.packed_forward import PackedGroups
-
 REPEATS = 20
 
 
@@ -125,7 +123,7 @@ def plain_modules(model: torch.nn.Module) -> Iterator[int]:
 
 def plain_update(bench: Bench) -> None:
     with plain_modules(bench.policy(BF16).model):
-        update(bench, BF16, "update, bf16 LoRA, packed, plain modules", PackedGroups)
+        update(bench, BF16, "update, bf16 LoRA, plain modules")
 
 
 STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {

@@ -116,7 +116,6 @@ def _others(how: Any, inputs: int) -> Iterator[Any]:
             yield replace(how, splits=splits)
     yield replace(how, outputs=64 if how.warps == 4 else 256)
     yield replace(how, stages=how.stages + 1)
-    yield replace(how, stages=2)
     yield replace(how, warps=12 - how.warps)
 
 

@@ -16,9 +16,7 @@ from peft import LoraConfig
 from dppo_cli.commands.train import make_learner
 from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import empty_cache
-from dppo_cli.policy.choice import choose_forward
-from dppo_cli.policy.forward import Forward, WholeSequences
-from dppo_cli.policy.packed_forward import PackedGroups
+from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.types import Completion, Example, Group, PolicyReport, Prompt, Score, Status
@@ -26,6 +24,7 @@ from dppo_cli.types import Completion, Example, Group, PolicyReport, Prompt, Sco
 CARD_16GB = 15.6 * 2**30
 """Bytes that a program sees of a card of 16 GB."""
 BF16, NF4 = ("adapter=lora", "hardware=gpu_80gb"), ("adapter=qlora", "hardware=gpu_24gb", "rollout.weights=quantized")
+NF4_KEPT = ("adapter=qlora", "hardware=gpu_80gb", "rollout.weights=quantized")
 
 
 @dataclass
@@ -171,7 +170,7 @@ def update(bench: Bench, words: tuple[str, ...], name: str, forward: type[Forwar
     """Seconds of an update, the second of two, and its peak memory. `forward`: instead of the one that runs choose."""
     size, settings = bench.size, config(bench.size, *words)
     learner = make_learner(bench.policy(words), settings, print)
-    learner.forward = forward or choose_forward(learner.policy)
+    learner.forward = forward
     groups = groups_of(size, prompts_of(size, size.prompts, size.prompt), size.new)
     first, _ = bench.timed(lambda: learner.update(groups))
     seconds, peak = bench.timed(lambda: learner.update(groups))
@@ -181,7 +180,6 @@ def update(bench: Bench, words: tuple[str, ...], name: str, forward: type[Forwar
         first_s=first,
         tokens_per_s=size.prompts * size.group * size.new / seconds,
         peak_gib=_or_nothing(peak),
-        forward=learner.forward.__name__,
     )
 
 
@@ -291,12 +289,13 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "topk": (40, lambda b: decode(b, BF16, "decode, bf16 + LoRA", 20)),
     "generate": (60, generate),
     "update": (60, lambda b: update(b, BF16, "update, bf16 LoRA")),
-    "update_packed": (60, lambda b: update(b, BF16, "update, bf16 LoRA, packed", PackedGroups)),
+    "update_shared": (60, lambda b: update(b, BF16, "update, bf16 LoRA, prompts first", SharedPrompts)),
     "step": (60, step),
     "decode_nf4": (120, lambda b: decode(b, NF4, "decode, NF4 + LoRA")),
     "topk_nf4": (50, lambda b: decode(b, NF4, "decode, NF4 + LoRA", 20)),
     "update_nf4": (70, lambda b: update(b, NF4, "update, QLoRA, recomputing")),
     "update_nf4_whole": (90, lambda b: update(b, NF4, "update, QLoRA, recomputing, not packed", WholeSequences)),
+    "update_nf4_kept": (70, lambda b: update(b, NF4_KEPT, "update, QLoRA, nothing recomputed")),
     "gpu_16gb": (70, small_card),
     "peer": (110, peer),
 }

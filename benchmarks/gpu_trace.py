@@ -15,8 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.kernels.graphs import Graphs
-from dppo_cli.policy.forward import Forward
-from dppo_cli.policy.packed_forward import PackedGroups
 
 TOKENS = 17
 SHOWN = 60
@@ -54,18 +52,17 @@ def decoding(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int 
             traced(bench, f"{name}, {rows} rows, {TOKENS} tokens", run)
 
 
-def updating(bench: Bench, words: tuple[str, ...], name: str, forward: type[Forward]) -> None:
+def updating(bench: Bench, words: tuple[str, ...], name: str) -> None:
     size = bench.size
     learner = make_learner(bench.policy(words), config(size, *words), print)
-    learner.forward = forward
     groups = groups_of(size, prompts_of(size, max(1, size.prompts // 4), size.prompt), size.new)
     traced(bench, name, lambda: learner.update(groups))
 
 
 STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "trace": (40, lambda b: decoding(b, BF16, "decode bf16", 20)),
-    "trace_update": (40, lambda b: updating(b, BF16, "update bf16", PackedGroups)),
+    "trace_update": (40, lambda b: updating(b, BF16, "update bf16")),
     "trace_nf4": (40, lambda b: decoding(b, NF4, "decode NF4")),
-    "trace_update_nf4": (40, lambda b: updating(b, NF4, "update NF4", PackedGroups)),
+    "trace_update_nf4": (40, lambda b: updating(b, NF4, "update NF4")),
 }
 """As in gpu_steps.py."""

@@ -192,7 +192,7 @@ class Tiling:
     rows: int = 16
     splits: int = 1
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: bool) -> Tiling:
@@ -205,7 +205,7 @@ def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: 
     most = 64 if wide else 128
     row_block = min(most, max(16, triton.next_power_of_2(rows)))
     crowded = row_block == most
-    base = Tiling(rows=row_block, warps=8 if crowded else 4, stages=2 if wide and crowded else 3)
+    base = Tiling(rows=row_block, warps=8 if crowded else 4)
     tiles = sum(-(-size // base.outputs) for size in sizes) * -(-rows // row_block)
     needed = min(3, most // row_block)
     steps = inputs // (32 * words_of(inputs))
