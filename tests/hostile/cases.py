@@ -192,8 +192,14 @@ def _places(result: Result) -> Iterator[str]:
             yield f"status 2, but left {path!r}"
     for path in result.changed:
         parts = Path(path).parts
-        if parts[0] != "work" or parts[1] not in named:
+        if parts[0] != "work" or not (parts[1] in named or _is_overwritten(parts[1], result.case)):
             yield f"changed {path!r}"
+
+
+def _is_overwritten(name: str, case: Case) -> bool:
+    """Whether the command line says so."""
+    words = {word.lstrip("+") for word in case.words}
+    return {f"out={name}", "overwrite=true"} <= words
 
 
 def _code(result: Result) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -55,6 +56,12 @@ def test_endings_and_places(made: dict[str, object], words: list[str], tmp_path:
     found = problems(result(tmp_path / "work", **made))  # type: ignore[arg-type]
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_a_file_may_be_overwritten_on_request(tmp_path: Path) -> None:
+    made = result(tmp_path / "work", changed=["work/empty"])
+    for words, count in ((("report", "++out=empty", "overwrite=true"), 0), (("report", "out=empty"), 1)):
+        assert len(problems(replace(made, case=replace(made.case, words=words)))) == count
 
 
 @pytest.mark.parametrize(
