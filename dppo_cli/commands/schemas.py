@@ -283,7 +283,7 @@ class SampleConfig:
     json: bool
 
     def __post_init__(self) -> None:
-        check_rules("", self, {"samples >= 1": self.samples >= 1})
+        check_rules("", self, {"1 <= samples <= 10000": 1 <= self.samples <= 10_000})
         if not math.isfinite(self.sampling.temperature):
             raise ConfigError(f"sampling.temperature={self.sampling.temperature} must be finite")
         if self.text is not None and not self.text.strip():

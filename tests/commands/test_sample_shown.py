@@ -108,7 +108,9 @@ def test_mistakes_in_words(refused: Refused, work: Path) -> None:
     assert "run=runs/last points nowhere" in refused("run=runs/last", "text=a")
     assert "text is empty" in refused("model.path=m", "text=")
     assert "text is empty" in refused("model.path=m", "text= \n ")
-    assert "samples=0 breaks the rule samples >= 1" in refused("model.path=m", "text=a", "samples=0")
+    for samples in (0, 10_001):
+        rule = f"samples={samples} breaks the rule 1 <= samples <= 10000"
+        assert rule in refused("model.path=m", "text=a", f"samples={samples}")
     assert "samples=2 would make a conversation" in refused("model.path=m", "prompt.template=chat", "samples=2")
     assert "temperature=inf must be finite" in refused("model.path=m", "text=a", "sampling.temperature=inf")
 
