@@ -36,8 +36,9 @@ class _Lean(nn.Module):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         (name,) = names
         base: Any = of.base_layer
-        restore = dequantizer(base) if is_4_bit(base) else getattr(base, "restore", None)
-        if of.lora_bias[name] or (restore is None and not base.weight.dtype.is_floating_point):
+        in_4_bits = is_4_bit(base)
+        restore = dequantizer(base) if in_4_bits else getattr(base, "restore", None)
+        if of.lora_bias[name] or (in_4_bits and restore is None):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         lora_a, lora_b = of.lora_A[name], of.lora_B[name]
         assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
