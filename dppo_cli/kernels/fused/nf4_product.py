@@ -18,7 +18,7 @@ from dppo_cli.kernels.joined import joined
 MOST_LAYERS = 3
 """That read one input."""
 MOST_ROWS = 256
-"""Every weight is decoded for each 128 rows. Above it, to dequantise weights once takes less time, by estimate."""
+"""Every weight is decoded for each 128 rows. On an H100 256 rows take about as long as dequantising and cuBLAS."""
 CLOSE = 2**-6
 """Of numbers near 1 in bfloat16, whose sums were rounded in another order."""
 H100 = 132
