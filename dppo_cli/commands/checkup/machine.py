@@ -156,12 +156,13 @@ def kernels() -> Iterator[Row]:
         text = f"{why}: norms, gates, rotations, 4-bit products and attention take several kernels each"
         yield Row("kernels", WARNING, text, "pip install triton")
         return
-    from dppo_cli.kernels.fused import attention, layers, nf4_product
+    from dppo_cli.kernels.fused import adapter_up, attention, layers, nf4_product
 
     parts: tuple[tuple[str, Any], ...] = (
         ("norms, gates and rotations", layers),
         ("4-bit products", nf4_product),
         ("attention of decoding steps", attention),
+        ("the adapter of several layers", adapter_up),
     )
     for name, made in parts:
         why = refused(partial(made.difference, device, dtype), made.CLOSE)
