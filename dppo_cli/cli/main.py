@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 (numerical failure), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = list(sys.argv[1:] if argv is None else argv)
     _ignore_until_there_is_a_run()
+    _forget_relative_folders()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character is no reason to stop.
     if "--version" in args:
@@ -74,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         _flush()
+
+
+def _forget_relative_folders() -> None:
+    """The XDG specification says to ignore them; a library that does not would write into the working directory."""
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        if not os.path.isabs(os.environ.get(name, "/")):
+            del os.environ[name]
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
         raise RunError(f"resume={run} is not a run: it has no config.yaml; runs/last is the newest run")
     saved = run_config(Path(str(run)), OmegaConf.create({}), bool(node.trust))
     folder = node.get("run_dir")
-    if folder is not None and Path(str(folder)).resolve() != Path(str(run)).resolve():
+    if folder is not None and os.path.realpath(str(folder)) != os.path.realpath(str(run)):
         raise ConfigError(f"resume={run} goes on in its own folder; leave run_dir={folder} out")
     _take_over_adapter(node, typed, saved)
     for word in typed:
@@ -76,8 +77,8 @@ def _take_over_adapter(node: DictConfig, typed: Sequence[str], saved: DictConfig
     path = OmegaConf.select(node, "adapter.path")
     if path is None:
         return
-    # As a run's config names it, whether it is still there or not.
-    folder = node.adapter.path = str(Path(str(path)).resolve())
+    # As a run's config names it, whether it is still there or not. Path.resolve raises for a link to itself.
+    folder = node.adapter.path = os.path.realpath(str(path))
     composed: Any = OmegaConf.to_container(node.adapter, resolve=True)
     if saved is not None and OmegaConf.select(saved, "adapter.path") == folder:
         known: Any = OmegaConf.to_container(saved.adapter, resolve=True)

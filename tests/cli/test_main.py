@@ -123,6 +123,17 @@ def test_limits_of_the_libraries_are_set_unless_the_user_has_set_them(
     assert os.environ[name] == (given or default)
 
 
+@pytest.mark.parametrize("name", ["XDG_CONFIG_HOME", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize(("given", "left"), [("relative", None), ("", None), ("/its/own", "/its/own")])
+def test_a_relative_folder_of_the_user_is_ignored(
+    name: str, given: str, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """reasoning-gym imports matplotlib, which would make it in the working directory."""
+    monkeypatch.setenv(name, given)
+    assert main(["--version"]) == 0
+    assert os.environ.get(name) == left
+
+
 # Searches
 
 

@@ -143,6 +143,11 @@ def to_pickle(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
 
 
+def to_a_loop(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.name)
+
+
 def into_a_run(folder: Path) -> None:
     folder.rename(folder.with_name("adapter"))
     folder.mkdir()
@@ -153,6 +158,7 @@ def into_a_run(folder: Path) -> None:
     ("damage", "says"),
     [
         (lambda f: shutil.rmtree(f), "adapter.path={f} is not a folder here"),
+        (to_a_loop, "adapter.path={f} is not a folder here"),
         (remove(CONFIG), "adapter.path={f} has no adapter_config.json; it must be the folder of a PEFT adapter"),
         (remove(WEIGHTS), "adapter.path={f} has no adapter_model.safetensors"),
         (to_pickle, "adapter.path={f} has no adapter_model.safetensors (pickled .bin weights are not read"),

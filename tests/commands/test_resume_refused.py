@@ -133,7 +133,9 @@ def test_a_resume_needs_a_run(refused: Refused, work: Path) -> None:
     for name in ("nowhere", "empty", "run/adapter"):
         assert refused(f"resume={name}").startswith(f"resume={name} is not a run: it has no config.yaml")
     assert refused("resume=auto") == "resume=auto needs the folder to start or go on in; add run_dir=..."
-    assert refused("resume=run", "run_dir=other").startswith("resume=run goes on in its own folder")
+    (work / "loop").symlink_to("loop")
+    for name in ("other", "loop"):
+        assert refused("resume=run", f"run_dir={name}").startswith("resume=run goes on in its own folder")
 
 
 def test_a_folder_that_holds_something_else_is_not_started_in(refused: Refused, work: Path) -> None:
