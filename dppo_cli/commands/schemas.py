@@ -1,6 +1,5 @@
 """What each command needs, as frozen dataclasses that check what their sections cannot check alone."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -284,8 +283,6 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_rules("", self, {"1 <= samples <= 10000": 1 <= self.samples <= 10_000})
-        if not math.isfinite(self.sampling.temperature):
-            raise ConfigError(f"sampling.temperature={self.sampling.temperature} must be finite")
         if self.text is not None and not self.text.strip():
             raise ConfigError('text is empty; write text="...", or leave it out to type prompts')
         if self.text is None and self.prompt.template == "chat" and self.samples > 1:

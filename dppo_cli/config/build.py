@@ -173,7 +173,9 @@ def _check_number(hint: Any, node: Any, value: Any, where: str) -> None:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int) and abs(number) > LARGEST_INT:
             raise ConfigError(f"{where}={number} is larger than 2^63, the largest whole number that can be used")
-        if isinstance(number, float) and LARGEST_FLOAT < abs(number) < math.inf:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{where}={number} must be a finite number")
+        if isinstance(number, float) and abs(number) > LARGEST_FLOAT:
             raise ConfigError(f"{where}={number} is larger than {LARGEST_FLOAT:.2g}, the largest float32")
         if isinstance(number, float) and 0 < abs(number) < SMALLEST_FLOAT:
             raise ConfigError(f"{where}={number} is smaller than {SMALLEST_FLOAT:.2g}, the smallest float32")

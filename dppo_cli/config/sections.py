@@ -3,7 +3,6 @@
 Their defaults, units and effects are in conf/. Imports no torch.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -85,7 +84,6 @@ class AdamW:
     def __post_init__(self) -> None:
         rules = {
             "lr > 0": self.lr > 0,
-            "lr < inf": self.lr < math.inf,
             "betas = [b1, b2] with 0 <= b < 1": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "eps > 0": self.eps > 0,
             "weight_decay >= 0": self.weight_decay >= 0,

@@ -112,7 +112,7 @@ def test_mistakes_in_words(refused: Refused, work: Path) -> None:
         rule = f"samples={samples} breaks the rule 1 <= samples <= 10000"
         assert rule in refused("model.path=m", "text=a", f"samples={samples}")
     assert "samples=2 would make a conversation" in refused("model.path=m", "prompt.template=chat", "samples=2")
-    assert "temperature=inf must be finite" in refused("model.path=m", "text=a", "sampling.temperature=inf")
+    assert "temperature=inf must be a finite number" in refused("model.path=m", "text=a", "sampling.temperature=inf")
 
 
 def test_mistakes_in_prompts(refused: Refused, model: Path, work: Path, monkeypatch: Any) -> None:
