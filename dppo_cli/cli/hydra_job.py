@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from dppo_cli.cli.stop import by_joblib, stopped_with_the_sweep, times
 from dppo_cli.cli.sweep import JobRecord
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.errors import ConfigError, DppoError, RunError, Stopped
@@ -23,10 +24,12 @@ class HydraJob:
     """Runs one command. Can be pickled: launchers send it to other processes.
 
     A job of a sweep (`-m`) never raises, so that the others run, too: how it ended is in job.json in its folder. Of a
-    single run a user's mistake is kept in `failure`, because Hydra would print lines of its own about it.
+    single run a user's mistake is kept in `failure`, because Hydra would print lines of its own about it. `stop_file`:
+    see stop.py.
     """
 
     command: str
+    stop_file: Path = Path(os.devnull)
     process: int = field(default_factory=os.getpid)
     composed: bool = False
     failure: DppoError | None = None
@@ -35,7 +38,14 @@ class HydraJob:
         """The held-out accuracy, for sweepers that search; None where there is none."""
         self.composed = True
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return self._job(node)
+            if os.getpid() != self.process:
+                # Live displays of jobs that share a terminal would overwrite each other.
+                os.environ["TTY_COMPATIBLE"] = "0"
+            if os.getpid() == self.process or not by_joblib(HydraConfig.get()):
+                return self._job(node)
+            with stopped_with_the_sweep(self.stop_file):
+                return None if times(self.stop_file) else self._job(node)
+            return None
         try:
             return _accuracy(self._run(node))
         except DppoError as error:
@@ -56,9 +66,6 @@ class HydraJob:
             # A folder that the user names for all jobs has one for each.
             given = None if key == "run_dir" else node[key]
             node[key] = str(folder) if given is None else str(Path(str(given)) / str(hydra.job.num))
-        if os.getpid() != self.process:
-            # Live displays of jobs that share a terminal would overwrite each other.
-            os.environ["TTY_COMPATIBLE"] = "0"
         record = JobRecord(number=hydra.job.num, overrides=[word.lstrip("+") for word in _words()])
         try:
             record.summary = self._run(node)

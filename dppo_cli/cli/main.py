@@ -184,10 +184,12 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
 
     from dppo_cli.cli.hydra_job import HydraJob
     from dppo_cli.cli.hydra_keys import check_hydra
+    from dppo_cli.cli.stop import Launching, StopsJobs
     from dppo_cli.training.run_folder import check_free
 
     check_no_secrets(" ".join(overrides))
-    job = HydraJob(command)
+    stops = StopsJobs()
+    job = HydraJob(command, stops.file)
     sweep_dir = _sweep_dir(overrides)
     shows_only = {"--cfg", "--info"} & {option.partition("=")[0] for option in options}
     goes_on = any(word.startswith("resume=") and word != "resume=null" for word in overrides)
@@ -199,7 +201,7 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         for record in sweep_dir.glob(f"*/{RECORD}"):
             record.unlink()
     searchpath = f"file://{recipes_dir().parent}"
-    own = [f"hydra.searchpath=[{searchpath}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}"]
+    own = [f"hydra.searchpath=[{searchpath}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}", Launching.WORD]
     started_with = sys.argv
     if OPTUNA in overrides:
         overrides = [OPTUNA, *SEARCH, *overrides]
@@ -210,7 +212,8 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         ]
         if config_dirs or any(re.match(r"[+~]*(hydra|[^=]*@)", word) for word in overrides):
             check_hydra(command, overrides, [*config_dirs, searchpath])  # in the order in which Hydra looks
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
+        with stops:
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
     except DppoError:
         raise
     except Exception as error:  # Of odd words Hydra raises errors of many kinds.
@@ -225,6 +228,8 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         if records:
             show(records)
             remove_if_empty(sweep_dir)
+    if stops.signum is not None:
+        raise Stopped(stops.signum, f"to go on: the same command with run_dir={sweep_dir} resume=auto")
     if job.failure is not None:
         try:
             raise job.failure
