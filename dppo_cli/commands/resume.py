@@ -21,9 +21,9 @@ from dppo_cli.config.build import absolute, raw_value
 from dppo_cli.config.saved import read_config
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.adapter import SETTINGS, read_settings
-from dppo_cli.training.checkpoint import check, installed, newest_good, step_of
+from dppo_cli.training.checkpoint import FOLDER, check, installed, newest_good, step_of
 from dppo_cli.training.evaluation import HELD_OUT, fingerprint
-from dppo_cli.training.run_folder import check_free
+from dppo_cli.training.run_folder import SAMPLES, check_free
 from dppo_cli.training.state import Snapshot
 from dppo_cli.types import Prompt
 
@@ -158,6 +158,9 @@ def find_earlier(run: Path, config: TrainConfig, config_yaml: str, warn: Callabl
             raise RunError(f"resume={run}: all {summary['steps']} steps of this run are done; to go on, raise steps")
         print(f"{run}: all {summary['steps']} steps are done")
         return Earlier(goes_on=True, summary=summary)
+    for name in (FOLDER, SAMPLES):
+        if (run / name).is_symlink():
+            raise RunError(f"{run / name} is a link, and a run writes into its own folder alone; put the folder there")
     checkpoint = newest_good(run, warn)
     if checkpoint is None and (run / "summary.json").exists():
         raise RunError(

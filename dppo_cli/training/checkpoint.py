@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def write_checkpoint(run: Path, snapshot: Snapshot, write_adapter: Callable[[Pat
     for folder in (temporary / "adapter", temporary):
         sync_folder(folder)
     remove(target)  # a damaged one
+    if os.path.lexists(target):  # what is none, and not dppo's
+        names = (f"{target.name}-moved-{n}" for n in count(1))
+        target.rename(target.with_name(next(n for n in names if not os.path.lexists(target.with_name(n)))))
     temporary.rename(target)
     sync_folder(target.parent)
     return target

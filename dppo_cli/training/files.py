@@ -1,8 +1,10 @@
 """Files that are complete or not there, whatever happens while they are written."""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,22 @@ def sync_folder(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, complete or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """None in the place of every number in mappings that is not finite, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(child) for key, child in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for NaN and Infinity, too, which Python's json reads."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def remove(path: Path) -> None:

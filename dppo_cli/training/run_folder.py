@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from dppo_cli.config.saved import sign
 from dppo_cli.errors import RunError
-from dppo_cli.training.files import remove, write_json, write_text
+from dppo_cli.training.files import finite, parse_json, remove, write_json, write_text
 from dppo_cli.training.lock import LOCK, hold
 
 METRICS = "metrics.jsonl"
@@ -130,9 +130,10 @@ class RunFolder:
             self.lock = None
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl. A number that is not finite, which JSON has not, is null there."""
+        line = json.dumps(finite(metrics), allow_nan=False)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(f"{line}\n")
             file.flush()
             os.fsync(file.fileno())
         self.steps_logged += 1
@@ -261,7 +262,7 @@ class RunFolder:
 def _step_of(line: str) -> Any:
     """Of a line of metrics.jsonl; None if it is none."""
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -4,6 +4,7 @@ A run is a function from state to state, so one that was stopped and goes on fro
 Rollouts and the order of mini-batches need no state of their own: their seeds follow from the run's seed and the step.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,6 +101,8 @@ class RunState:
     def _load(self, snapshot: Snapshot) -> None:
         plain = snapshot.plain
         self.step, self.seconds = plain["step"], float(plain["seconds"])
+        if not math.isfinite(self.seconds):
+            raise ValueError(f"seconds is {self.seconds}")
         self.before = plain["before"]
         compared(self.before, self.before)  # What no summary can be made of would end the run at its end.
         found = [plain.get("fingerprint"), *(m.get("fingerprint") for m in (self.before or {}).values())]
@@ -123,6 +126,9 @@ class RunState:
 
     def _restore(self, snapshot: Snapshot) -> None:
         tensors = dict(snapshot.tensors)
+        for name, tensor in tensors.items():
+            if tensor.is_complex():
+                raise TypeError(f"{name} is complex")
         random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("random.")}
         self.learner.load_state(tensors, snapshot.plain["learner"])
         self.prompts.load_state(snapshot.plain["prompts"])

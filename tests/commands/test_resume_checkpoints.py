@@ -203,12 +203,25 @@ def test_a_finished_run_without_checkpoints_is_left_alone(
     assert contents(work / "run") == before
 
 
-@pytest.mark.parametrize("text", ["{", "7", '{"step": 5}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "7", '{"step": 5}', '{"step": 2, "reward": NaN}', "[" * 100_000])
 def test_metrics_that_are_damaged(text: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], text, *lines[2:]]) + "\n")
     assert main(["train", "resume=run"]) == 2
     assert "run/metrics.jsonl is damaged: line 2 is not that of step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples"])
+def test_nothing_is_written_through_a_link(
+    name: str, run: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move(run / name, work / "elsewhere")
+    (run / name).symlink_to(work / "elsewhere")
+    before = contents(work)
+    assert main(["train", "resume=run"]) == 2
+    error = f"dppo: run/{name} is a link, and a run writes into its own folder alone; put the folder there\n"
+    assert capsys.readouterr().err == error
+    assert contents(work) == before
 
 
 @pytest.mark.parametrize(("name", "text"), [("resumes.json", "[]x"), ("metrics.jsonl", ""), ("metrics.jsonl", "{")])

@@ -230,14 +230,27 @@ def edit_manifest(path: Path, place: float, value: Any) -> None:
 
 def copy(path: Path, name: str) -> None:
     """A second checkpoint with the content of another, under an odd name."""
-    shutil.copytree(path, path.parent / name)
+    shutil.copytree(path, path.parent / name, copy_function=_copy_file)
+
+
+def _copy_file(source: str, target: str) -> None:
+    """Without writing out a hole of terabytes, which would fill the disk for the other cases."""
+    size = os.stat(source).st_size
+    if size < 2**40:
+        shutil.copyfile(source, target)
+    else:
+        Path(target).touch()
+        os.truncate(target, size)
 
 
 def swap(path: Path, other: str) -> None:
     """The content of another file or folder of the run."""
     source = path.parent / other
     spare = path.parent.parent / "spare"
-    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, spare)
+    if source.is_dir():
+        shutil.copytree(source, spare, copy_function=_copy_file)
+    else:
+        _copy_file(str(source), str(spare))
     delete(path)
     spare.rename(path)
 

@@ -15,6 +15,7 @@ from dppo_cli.commands.train import make_learner
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.training import checkpoint
 from dppo_cli.training.checkpoint import (
+    check,
     checkpoint_path,
     checkpoints,
     installed,
@@ -242,6 +243,20 @@ def test_a_complete_checkpoint_is_not_written_again(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
     assert write_checkpoint(tmp_path, snapshot(2), make.fail, "the config's") == path
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "make_it", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/dev/null")], ids=["pipe", "file", "link"]
+)
+def test_what_is_in_the_place_of_a_checkpoint_is_moved(make_it: Callable[[Path], None], tmp_path: Path) -> None:
+    """It does not end the run, and it is not dppo's to remove."""
+    (tmp_path / "checkpoints/step-2-moved-1").mkdir(parents=True)
+    make_it(tmp_path / "checkpoints/step-2")
+    kind = (tmp_path / "checkpoints/step-2").lstat().st_mode
+    (path,) = write(tmp_path, 2)
+    assert check(path)["step"] == 2
+    assert (tmp_path / "checkpoints/step-2-moved-2").lstat().st_mode == kind
+    assert steps_of(tmp_path) == [2]
 
 
 # Which are kept

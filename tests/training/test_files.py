@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import read_json
 
-from dppo_cli.training.files import remove, write_json
+from dppo_cli.training.files import parse_json, remove, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,10 @@ def test_a_link_is_removed_and_not_what_it_points_to() -> None:
     assert [p.name for p in Path().iterdir()] == ["folder"] and Path("folder/inside").is_dir()
     remove(Path("folder"))
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["NaN", "[1, Infinity]", '{"a": -Infinity}', "{"])
+def test_what_is_not_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not JSON|Expecting"):
+        parse_json(text)
+    assert parse_json('{"a": [1e999, null]}')["a"][1] is None

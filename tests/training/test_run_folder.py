@@ -1,5 +1,6 @@
 """Run folders: where they may be, what is written whole or not at all, and where runs/last points."""
 
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -12,6 +13,7 @@ from helpers import read_json, read_lines
 
 from dppo_cli.config.saved import is_ours
 from dppo_cli.errors import RunError
+from dppo_cli.training.files import parse_json
 from dppo_cli.training.run_folder import (
     SPARE_BYTES,
     RunFolder,
@@ -143,6 +145,13 @@ def test_a_run_that_goes_well() -> None:
     assert read_lines(Path("run/metrics.jsonl")) == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}]
     assert read_json(Path("run/summary.json")) == {"steps": 2}
     assert names() == {".lock", "adapter/adapter_config.json", "config.yaml", "metrics.jsonl", "summary.json"}
+
+
+def test_metrics_are_json_whatever_was_measured() -> None:
+    with folder() as run:
+        run.log({"step": 1, "divergence_p100": math.inf, "memory": {"peak": math.nan, "now": 1.5}})
+    line = Path("run/metrics.jsonl").read_text()
+    assert parse_json(line) == {"step": 1, "divergence_p100": None, "memory": {"peak": None, "now": 1.5}}
 
 
 def test_an_adapter_is_written_whole_or_not_at_all() -> None:

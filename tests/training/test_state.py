@@ -201,6 +201,7 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
         ("best", [1]),
         ("best", [1, "x"]),
         ("seconds", None),
+        ("seconds", math.nan),
     ],
 )
 def test_what_no_run_has_written_is_refused(key, value, train_config):
@@ -210,6 +211,16 @@ def test_what_no_run_has_written_is_refused(key, value, train_config):
     with pytest.raises(RunError, match="the checkpoint of step 0 is of another run"):
         run.state.load(replace(snapshot, plain={**snapshot.plain, key: value}))
     run.state.load(snapshot)
+
+
+def test_a_complex_tensor_is_refused(train_config):
+    """Torch would take its real part, and warn."""
+    run = new_run(train_config(*CHOSEN))
+    snapshot = run.state.snapshot()
+    name = next(name for name in snapshot.tensors if name.startswith("adapter."))
+    tensors = {**snapshot.tensors, name: snapshot.tensors[name].to(torch.complex64)}
+    with pytest.raises(RunError, match=f"the checkpoint of step 0 is of another run: .*{name} is complex"):
+        run.state.load(replace(snapshot, tensors=tensors))
 
 
 PROMPTS = [make.prompt(i) for i in range(7)]
