@@ -170,7 +170,8 @@ def _fill(peft: PeftModel, path: Path, otherwise: str) -> None:
     found = _read_weights(path)
     for what, names in (("lacks", expected.keys() - found.keys()), ("has an unknown", found.keys() - expected.keys())):
         if names:
-            raise ModelError(f"{path} {what} {sorted(names)[0]}, and {len(names) - 1} more; {otherwise}")
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"{path} {what} {sorted(names)[0]}{more}; {otherwise}")
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise ModelError(f"{name} in {path} is {[*tensor.shape]}; expected {[*expected[name].shape]}; {otherwise}")

@@ -29,6 +29,8 @@ from dppo_cli.training.state import Snapshot
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+KINDS = {"step": int, "config_sha256": str, "versions": dict, "files": dict}
+"""What a manifest says."""
 VERSIONS = ("dppo", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -84,8 +86,11 @@ def check(path: Path) -> dict[str, Any]:
         files = manifest["files"]
         expected = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
         intact = manifest.pop("sha256") == _digest(manifest)
+        readable = all(isinstance(manifest[name], kind) for name, kind in KINDS.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(f"{path} is incomplete: it has no readable {MANIFEST}") from None
+        readable = False
+    if not readable:
+        raise RunError(f"{path} is incomplete: it has no readable {MANIFEST}")
     if not intact:
         raise RunError(f"{path} is damaged: {MANIFEST} is not what was written")
     for name, (size, digest) in expected.items():

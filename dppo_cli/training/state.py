@@ -93,7 +93,7 @@ class RunState:
         """Become the state that `snapshot` was taken of, in a run of the same config. Raises RunError for any other."""
         try:
             self._load(snapshot)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise RunError(
                 f"the checkpoint of step {snapshot.plain.get('step')} is of another run: {error!r}"
             ) from error

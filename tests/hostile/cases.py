@@ -156,8 +156,7 @@ def _ending(result: Result) -> Iterator[str]:
     lines = [text for text in result.err.splitlines(keepends=True) if not text.startswith("OpenBLAS error")]
     # What takes seconds on a busy machine.
     lines = [text for text in lines if not PHASE.fullmatch(text)]
-    if result.status == 0:
-        lines = [text for text in lines if not text.startswith(WARNS)]
+    lines = [text for text in lines if not text.startswith(WARNS)]
     result = replace(result, err="".join(lines))
     last = result.err.strip().splitlines()[-1][:300] if result.err.strip() else ""
     if result.status is None:

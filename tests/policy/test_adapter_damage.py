@@ -117,9 +117,9 @@ def bad(value: float) -> Callable[[Tensors], Any]:
     ("of", "says"),
     [
         (lambda t: t.clear(), f"{WEIGHTS} lacks base_model.model.model.layers.0.mlp.down_proj.lora_A.weight, and 27"),
-        (lambda t: t.pop(KEY), f"{WEIGHTS} lacks {KEY}, and 0 more; it is not this run's adapter"),
+        (lambda t: t.pop(KEY), f"{WEIGHTS} lacks {KEY}; it is not this run's adapter"),
         (lambda t: t.update({"x": t.pop(KEY)}), f"{WEIGHTS} lacks {KEY}"),
-        (lambda t: t.update({"x": torch.zeros(1)}), f"{WEIGHTS} has an unknown x, and 0 more"),
+        (lambda t: t.update({"x": torch.zeros(1)}), f"{WEIGHTS} has an unknown x; "),
         (lambda t: t.update({KEY.replace("1.mlp", "7.mlp"): t[KEY].clone()}), f"{WEIGHTS} has an unknown base_model"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(96, 32)}), "has an unknown base_model"),
         (lambda t: t.update({KEY: torch.zeros(3, 32)}), "is [3, 32]; expected [4, 32]"),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from dppo_cli.cli.main import main
 from dppo_cli.errors import RunError
 from dppo_cli.training import checkpoint
-from dppo_cli.training.checkpoint import check, newest_good, read_checkpoint, write_checkpoint
+from dppo_cli.training.checkpoint import _digest, check, newest_good, read_checkpoint, write_checkpoint
 from dppo_cli.training.state import Snapshot
 
 
@@ -59,6 +59,13 @@ def replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
+def say(path: Path, **changes: Any) -> None:
+    """Have a manifest say something else, under the right hash; None: leave it out."""
+    manifest = {**json.loads(path.read_text()), **changes}
+    manifest = {name: value for name, value in manifest.items() if value is not None and name != "sha256"}
+    path.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "incomplete: it has no readable manifest.json"),
     "a torn manifest": (lambda c: truncate(c / "manifest.json", 40), "incomplete: it has no readable manifest.json"),
@@ -67,6 +74,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (lambda c: (c / "manifest.json").write_bytes(b"\xff"), "incomplete: it has no readable manifest.json"),
     "a list": (lambda c: (c / "manifest.json").write_text("[]"), "incomplete: it has no readable manifest.json"),
     "no files": (lambda c: (c / "manifest.json").write_text("{}"), "incomplete: it has no readable manifest.json"),
+    "no hash": (lambda c: say(c / "manifest.json", config_sha256=None), "incomplete: it has no readable manifest.json"),
+    "a list of versions": (lambda c: say(c / "manifest.json", versions=[]), "incomplete: it has no readable manifest."),
     "an empty folder": (empty, "incomplete: it has no readable manifest.json"),
     "truncated": (lambda c: truncate(c / "state.safetensors", 200), "damaged: state.safetensors is not what was wr"),
     "grown": (lambda c: append(c / "state.safetensors", b"0"), "damaged: state.safetensors is not what wa"),

@@ -200,6 +200,7 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
         ("fingerprint", ["4624224b588a6e52"]),
         ("best", [1]),
         ("best", [1, "x"]),
+        ("best", [math.inf, 0.5]),
         ("seconds", None),
         ("seconds", math.nan),
     ],
