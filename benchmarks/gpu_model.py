@@ -15,7 +15,7 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.kernels.devices import set_up
-from dppo_cli.kernels.llama import fuse
+from dppo_cli.kernels.fuse import fuse
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.policy.adapter import add_adapter
 from dppo_cli.policy.policy import Policy

@@ -23,32 +23,13 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from dppo_cli.kernels.probe import without_triton
-
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-WITHOUT_FUSED = "norms, gates and rotations take several kernels each, because those in one do not work here: {}"
 
 
 def is_built_like_llama(model: PreTrainedModel) -> bool:
     """Whether `LlamaStep` computes the same as the model, if every layer's cache keeps all positions (no window)."""
     layers = getattr(model.base_model, "layers", ())
     return model.config._attn_implementation == "sdpa" and bool(layers) and all(type(m) in LAYERS for m in layers)
-
-
-def fuse(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]) -> None:
-    """Let norms, gates and rotations of a model of these layers run as one kernel each, in training and in sampling.
-
-    On GPUs in 16 bits. `warn` is told if they should and cannot. Deep copies of the model have them, too.
-    """
-    if not any(type(module) in LAYERS for module in model.modules()):
-        return
-    why_not = without_triton(device, dtype)
-    if why_not is None:
-        from dppo_cli.kernels.fused.layers import make_fused  # which imports Triton
-
-        make_fused(model, device, dtype, warn)
-    elif why_not:
-        warn(WITHOUT_FUSED.format(why_not))
 
 
 Projections = Callable[[Tensor], Sequence[Tensor]]

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from dppo_cli.config.sections import Hardware, LoRA, Model
 from dppo_cli.errors import ConfigError, ModelError
 from dppo_cli.kernels.devices import MPS, set_up
-from dppo_cli.kernels.llama import fuse
+from dppo_cli.kernels.fuse import fuse
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.adapter import add_adapter, load_adapter, start_from

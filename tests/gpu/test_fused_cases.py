@@ -6,8 +6,6 @@ import interpreted
 import pytest
 import torch
 
-from dppo_cli.kernels import llama
-
 swiglu = interpreted.kernels("swiglu")
 layers = interpreted.kernels("layers")
 
@@ -24,7 +22,7 @@ def test_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model", ["llama3", "qwen3"])
 def test_modules(model: str, train_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "without_triton", lambda *_: None)
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: None)
     monkeypatch.setattr(layers, "DEVICES", ("cpu",))
     assert fused_cases.modules_agree_with_plain_ones(train_config(model=model), "cpu", "bfloat16", (2, 5)) < 0.01
     right = layers.swiglu
@@ -36,7 +34,7 @@ def test_modules(model: str, train_config, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(layers, "swiglu", off)
     with pytest.raises(AssertionError, match="from plain modules"):
         fused_cases.modules_agree_with_plain_ones(train_config(model=model), "cpu", "bfloat16", (2, 5))
-    monkeypatch.setattr(llama, "without_triton", lambda *_: "")
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: "")
     with pytest.raises(AssertionError, match="the model has the kernels"):
         fused_cases.modules_agree_with_plain_ones(train_config(model=model), "cpu", "bfloat16", (2, 5))
 
@@ -44,7 +42,7 @@ def test_modules(model: str, train_config, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("model", ["llama3", "qwen3"])
 def test_sampling(model: str, train_config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampler and trainer, each with the kernels, agree as without."""
-    monkeypatch.setattr(llama, "without_triton", lambda *_: None)
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: None)
     monkeypatch.setattr(layers, "DEVICES", ("cpu",))
     stepped, add_and_norm = [], layers.add_and_norm
     monkeypatch.setattr(layers, "add_and_norm", lambda *of: stepped.append(len(of[0])) or add_and_norm(*of))

@@ -14,8 +14,9 @@ from test_llama import FAMILIES, PADDED, decoder
 from test_llama import model as random_model
 from transformers import AutoModelForCausalLM
 
-from dppo_cli.kernels import llama, probe
-from dppo_cli.kernels.llama import LAYERS, LlamaStep, Plain, fuse, is_built_like_llama
+from dppo_cli.kernels import probe
+from dppo_cli.kernels.fuse import WITHOUT_FUSED, fuse
+from dppo_cli.kernels.llama import LAYERS, LlamaStep, Plain, is_built_like_llama
 from dppo_cli.kernels.segments import Segments
 from dppo_cli.policy.forward import hidden_states, packed_states
 from dppo_cli.policy.packed_forward import can_pack
@@ -46,7 +47,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 def fused(model: torch.nn.Module, used: Counter) -> torch.nn.Module:
     made = copy.deepcopy(model)
-    layers.make_fused(made, CPU, BFLOAT16, make.fail)
+    layers.make_fused(made)
     used.clear()  # of the probe's
     return made
 
@@ -89,7 +90,7 @@ def packed(of: Policy) -> torch.Tensor:
 def test_states_and_gradients_have_the_same_bits(model, words, run, train_config, used):
     of = policy(train_config, *words, model=model)
     expected, right = gradients(of, run)
-    layers.make_fused(of.model, CPU, BFLOAT16, make.fail)
+    layers.make_fused(of.model)
     used.clear()
     found, grads = gradients(of, run)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -105,7 +106,7 @@ def test_states_and_gradients_have_the_same_bits(model, words, run, train_config
 def test_the_model_stays_what_it_was(train_config, used):
     of = policy(train_config, model="qwen3").model
     before = copy.deepcopy(of)
-    layers.make_fused(of, CPU, BFLOAT16, make.fail)
+    layers.make_fused(of)
     assert list(of.state_dict()) == list(before.state_dict())
     assert all(type(layer) in LAYERS for layer in of.base_model.layers) and is_built_like_llama(of)
     for (name, module), (other, plain) in zip(of.named_modules(), before.named_modules(), strict=True):
@@ -206,7 +207,7 @@ def test_bytes_that_are_kept(model, train_config, used):
     """Of a layer, in 16 bits: both norms' inputs and outputs, q, k, v, what is attended to, gate, up, their product."""
     of = policy(train_config, "adapter.r=4", model=model)
     plain = kept_per_token(of)
-    layers.make_fused(of.model, CPU, BFLOAT16, make.fail)
+    layers.make_fused(of.model)
     found = kept_per_token(of)
     hidden, queries, keys, inner, heads, size = 32, 32, 16, 64, 4, 8
     layer = 2 * (4 * hidden + 2 * queries + 2 * keys + 3 * inner)
@@ -225,7 +226,7 @@ def test_bytes_that_are_kept(model, train_config, used):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_other_families_are_not_looked_at(family, monkeypatch):
-    monkeypatch.setattr(llama, "without_triton", make.fail)
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", make.fail)
     fuse(AutoModelForCausalLM.from_config(tiny.CONFIGS[family]), CPU, BFLOAT16, make.fail)
 
 
@@ -236,15 +237,15 @@ def test_a_cpu_has_plain_modules():
 
 
 def test_without_triton_it_is_said(monkeypatch):
-    monkeypatch.setattr(llama, "without_triton", lambda *_: probe.NO_TRITON)
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: probe.NO_TRITON)
     said = []
     fuse(frozen("llama"), CPU, BFLOAT16, said.append)
-    assert said == [llama.WITHOUT_FUSED.format("Triton is not installed")]
+    assert said == [WITHOUT_FUSED.format("Triton is not installed")]
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, monkeypatch):
-    monkeypatch.setattr(llama, "without_triton", lambda *_: None)
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: None)
     run = getattr(layers, name)
 
     def off(*args):

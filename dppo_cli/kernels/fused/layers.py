@@ -22,8 +22,7 @@ from dppo_cli.kernels.fused.norm import add_and_norm
 from dppo_cli.kernels.fused.norm import norm as rms_norm
 from dppo_cli.kernels.fused.rotary import norm_and_rotate, rotate
 from dppo_cli.kernels.fused.swiglu import swiglu
-from dppo_cli.kernels.llama import WITHOUT_FUSED, AddAndNorm, Gated, Operations, Plain, Turn
-from dppo_cli.kernels.probe import refused
+from dppo_cli.kernels.llama import AddAndNorm, Gated, Operations, Plain, Turn
 
 DEVICES: tuple[str, ...] = (CUDA,)
 CLOSE = 0.02
@@ -112,12 +111,8 @@ def is_silu(act: Any) -> bool:
     return isinstance(act, SiLUActivation | nn.SiLU)
 
 
-def make_fused(model: nn.Module, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]) -> None:
-    """Let a model's modules use the kernels, if these work on the device in this precision; `warn` is told if not."""
-    why_not = refused(lambda: difference(device, dtype), CLOSE)
-    if why_not is not None:
-        warn(WITHOUT_FUSED.format(why_not))
-        return
+def make_fused(model: nn.Module) -> None:
+    """Let a model's modules use the kernels."""
     for module in model.modules():
         kind = KINDS.get(type(module))
         if kind is not None and not (issubclass(kind, _MLP) and not is_silu(module.act_fn)):
