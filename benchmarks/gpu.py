@@ -28,6 +28,7 @@ from gpu_decode import STEPS as DECODING
 from gpu_fused import STEPS as FUSED
 from gpu_model import LLAMA_8B, TINY
 from gpu_nf4 import STEPS as PRODUCTS
+from gpu_peers import STEPS as PEERS
 from gpu_steps import STEPS as MOST
 from gpu_steps import Bench
 from gpu_trace import STEPS as TRACES
@@ -36,7 +37,7 @@ from measure import BUILD
 ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_shared"
 ORDER += " update_plain trace trace_update kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4"
 ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb peer"
-STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES}[name] for name in ORDER.split()}
+STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES, **PEERS}[name] for name in ORDER.split()}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0
 """Seconds for all steps together."""

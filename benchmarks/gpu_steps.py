@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_model import Size, config, plain_model, policy, tokenizer
+from gpu_model import Size, config, policy
 from measure import BUILD
-from peft import LoraConfig
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.config.sections import Sampling
@@ -128,28 +127,8 @@ def decode(bench: Bench, words: tuple[str, ...], name: str, num_logprobs: int = 
                 tokens_per_s=rows / step,
                 prefill_s=prefill,
                 share_of_floor=read / bench.copy_bandwidth() / step,
-                peak_gib=_or_nothing(peak),
+                peak_gib=or_nothing(peak),
             )
-
-
-def generate(bench: Bench) -> None:
-    """transformers' `generate` on the same model and rows, without log-probs."""
-    size, of = bench.size, bench.policy(BF16)
-    rows, width = size.rows[1], size.prompt + (size.new - size.decoded) // 2
-    ids = torch.tensor([p.token_ids for p in prompts_of(size, rows, width)], device=bench.device)
-
-    def run(tokens: int) -> float:
-        with torch.no_grad(), of.autocast():
-            options: dict[str, Any] = dict(do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens)
-            return bench.timed(
-                lambda: of.model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options
-                )
-            )[0]
-
-    run(2)
-    step = (run(size.decoded) - run(1)) / (size.decoded - 1)
-    bench.add(f"transformers' generate, {rows} rows", ms_per_step=1e3 * step, tokens_per_s=rows / step)
 
 
 def groups_of(size: Size, prompts: Sequence[Prompt], new: int) -> list[Group]:
@@ -179,7 +158,7 @@ def update(bench: Bench, words: tuple[str, ...], name: str, forward: type[Forwar
         seconds=seconds,
         first_s=first,
         tokens_per_s=size.prompts * size.group * size.new / seconds,
-        peak_gib=_or_nothing(peak),
+        peak_gib=or_nothing(peak),
     )
 
 
@@ -201,51 +180,7 @@ def step(bench: Bench) -> None:
         learner.update([Group(p, row, scores, signs) for p, row in zip(prompts, sampled, strict=True)])
 
     seconds, peak = bench.timed(run)
-    bench.add("whole step, bf16 LoRA", seconds=seconds, peak_gib=_or_nothing(peak))
-
-
-def peer(bench: Bench) -> None:
-    """TRL's DPPOTrainer with the same shapes, its second step."""
-    try:
-        from datasets import Dataset
-        from peer_step import StepClock
-        from trl.experimental.dppo import DPPOConfig, DPPOTrainer
-    except ImportError as error:
-        bench.add("whole step, TRL", not_run=f"{error}")
-        return
-    size, on_cuda = bench.size, bench.device.type == "cuda"
-    bench.forget()
-    texts = [" ".join(f"w{i}" for i in p.token_ids) for p in prompts_of(size, 2 * size.prompts, size.prompt)]
-    clock = StepClock()
-    settings = DPPOConfig(
-        output_dir=str(BUILD / "peer_gpu"),
-        num_generations=size.group,
-        per_device_train_batch_size=size.group,
-        gradient_accumulation_steps=size.prompts,
-        max_completion_length=size.new,
-        max_steps=2,
-        learning_rate=1e-5,
-        beta=0.0,
-        bf16=on_cuda,
-        use_cpu=not on_cuda,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    trainer = DPPOTrainer(
-        model=plain_model(size, bench.device, torch.bfloat16 if on_cuda else torch.float32),
-        processing_class=tokenizer(size.model["vocab_size"]),
-        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-        args=settings,
-        train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[clock],
-    )
-    _, peak = bench.timed(trainer.train)
-    seconds = [after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]
-    bench.add("whole step, TRL", seconds=seconds[-1], response_tokens=clock.tokens[-1], peak_gib=_or_nothing(peak))
+    bench.add("whole step, bf16 LoRA", seconds=seconds, peak_gib=or_nothing(peak))
 
 
 def small_card(bench: Bench) -> None:
@@ -262,10 +197,10 @@ def small_card(bench: Bench) -> None:
             engine.sync(version=0)
             rows, sampling = settings.rollout.concurrent_sequences // 2, Sampling(1.0, 1.0, 0, 0.0, short, [])
             _, peak = bench.timed(lambda: in_order(engine.generate(room, rows, sampling, 0, seed=0)))
-        bench.add(f"gpu_16gb, sampling {2 * rows} sequences of {size.prompt + new}", peak_gib=_or_nothing(peak))
+        bench.add(f"gpu_16gb, sampling {2 * rows} sequences of {size.prompt + new}", peak_gib=or_nothing(peak))
         groups = groups_of(size, prompts_of(size, 1, size.prompt), new)
         seconds, peak = bench.timed(lambda: learner.update(groups))
-        bench.add(f"gpu_16gb, update of {size.group} such sequences", seconds=seconds, peak_gib=_or_nothing(peak))
+        bench.add(f"gpu_16gb, update of {size.group} such sequences", seconds=seconds, peak_gib=or_nothing(peak))
     bench.forget()
 
 
@@ -279,7 +214,7 @@ def _capped(size: float) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _or_nothing(peak: float | None) -> float | str:
+def or_nothing(peak: float | None) -> float | str:
     return "" if peak is None else peak
 
 
@@ -287,7 +222,6 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "probe": (40, probe),
     "decode": (90, lambda b: decode(b, BF16, "decode, bf16 + LoRA")),
     "topk": (40, lambda b: decode(b, BF16, "decode, bf16 + LoRA", 20)),
-    "generate": (60, generate),
     "update": (60, lambda b: update(b, BF16, "update, bf16 LoRA")),
     "update_shared": (60, lambda b: update(b, BF16, "update, bf16 LoRA, prompts first", SharedPrompts)),
     "step": (60, step),
@@ -297,6 +231,5 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "update_nf4_whole": (90, lambda b: update(b, NF4, "update, QLoRA, recomputing, not packed", WholeSequences)),
     "update_nf4_kept": (70, lambda b: update(b, NF4_KEPT, "update, QLoRA, nothing recomputed")),
     "gpu_16gb": (70, small_card),
-    "peer": (110, peer),
 }
 """Seconds a step may take, and its work; those of one base one after the other."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from checkups import AUTO, Change, only
 from packaging.requirements import Requirement
 
 from dppo_cli import __version__
@@ -21,16 +22,8 @@ from dppo_cli.cli.main import main
 from dppo_cli.commands import doctor
 from dppo_cli.commands.checkup import software
 from dppo_cli.commands.checkup.row import OK, PROBLEM, WARNING, Row
-from dppo_cli.config.sections import Hardware
 
 ROOT = Path(__file__).parents[2]
-AUTO = Hardware("auto", "auto", 2048, 256, False)
-Change = pytest.MonkeyPatch
-
-
-def only(rows: Any) -> Row:
-    (row,) = rows
-    return row
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import make
 import pytest
 import torch
+from exports import IDS, base_logits, difference
 from helpers import read_json, train, write_rewards
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +22,6 @@ from dppo_cli.commands.export import PLAIN_CPU
 from dppo_cli.commands.trained import read_run_config
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.telemetry import phases
-
-IDS = [[3, 4, 13, 5, 6, 15], [9, 14, 10, 15, 3, 3]]
 
 WITHOUT_DPPO = f"""\
 import sys
@@ -71,25 +70,14 @@ def policy_logits(run: Path) -> Tensor:
     return policy.model(input_ids=torch.tensor(IDS)).logits.float()
 
 
-@torch.no_grad()
-def base_logits(folder: Path) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=torch.tensor(IDS)).logits
-
-
-def reported_difference(output: str) -> float:
-    match = re.search(r"largest logit difference[^│]*│\s*([-+.e\d]+)", output)
-    assert match, output
-    return float(match.group(1))
-
-
 def test_peft_and_transformers_read_the_trained_policy(
     trained: Path, model: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a process that cannot import this package."""
     assert main(["export", f"run={trained}", "format=adapter", "out=adapter"]) == 0
-    assert reported_difference(capsys.readouterr().out) == 0.0
+    assert difference(capsys.readouterr().out) == 0.0
     assert main(["export", f"run={trained}", "format=merged", "out=merged"]) == 0
-    assert 0 <= reported_difference(capsys.readouterr().out) < 1e-4
+    assert 0 <= difference(capsys.readouterr().out) < 1e-4
 
     command = [sys.executable, "-c", WITHOUT_DPPO, str(model), "adapter", "merged", "logits.pt"]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
@@ -125,38 +113,9 @@ def test_a_merge_in_lower_precision_says_what_it_costs(
     trained: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", f"run={trained}", "format=merged", "dtype=bfloat16", "out=mine"]) == 0
-    said = reported_difference(capsys.readouterr().out)
+    said = difference(capsys.readouterr().out)
     assert 1e-3 < said < 1.0
     assert {t.dtype for t in load_file(work / "mine/model.safetensors").values()} == {torch.bfloat16}
-
-
-def test_a_merge_after_qlora_starts_from_the_unquantised_base(
-    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["adapter=qlora", "steps=2", "optim.lr=0.01", "run_dir=run"]
-    assert train(model, *words) == 0
-    capsys.readouterr()
-    assert main(["export", "run=run", "format=merged", "out=mine"]) == 0
-    output = capsys.readouterr().out
-    # The policy ran on a rounded base, so the two differ by the rounding, and the user is told.
-    assert 1e-3 < reported_difference(output) < 20
-    assert "trained on a nf4 base, and this merge uses the unquantised one" in output
-    base, merged = load_file(model / "model.safetensors"), load_file(work / "mine/model.safetensors")
-    adapter = load_file(work / "run/adapter/adapter_model.safetensors")
-    name = "model.layers.0.mlp.down_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
-    assert torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + 8 / 4 * b @ a, atol=1e-6)
-    assert torch.isfinite(base_logits(work / "mine")).all()
-
-
-def test_the_adapter_of_a_qlora_run_is_exported_as_it_is(
-    model: Path, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(model, "adapter=qlora", "steps=1", "run_dir=run") == 0
-    capsys.readouterr()
-    assert main(["export", "run=run"]) == 0
-    assert reported_difference(capsys.readouterr().out) == 0.0
-    assert (work / "run/export-adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_checkpoint_that_was_best(model: Path, work: Path, refused: Callable[..., str]) -> None:
@@ -195,7 +154,7 @@ def test_other_architectures_merge(
     assert train(tiny_models[architecture], "optim.lr=0.01", "run_dir=run") == 0
     capsys.readouterr()
     assert main(["export", "run=run", "format=merged", "out=mine"]) == 0
-    assert reported_difference(capsys.readouterr().out) < 1e-4
+    assert difference(capsys.readouterr().out) < 1e-4
 
 
 def test_the_default_target_lies_in_the_run(model: Path, work: Path) -> None:

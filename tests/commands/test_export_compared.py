@@ -5,17 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import figure
 from helpers import read_json, train
 from safetensors.torch import load_file
 
 from dppo_cli.cli.main import main
-
-
-def figure(output: str, row: str) -> float:
-    """The first number in a row of the table."""
-    match = re.search(rf"{row}[^│]*│\s*([-+.e\d]+)", output)
-    assert match, output
-    return float(match.group(1))
 
 
 def test_what_a_merge_after_qlora_costs(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

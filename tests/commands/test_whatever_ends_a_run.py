@@ -1,16 +1,15 @@
 """Whatever ends a run, the state after its last finished step is saved, the error says where, and the run can go on."""
 
-import errno
 import os
-import resource
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from disturbed import command, fail_at, outcome
+from ended_runs import FULL, WORDS, write_reward
 from helpers import read_json, read_lines, train
 from safetensors import SafetensorError
 
@@ -21,56 +20,9 @@ from dppo_cli.training.checkpoint import check
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.run_folder import RunFolder
 
-WORDS = (
-    "steps=4",
-    "optim.lr=0.01",
-    "eval.every=2",
-    "data.eval_problems=6",
-    "reward.path=mine.py:late",
-    "reward.max_failures=2",
-)
 SAVED = "the state after step 2 is saved; to go on: dppo train resume=run"
-FULL = OSError(errno.ENOSPC, "No space left on device")
 
 pytestmark = pytest.mark.usefixtures("work")
-
-
-# The user's reward
-
-
-REWARD = """\
-import os
-import sys
-from pathlib import Path
-
-called = 0
-
-
-def late(prompts, completions, **columns):
-    global called
-    called += 1
-    rewards = [sum(ord(c) % 16 for c in text) / (15 * max(1, len(text))) for text in completions]
-    # The evaluation at the start (6 samples), steps 1 and 2 (8 samples each), an evaluation, and step 3; then
-    # repetitions by other processes, a group (4) or a sample at a time.
-    if Path("broken").exists() and (called == 5 or len(prompts) in (1, 4)):
-        {broken}
-    return rewards
-"""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_reward(folder)
-        assert train(tiny_models["llama3"], *WORDS, "run_dir=run") == 0
-        return outcome(folder / "run")
-
-
-def write_reward(work: Path, broken: str = "pass") -> None:
-    (work / "mine.py").write_text(REWARD.format(broken=broken))
-    (work / "broken").touch()
 
 
 @pytest.fixture
@@ -103,6 +55,9 @@ def check_saved_and_go_on(work: Path, undisturbed: dict[str, Any]) -> None:
     (work / "broken").unlink(missing_ok=True)
     assert main(["train", "resume=run"]) == 0
     assert outcome(run) == undisturbed
+
+
+# The user's reward
 
 
 @pytest.mark.parametrize(
@@ -172,120 +127,6 @@ def test_a_disk_that_is_full_in_a_checkpoint(error: Exception, ends: Callable[..
     """For a moment: the state can be saved when the run ends."""
     said = ends(2, lambda patch: fail_at(2, checkpoint, "save_file", patch, error), "checkpoint.every=1")
     assert said.startswith("run cannot be written any more: ") and "No space left on device" in said
-
-
-def after_step_3(patch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
-    """Do something as soon as the line of step 3 is written."""
-    real = RunFolder.log
-
-    def log(folder: RunFolder, metrics: Any) -> None:
-        real(folder, metrics)
-        if metrics["step"] == 3:
-            then()
-
-    patch.setattr(RunFolder, "log", log)
-
-
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """`small_files(bytes)`: the system refuses to write longer ones, as it would on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_stays_full(
-    model: Path,
-    work: Path,
-    small_files: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    undisturbed: dict[str, Any],
-) -> None:
-    """What cannot be saved is named, with the checkpoint there is; nothing that is there is harmed."""
-    write_reward(work)
-    # An adapter has 20 kB, the state three times as many.
-    with monkeypatch.context() as patch:
-        after_step_3(patch, lambda: small_files(25_000))
-        assert train(model, *WORDS, "run_dir=run", "checkpoint.every=1") == 2
-    small_files(resource.RLIM_INFINITY)
-    said = capsys.readouterr().err
-    assert said.startswith("dppo: run cannot be written any more: ") and said.count("\n") == 1
-    assert "the state after step 3 could not be saved (" in said
-    assert "); the newest checkpoint is run/checkpoints/step-2. " in said
-    assert said.endswith("dppo train resume=run\n")
-    for step in (1, 2):
-        assert check(work / f"run/checkpoints/step-{step}")["step"] == step
-    (work / "broken").unlink()
-    assert main(["train", "resume=run"]) == 0
-    assert outcome(work / "run") == undisturbed
-
-
-@pytest.fixture
-def read_only(work: Path) -> Iterator[Callable[[], None]]:
-    """`read_only()`: from here on the run folder is a read-only mount."""
-    run = str(work / "run")
-    mounted = []
-
-    def mount() -> None:
-        for options in (["--bind"], ["-o", "remount,bind,ro"]):
-            done = subprocess.run(["mount", *options, run, run], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
-            mounted.append(run)
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", run], check=True)
-
-
-def test_a_mount_that_becomes_read_only(
-    model: Path,
-    work: Path,
-    read_only: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    undisturbed: dict[str, Any],
-) -> None:
-    write_reward(work)
-    with monkeypatch.context() as patch:
-        after_step_3(patch, read_only)
-        assert train(model, *WORDS, "run_dir=run", "checkpoint.every=1") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("dppo: run cannot be written any more: Read-only file system; ") and said.count("\n") == 1
-    assert "the state after step 3 could not be saved (" in said
-    assert (
-        "the newest checkpoint is run/checkpoints/step-2. When it can be written again: dppo train resume=run" in said
-    )
-    (work / "broken").unlink()
-    assert main(["train", "resume=run"]) == 2
-    assert "Read-only file system" in capsys.readouterr().err
-    subprocess.run(["mount", "-o", "remount,bind,rw", str(work / "run")], check=True)
-    assert main(["train", "resume=run"]) == 0
-    assert outcome(work / "run") == undisturbed
-
-
-@pytest.mark.parametrize(
-    ("call", "name", "after"),
-    # The first write is that of the evaluation before training.
-    [(1, "save_adapter", False), (1, "save_adapter", True), (2, "write", False)],
-)
-def test_a_disk_that_is_full_at_the_end(
-    call: int,
-    name: str,
-    after: bool,
-    model: Path,
-    work: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    undisturbed: dict[str, Any],
-) -> None:
-    write_reward(work)
-    with monkeypatch.context() as patch:
-        fail_at(call, RunFolder, name, patch, FULL, after=after)
-        assert train(model, *WORDS, "run_dir=run") == 2
-    (work / "broken").unlink()
-    assert main(["train", "resume=run"]) == 0
-    assert outcome(work / "run") == undisturbed
 
 
 # What reads the output

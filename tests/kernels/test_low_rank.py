@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import four_bit_layers
 import make
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import AutoModelForCausalLM
 
+from dppo_cli.kernels.four_bits import dequantizer
 from dppo_cli.kernels.low_rank import LeanLoraLinear, adapted_linear, lean_4_bit, make_lean
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
@@ -69,6 +71,22 @@ def test_a_4_bit_base_is_dequantised(train_config, architecture, dropout, checkp
     for a, b in zip(gradient, expected_gradient, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert b.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_a_4_bit_base_that_cannot_be_dequantised_stays_pefts(storage):
+    """Codes that are stored as bfloat16 are not taken for weights."""
+    base = four_bit_layers.layer(8, 64, bias=True, quant_storage=storage)
+    base.compute_dtype = torch.float32
+    assert dequantizer(base) is None and base.weight.dtype == storage
+    plain, lean = lean_4_bit()
+    layer = plain(base, "default", LoraConfig(init_lora_weights=False), r=4, lora_alpha=8)
+    x = four_bit_layers.random(3, 64)
+    expected = layer(x)
+    make_lean(layer, torch.device("cuda"))
+    assert type(layer) is lean
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert (expected - base(x)).abs().max() > 0.1, "the adapter made no difference"
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])

@@ -5,18 +5,12 @@ import pytest
 import torch
 from engines import generate, sampling
 from recording import RecordedGraphs
-from refills import LOOKING, check_equal, refilled, sampled, several_ends
+from refills import LOOKING, check_equal, refilled, sampled
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
-from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import static
 
 merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
-
-
-@pytest.fixture
-def policy(train_config) -> Policy:
-    return several_ends(make.policy(train_config(), adapter_scale=0.1))
 
 
 def test_a_prompt_comes_when_its_samples_have_ended(policy):

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import make
 import pytest
-import tiny
 import tiny_models
 import torch
-from engines import generate, opened, sampling
+from engines import generate, sampling
 from plain_flash import plain_flash
 from recording import RecordedGraphs, addresses
 from refills import AHEAD, FAMILIES, LOOKING, check_equal, refilled, sampled, several_ends, tensors
@@ -19,11 +18,10 @@ from refills import AHEAD, FAMILIES, LOOKING, check_equal, refilled, sampled, se
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.kernels import slots
 from dppo_cli.kernels.slots import Room
-from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import local, refill
+from dppo_cli.rollout import refill
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
-from dppo_cli.rollout.refill import ON_CUDA, Refilling, refuses, room_for
+from dppo_cli.rollout.refill import ON_CUDA, Refilling, room_for
 from dppo_cli.rollout.sampling import Wanted
 from dppo_cli.types import Status
 
@@ -35,12 +33,6 @@ merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside
 def families(tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("families")
     return {name: tiny_models.save(root / name, name) for name in FAMILIES}
-
-
-@pytest.fixture
-def policy(train_config) -> Policy:
-    """Of a tiny Llama, with five tokens that end a response, so that lengths differ."""
-    return several_ends(make.policy(train_config(), adapter_scale=0.1))
 
 
 # What it samples
@@ -256,51 +248,3 @@ def test_on_cuda_slots_stay_if_they_are_a_small_part_of_the_memory(policy, monke
             assert (engine.refilling.sequences is not None) == (stays and not merge)
     # Keys and values of two layers with two heads of 8 numbers, in float32: four prompts, five responses.
     assert sizes == [(4 * 24 + 5 * 8) * 2 * 2 * 2 * 8 * 4]
-
-
-# When it is used
-
-
-def test_cuda_is_sampled_from_with_it(policy, monkeypatch):
-    monkeypatch.setattr(local, "CUDA", "cpu")
-    prompts = make.prompts(policy)
-    with LocalRollout("merged", None, 6, 64).load(policy, make.fail) as engine:
-        engine.sync(0)
-        assert engine.refilling.pace == ON_CUDA and engine.samples_with.endswith("; steps in CUDA graphs")
-        found = in_order(engine.generate(prompts, 3, sampling(20), 0, seed=3))
-    monkeypatch.undo()
-    check_equal(found, generate(policy, prompts, 3, sampling(20)))
-
-
-def test_a_cpu_is_not(policy):
-    with opened(policy) as engine:
-        assert engine.refilling is None and "graphs" not in engine.samples_with
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "cohere2"])
-def test_other_models_are_sampled_from_sub_batch_by_sub_batch(train_config, monkeypatch, architecture):
-    of = make.policy(train_config(model=architecture))
-    assert refuses(of.model) == "the model is not built like Llama"
-    monkeypatch.setattr(Refilling, "sample", make.fail)
-    prompts = make.prompts(of)
-    with refilled(of) as engine:
-        assert engine.samples_with.endswith("; each kernel by itself (the model is not built like Llama)")
-        found = in_order(engine.generate(prompts, 2, sampling(6), 0, seed=3))
-    check_equal(found, generate(of, prompts, 2, sampling(6)))
-
-
-def test_so_are_responses_that_end_at_stop_strings(policy, monkeypatch):
-    how = replace(sampling(12), stop=["a", "7"])
-    assert refuses(policy.model, how) == "there are stop strings" and refuses(policy.model, sampling()) is None
-    monkeypatch.setattr(Refilling, "sample", make.fail)
-    prompts = make.prompts(policy)
-    check_equal(sampled(policy, prompts, 2, how), generate(policy, prompts, 2, how))
-
-
-def test_frequencies_that_follow_the_longest_sequence_are_refused(train_config, tmp_path, monkeypatch):
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    monkeypatch.setitem(tiny.CONFIGS, "llama3", type(tiny.CONFIGS["llama3"])(**tiny.GROUPED, rope_parameters=rope))
-    config = train_config()
-    folder = tiny.save(tmp_path / "dynamic")
-    of = make.policy(replace(config, model=replace(config.model, path=str(folder))))
-    assert refuses(of.model) is not None

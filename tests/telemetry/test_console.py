@@ -1,45 +1,18 @@
-"""What a user sees of a run: plain lines when nobody watches, a panel with the same figures in a terminal."""
+"""What a user sees of a run when nobody watches: plain lines, and a table at the end."""
 
-import io
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import make
 import pytest
-from rich.console import Console as RichConsole
+from console_cases import FIGURES, RUN, console, evaluation, step
 
-from dppo_cli.telemetry.console import PLAIN_LINES, SHOWN, Console
+from dppo_cli.telemetry.console import PLAIN_LINES, SHOWN
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.table import print_table
-from dppo_cli.telemetry.trust_region import MaskedTokens, TokenTally
+from dppo_cli.telemetry.trust_region import TokenTally
 from dppo_cli.telemetry.watch import Watch
-from dppo_cli.types import EvalReport, Group, RunInfo, Score, StepReport
 
-METRICS: dict[str, Any] = {
-    "step": 3,
-    "reward": 0.4375,
-    "accuracy": 0.25,
-    "entropy": 1.2345,
-    "shift_mean": 0.01234,
-    "mismatch_mean": 1e-6,
-    "masked_positive": 0.031,
-    "masked_negative": 0.052,
-    "skipped": 0.4,
-    "padding": 0.07,
-    "time": {"rollout": 1.25, "reward": 0.5, "update": 2.75, "sync": 0.01, "total": 4.5, "tokens_per_second": 4321.0},
-}
-FIGURES = [
-    "reward 0.438",
-    "accuracy 25.0%",
-    "entropy 1.234",
-    "|pi-mu| 0.0123",
-    "masked A>0 3.10% A<0 5.20%",
-    "4321 tokens/s",
-    "rollout 1.25 reward 0.50 update 2.75",
-]
-"""What each step shows of METRICS."""
 SUMMARY: dict[str, Any] = {
     "evaluations": {
         "held_out": {
@@ -54,45 +27,6 @@ SUMMARY: dict[str, Any] = {
     "peak_memory_gib": 0.5,
     "adapter": "runs/x/adapter",
 }
-RUN = RunInfo(Path("runs/x"), 0, 6, "some/model", 20, 10, "cpu", "float32", "merged weights")
-
-
-def console(**tallies: TokenTally) -> Console:
-    """`tallies`: of tokens masked with A > 0, by their text."""
-    texts = list(tallies)
-    masked = MaskedTokens(text_of=lambda token: texts[token])
-    masked.tallies = {(token, 1): tally for token, tally in enumerate(tallies.values())}
-    return Console(masked)
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Makes consoles believe they write to a terminal of 100 columns."""
-    screen = io.StringIO()
-
-    def rich(file: Any = None, **options: Any) -> RichConsole:
-        return RichConsole(file=screen, force_terminal=True, width=100, color_system=None, **options)
-
-    monkeypatch.setattr("dppo_cli.telemetry.console.RichConsole", rich)
-    return screen
-
-
-@pytest.fixture
-def panel(terminal: io.StringIO) -> Iterator[Console]:
-    """A console whose panel is on the screen."""
-    shown = console()
-    shown.started(RUN)
-    yield shown
-    shown.finished(None)
-
-
-def step(number: int, **changes: Any) -> StepReport:
-    return StepReport({**METRICS, "step": number, **changes}, [], [])
-
-
-def evaluation(accuracy: float, group_sizes: tuple[int, ...], name: str = "held_out") -> EvalReport:
-    groups = [Group(make.prompt(), [make.completion()] * n, [Score(1.0)] * n) for n in group_sizes]
-    return EvalReport(0, name, accuracy, 0.25, (0.125, 0.5), groups)
 
 
 def rows(output: str) -> list[list[str]]:
@@ -238,67 +172,3 @@ def test_a_long_path_is_shown_whole(capsys: pytest.CaptureFixture[str], monkeypa
     print_table("export", [("written to", path), ("size", "1 MiB")])
     cells = [line.strip("│").split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert "".join(cells) == f"{path}1 MiB"
-
-
-# The panel
-
-
-def test_the_panel_shows_the_figures(panel: Console, terminal: io.StringIO) -> None:
-    assert panel.live is not None
-    panel.stepped(step(3))
-    screen = io.StringIO()
-    RichConsole(file=screen, width=100, color_system=None).print(panel._panel())
-    for figure in FIGURES:
-        assert figure in screen.getvalue()
-    assert "3/6" in screen.getvalue() and "left" in screen.getvalue()
-    panel.finished(None)
-    # Live has drawn the same on the terminal, and no step has become a line.
-    assert "reward 0.438" in terminal.getvalue()
-    assert "step 3/6" not in terminal.getvalue()
-
-
-def test_the_panel_says_how_much_time_is_left(panel: Console) -> None:
-    (task,) = panel.progress.tasks
-    assert task.fields["left"] == "-:--:--"
-    for number in range(1, 4):
-        panel.stepped(step(number))
-    assert (task.completed, task.total) == (3, 6)
-    assert task.fields["left"] == "0:00:14"  # three steps of 4.5 seconds
-
-
-def test_the_panel_of_a_run_that_goes_on_begins_where_it_stopped(panel: Console, terminal: io.StringIO) -> None:
-    panel.finished(None)
-    panel.started(replace(RUN, step=4))
-    (task,) = panel.progress.tasks
-    assert (task.completed, task.total) == (4, 6)
-    panel.stepped(step(5))
-    assert task.completed == 5
-    panel.finished(None)
-
-
-def test_lines_appear_above_the_panel(panel: Console, terminal: io.StringIO) -> None:
-    panel.evaluated(evaluation(1.0, group_sizes=(2,)))
-    panel.warned("step 1: 50%")
-    panel.finished(None)
-    assert "step 0: 100.0%" in terminal.getvalue()
-    assert "warning: step 1: 50%" in terminal.getvalue()
-    assert panel.live is None
-
-
-def test_the_panel_is_gone_after_an_error_of_the_run(panel: Console, terminal: io.StringIO) -> None:
-    """Otherwise the cursor stays hidden and the next line lands in the middle of it."""
-    panel.finished(None)
-    assert panel.live is None and cursor_is_shown(terminal)
-
-
-def test_the_panel_is_gone_after_an_error_of_its_own(panel: Console, terminal: io.StringIO) -> None:
-    """By which the console stops hearing of the run, and so of its end."""
-    listeners = Listeners([panel])
-    listeners.stepped(StepReport({"step": 1}, [], []))
-    assert listeners.listening == []
-    assert panel.live is None and cursor_is_shown(terminal)
-
-
-def cursor_is_shown(terminal: io.StringIO) -> bool:
-    hide, show = "\x1b[?25l", "\x1b[?25h"
-    return terminal.getvalue().rfind(show) > terminal.getvalue().rindex(hide)

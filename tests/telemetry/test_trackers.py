@@ -1,6 +1,5 @@
 """What trackers are given, in which order, and that none can hurt a run: TensorBoard for real, the others by a fake."""
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
@@ -11,10 +10,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dppo_cli.errors import ConfigError
 from dppo_cli.telemetry import trackers
 from dppo_cli.telemetry.listeners import Listeners
-from dppo_cli.telemetry.trackers import Tracker, check_installed, chosen, flat
+from dppo_cli.telemetry.trackers import Tracker, flat
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 from dppo_cli.world import World
 
@@ -84,35 +82,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     monkeypatch.setattr(Fake, "uris", [])
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_tracking_uri=Fake.uris.append))
     return Fake
-
-
-# Names
-
-
-def test_which_trackers_are_meant() -> None:
-    assert chosen("none") == []
-    assert chosen("wandb") == ["wandb"]
-    assert chosen(["mlflow", "wandb", "mlflow"]) == ["mlflow", "wandb"]
-    with pytest.raises(ConfigError, match="tracker=wand is an invalid value; did you mean 'wandb'"):
-        chosen(["tensorboard", "wand"])
-    with pytest.raises(ConfigError, match="leave it out"):
-        chosen(["none", "wandb"])
-    with pytest.raises(ConfigError, match="tracker=3"):
-        chosen(3)
-
-
-def test_one_that_is_not_installed_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if name != "mlflow-skinny":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return "3.0"
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    for name, install in (("tensorboard", r"'dppo\[trackers\]'"), ("wandb", "wandb"), ("trackio", "trackio")):
-        with pytest.raises(ConfigError, match=f"tracker={name} needs .*: pip install {install}"):
-            check_installed([name])
-    check_installed("mlflow")
-    check_installed("none")
 
 
 def test_numbers_by_their_path() -> None:

@@ -2,23 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import make
 import pytest
-import torch
 import yaml
-from helpers import composed
+from card_cases import config, snippet, tokens
 from huggingface_hub import ModelCard
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
-from omegaconf import OmegaConf
 
-from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.config.build import build
-from dppo_cli.policy.policy import Policy
 from dppo_cli.training.card import card
 
 RESULTS = {"eval_before": 0.396, "eval_after": 0.964, "eval_before_error": 0.0219, "eval_after_error": 0.0083}
@@ -29,20 +19,10 @@ HOSTILE += ["<script>alert(1)</script>", "*x* [y](z) ![z](y) &amp; $$x$$", "line
 HOSTILE += ["\udcff is not UTF-8"]
 
 
-def config(*overrides: str) -> dict[str, Any]:
-    """A run's config.yaml."""
-    return OmegaConf.to_container(composed("train", *overrides), resolve=True)  # type: ignore[return-value]
-
-
 def front(text: str) -> Any:
     """The front matter."""
     assert text.startswith("---\n")
     return yaml.safe_load(text.split("---\n")[1])
-
-
-def tokens(text: str) -> list[Token]:
-    """The Markdown after the front matter, as GitHub and the hub read it."""
-    return MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
 
 
 def spans(text: str) -> list[str]:
@@ -56,11 +36,6 @@ def shape(text: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
         (t.type, t.tag, [(c.type, "" if c.type == "code_inline" else c.content) for c in t.children or []])
         for t in tokens(text)
     ]
-
-
-def snippet(text: str) -> str:
-    """The Python that loads the model."""
-    return "".join(t.content for t in tokens(text) if t.type == "fence")
 
 
 def test_the_card_of_the_default_run() -> None:
@@ -249,53 +224,3 @@ def test_the_system_message_is_not_shown() -> None:
 def test_a_card_is_made_without_torch() -> None:
     code = "import sys, dppo_cli.training.card; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def run_snippet(text: str, folder: Path, base: Path | None = None) -> Any:
-    """The `model` that a card's code makes."""
-    names: dict[str, Any] = {}
-    code = snippet(text).replace('"FOLDER"', repr(str(folder)))
-    exec(code if base is None else code.replace('"BASE"', repr(str(base))), names)
-    assert names["tokenizer"]("1+2=")["input_ids"]
-    return names["model"]
-
-
-@torch.no_grad()
-def assert_same(loaded: Any, policy: Policy) -> None:
-    """Equal logits, and an adapter that has an effect."""
-    ids = torch.tensor([policy.tokenizer("1+2=")["input_ids"]])
-    loaded.train()  # bitsandbytes would repack 4-bit weights on some CPUs, and cannot with layers as small as these.
-    torch.testing.assert_close(loaded(input_ids=ids).logits, policy.model(input_ids=ids).logits)
-    with policy.without_adapter():
-        assert (loaded(input_ids=ids).logits - policy.model(input_ids=ids).logits).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("overrides", [(), ("adapter=qdora", "hardware.dtype=float32")])
-def test_the_code_loads_an_adapter_on_a_local_base(
-    overrides: tuple[str, ...], train_config: Callable[..., TrainConfig], model: Path, tmp_path: Path
-) -> None:
-    policy = make.policy(train_config(*overrides), adapter_scale=0.3)
-    policy.save_adapter(tmp_path)
-    text = card(config("model=hf", f"model.path={model}", *overrides), None, "adapter")
-    assert str(model.parent) not in text and f"`BASE` is the folder of the base model, `{model.name}`" in text
-    loaded = run_snippet(text, tmp_path, model)
-    assert getattr(loaded, "is_loaded_in_4bit", False) == bool(overrides)
-    assert_same(loaded, policy)
-
-
-def test_the_code_loads_an_adapter_on_the_embedded_base(tmp_path: Path) -> None:
-    policy = make.policy(build(TrainConfig, OmegaConf.create(config("hardware=cpu"))), adapter_scale=0.3)
-    policy.save_adapter(tmp_path)
-    text = card(config(), None, "adapter")
-    assert "part of the Python package `dppo`" in text
-    assert_same(run_snippet(text, tmp_path), policy)
-
-
-def test_the_code_loads_a_merged_model(train_config: Callable[..., TrainConfig], model: Path, tmp_path: Path) -> None:
-    policy, other = (make.policy(train_config(), adapter_scale=0.3) for _ in range(2))
-    assert other.peft is not None
-    other.peft.merge_and_unload().save_pretrained(tmp_path)
-    other.tokenizer.save_pretrained(tmp_path)
-    text = card(config("model=hf", f"model.path={model}"), None, "merged")
-    assert "BASE" not in text
-    assert_same(run_snippet(text, tmp_path), policy)

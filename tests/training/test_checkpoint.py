@@ -1,7 +1,6 @@
 """Checkpoints: what is read is what was written, bit for bit, and a crash while writing leaves the older ones."""
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import make
 import pytest
 import torch
+from checkpoint_cases import snapshot, steps_of, write, write_adapter
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.rollout.engine import in_order
@@ -20,45 +20,12 @@ from dppo_cli.training.checkpoint import (
     checkpoints,
     installed,
     newest_good,
-    prune,
     read_checkpoint,
-    step_of,
     write_checkpoint,
 )
 from dppo_cli.training.order import Shuffled
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.training.state import RunState, Snapshot
-
-
-def write_adapter(path: Path) -> None:
-    path.mkdir()
-    (path / "adapter_config.json").write_text("{}")
-    (path / "adapter_model.safetensors").write_bytes(b"weights")
-
-
-def snapshot(step: int) -> Snapshot:
-    """Of every kind of number that a state holds, and of values that a careless format would change."""
-    plain = {
-        "step": step,
-        "seconds": 0.1 + 0.2,
-        "best": (4, 1 / 3),
-        "warnings": ["ü \u2028 \n 'quoted'"],
-        "tallies": {"watch": {"nan": math.nan, "none": None, "large": 2**63}},
-    }
-    tensors = {
-        "nan and zero": torch.tensor([math.nan, -0.0, math.inf, 1e-45]),
-        "payload": torch.tensor([0x7FC00001, 0x7F800001], dtype=torch.int32).view(torch.float32),
-        "bfloat16": torch.linspace(-1, 1, 15).reshape(3, 5).bfloat16(),
-        "float64": torch.tensor([0.1, 1 / 3], dtype=torch.float64),
-        "random": torch.Generator().manual_seed(step).get_state(),
-        "scalar": torch.tensor(float(step)),
-        "empty": torch.empty(0, 4),
-    }
-    return Snapshot(tensors, plain)
-
-
-def write(run: Path, *steps: int) -> list[Path]:
-    return [write_checkpoint(run, snapshot(step), write_adapter, "the config's") for step in steps]
 
 
 def in_bits(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
@@ -71,10 +38,6 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
         name: in_bits(t) for name, t in expected.tensors.items()
     }
     assert json.dumps(found.plain) == json.dumps(expected.plain)
-
-
-def steps_of(run: Path) -> list[int | None]:
-    return [step_of(path) for path in checkpoints(run)]
 
 
 # Written and read
@@ -257,55 +220,3 @@ def test_what_is_in_the_place_of_a_checkpoint_is_moved(make_it: Callable[[Path],
     assert check(path)["step"] == 2
     assert (tmp_path / "checkpoints/step-2-moved-2").lstat().st_mode == kind
     assert steps_of(tmp_path) == [2]
-
-
-# Which are kept
-
-
-@pytest.mark.parametrize(
-    ("keep", "also", "left"),
-    [(1, [], [10]), (2, [], [9, 10]), (9, [], [1, 2, 9, 10]), (1, [2], [2, 10]), (2, [9], [9, 10]), (1, [5], [10])],
-)
-def test_the_newest_and_the_best_are_kept(keep: int, also: list[int], left: list[int], tmp_path: Path) -> None:
-    write(tmp_path, 1, 2, 9, 10)
-    prune(tmp_path, 10, keep, also)
-    assert steps_of(tmp_path) == left
-
-
-def test_damaged_ones_of_later_steps_do_not_push_out_good_ones(tmp_path: Path) -> None:
-    """The run went on from step 2, because those after it are damaged, and has now saved step 3."""
-    for later in write(tmp_path, 2, 3, 4, 6)[2:]:
-        (later / "state.json").unlink()
-    prune(tmp_path, 3, 1, [])
-    assert steps_of(tmp_path) == [3]
-    assert newest_good(tmp_path, make.fail) == checkpoint_path(tmp_path, 3)
-
-
-def test_an_interrupted_removal_leaves_nothing_that_seems_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older, newer = write(tmp_path, 2, 4)
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)
-        prune(tmp_path, 4, 1, [])
-    assert steps_of(tmp_path) == [2, 4]
-    warned: list[str] = []
-    (newer / "state.json").unlink()
-    assert newest_good(tmp_path, warned.append) is None
-    assert [Path(w.split(" is ")[0]) for w in warned] == [newer, older]
-
-
-def test_what_is_no_folder_is_not_pruned(tmp_path: Path) -> None:
-    """It may be a link to a disk with more room, and it must not end the run."""
-    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
-    for path in (folder / "step-3", elsewhere):
-        path.mkdir(parents=True)
-        (path / "manifest.json").write_text("{}")
-    (folder / "step-1").symlink_to("/dev/null")
-    (folder / "step-2").symlink_to(elsewhere)
-    prune(tmp_path, 4, 1, [4])
-    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-3"]
-    (folder / "step-4").mkdir()
-    prune(tmp_path, 4, 1, [4])
-    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2", "step-4"]
-    assert (elsewhere / "manifest.json").is_file()

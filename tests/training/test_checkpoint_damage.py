@@ -10,6 +10,7 @@ from typing import Any
 import make
 import pytest
 import torch
+from checkpoint_cases import write_adapter
 from helpers import TINY_RUN, read_json
 from safetensors import safe_open
 
@@ -18,12 +19,6 @@ from dppo_cli.errors import RunError
 from dppo_cli.training import checkpoint
 from dppo_cli.training.checkpoint import _digest, check, newest_good, read_checkpoint, write_checkpoint
 from dppo_cli.training.state import Snapshot
-
-
-def write_adapter(path: Path) -> None:
-    path.mkdir()
-    (path / "adapter_config.json").write_text("{}")
-    (path / "adapter_model.safetensors").write_bytes(b"weights")
 
 
 @pytest.fixture
