@@ -65,7 +65,7 @@ class StopsJobs:
         self.signum = self.signum or signum
         self.times += 1
         self.file.write_bytes(b"." * self.times)
-        print(f"{signal.Signals(signum).name}: {SAID[self.times - 1]}", file=sys.stderr, flush=True)
+        print(f"dppo: {signal.Signals(signum).name}: {SAID[self.times - 1]}", file=sys.stderr, flush=True)
 
 
 class Launching(Callback):

@@ -83,7 +83,7 @@ def test_ctrl_c_stops_every_job_after_its_step(start: Start, work: Path, model: 
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     assert process.wait(60) == 130
     assert (work / "errors.txt").read_text().splitlines() == [
-        "SIGINT: each job stops after its step, and is saved; once more to stop at once",
+        "dppo: SIGINT: each job stops after its step, and is saved; once more to stop at once",
         "dppo: stopped: to go on: the same command with run_dir=sweep resume=auto",
     ]
     for job in (0, 1):
@@ -104,7 +104,7 @@ def test_a_second_signal_stops_at_once(start: Start, work: Path) -> None:
         process.terminate()  # as a scheduler does: the process that it knows
         time.sleep(0.1)
     assert process.wait(60) == 143
-    assert [line.partition(":")[0] for line in (work / "errors.txt").read_text().splitlines()[:2]] == ["SIGTERM"] * 2
+    assert (work / "errors.txt").read_text().splitlines()[:2] == [f"dppo: SIGTERM: {text}" for text in SAID]
     for job in (0, 1):
         check_saved(work, job)
         assert done[job] <= read_json(work / f"sweep/{job}/summary.json")["steps"] <= done[job] + 3
@@ -146,7 +146,7 @@ def test_a_third_signal_is_the_launchers(
             assert (times(stops.file), stops.signum) == (n, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
-    assert capsys.readouterr().err.splitlines() == [f"SIGINT: {text}" for text in SAID]
+    assert capsys.readouterr().err.splitlines() == [f"dppo: SIGINT: {text}" for text in SAID]
     assert not stops.file.exists()
 
 
