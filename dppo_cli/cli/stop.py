@@ -50,7 +50,8 @@ class StopsJobs:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-        self.file.unlink(missing_ok=True)
+        if self.times:
+            self.file.unlink()
 
     def _restore(self) -> None:
         for signum, handler in self.before.items():
