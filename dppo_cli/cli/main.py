@@ -188,9 +188,9 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
     from dppo_cli.training.run_folder import check_free
 
     check_no_secrets(" ".join(overrides))
-    stops = StopsJobs()
-    job = HydraJob(command, stops.file)
     sweep_dir = _sweep_dir(overrides)
+    stops = StopsJobs(sweep_dir)
+    job = HydraJob(command, stops.file)
     shows_only = {"--cfg", "--info"} & {option.partition("=")[0] for option in options}
     goes_on = any(word.startswith("resume=") and word != "resume=null" for word in overrides)
     if sweep_dir.exists() and not shows_only and not goes_on:

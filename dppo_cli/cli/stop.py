@@ -11,10 +11,8 @@ Jobs that submitit starts hear signals themselves, and those on a cluster go on 
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,15 +31,17 @@ SAID = ("each job stops after its step, and is saved; once more to stop at once"
 
 
 class StopsJobs:
-    """`with StopsJobs():` in the process of the sweep. `file` has a byte for each signal, `signum` is the first."""
+    """`with StopsJobs(sweep_dir):` where a sweep is. `file` has a byte for each signal, `signum` is the first."""
 
-    def __init__(self) -> None:
-        self.file = Path(tempfile.gettempdir()) / f"dppo-stop-{uuid.uuid4().hex}"
+    def __init__(self, sweep_dir: Path) -> None:
+        self.file = (sweep_dir / ".stop").absolute()
         self.signum: int | None = None
         self.times = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopsJobs":
+        if os.path.exists(self.file):  # of a sweep that was killed
+            self.file.unlink()
         if threading.current_thread() is threading.main_thread():
             for signum in STOPPING:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -65,6 +65,7 @@ class StopsJobs:
             return
         self.signum = self.signum or signum
         self.times += 1
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_bytes(b"." * self.times)
         print(f"dppo: {signal.Signals(signum).name}: {SAID[self.times - 1]}", file=sys.stderr, flush=True)
 

@@ -45,7 +45,7 @@ def start(model: Path, work: Path) -> Iterator[Start]:
         code += "from dppo_cli.cli.main import main; sys.exit(main())"
         words = [sys.executable, "-c", code, *command(model, *WORDS, *TWO)[3:]]
         with open("output.txt", "w") as output, open("errors.txt", "w") as errors:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TMPDIR": str(work)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
             processes.append(
                 subprocess.Popen(
                     words, stdout=output, stderr=errors, text=True, env=environment, start_new_session=True
@@ -89,7 +89,7 @@ def test_ctrl_c_stops_every_job_after_its_step(start: Start, work: Path, model: 
     for job in (0, 1):
         check_saved(work, job)
     # The third had not begun.
-    assert not (work / "sweep/2/config.yaml").exists() and not list(work.glob("dppo-stop-*"))
+    assert not (work / "sweep/2/config.yaml").exists() and not (work / "sweep/.stop").exists()
     assert (work / "output.txt").read_text().count("failed: stopped: the state after step") == 2
     (work / "nap").unlink()
     assert train(model, *WORDS, "resume=auto") == 0
@@ -136,10 +136,13 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 
 
 def test_a_third_signal_is_the_launchers(
-    ctrl_c: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ctrl_c: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Launching, "by_joblib", True)
-    with StopsJobs() as stops:
+    monkeypatch.chdir(tmp_path)
+    Path("sweep").mkdir()
+    Path("sweep/.stop").write_text("of a sweep that was killed")
+    with StopsJobs(Path("sweep")) as stops:
         assert times(stops.file) == 0 and stops.signum is None
         for n in (1, 2):
             ctrl_c()
@@ -150,8 +153,8 @@ def test_a_third_signal_is_the_launchers(
     assert not stops.file.exists()
 
 
-def test_of_other_launchers_every_signal_is(ctrl_c: Callable[[], None]) -> None:
-    with StopsJobs() as stops:
+def test_of_other_launchers_every_signal_is(ctrl_c: Callable[[], None], tmp_path: Path) -> None:
+    with StopsJobs(tmp_path / "sweep") as stops:
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
         assert stops.signum is None and not stops.file.exists()

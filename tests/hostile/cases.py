@@ -224,7 +224,7 @@ def _results(result: Result) -> Iterator[str]:
 
 def _summary(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
     if "difference" in summary:
-        found, sides = summary["difference"], [summary[side]["accuracy"] for side in ("second", "first")]
+        found, sides = summary["difference"], [summary[side]["accuracy"] for side in ("first", "second")]
         # None: not judged.
         if None in (*sides, found):
             right = found is None and None in sides

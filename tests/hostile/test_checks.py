@@ -89,6 +89,18 @@ def test_results(
     assert (words is None and found == []) or (len(found) == 1 and words is not None and words in found[0])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "mean", "is_right"),
+    [(0.25, 0.5, -0.25, True), (0.25, 0.5, 0.25, False), (1.5, 0.5, 1.0, False), (None, 0.5, None, True)],
+)
+def test_a_comparison(first: float | None, second: float, mean: float | None, is_right: bool, tmp_path: Path) -> None:
+    out = tmp_path / "work/out"
+    out.mkdir(parents=True)
+    sides = {"first": {"accuracy": first}, "second": {"accuracy": second}}
+    (out / "summary.json").write_text(json.dumps({**sides, "difference": None if mean is None else {"mean": mean}}))
+    assert (problems(result(tmp_path / "work", new=["work/out/summary.json"])) == []) is is_right
+
+
 def test_what_runs_is_seen(servers: list[Server], tmp_path: Path) -> None:
     """The function of a reward runs in a process of its own: its canary is seen, though not the audit."""
     allowed = run(Case(FUNCTION, may_run_canary=True), tmp_path / "allowed", servers[0])
