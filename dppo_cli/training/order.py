@@ -110,7 +110,7 @@ class BySolveRate:
         return {"taken": self.taken, "seen": [[n, *counts] for n, counts in self.seen.items()]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.taken = state["taken"]
+        self.taken = int(state["taken"])
         self.seen = {n: (right, judged) for n, right, judged in state["seen"]}
 
 

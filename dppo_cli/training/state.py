@@ -105,6 +105,7 @@ class RunState:
             raise ValueError(f"seconds is {self.seconds}")
         self.before = plain["before"]
         compared(self.before, self.before)  # What no summary can be made of would end the run at its end.
+        _check_numbers([{**measured, "fingerprint": None} for measured in (self.before or {}).values()])
         found = [plain.get("fingerprint"), *(m.get("fingerprint") for m in (self.before or {}).values())]
         if not all(value is None or isinstance(value, str) for value in found):
             raise TypeError("a fingerprint is no text")
@@ -134,3 +135,12 @@ class RunState:
         self.prompts.load_state(snapshot.plain["prompts"])
         torch.set_rng_state(random_states["random.cpu"])
         set_random_state(self.learner.policy.device, random_states.get("random.device"))
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise TypeError unless all that mappings and lists hold is numbers or nothing."""
+    if isinstance(value, Mapping | list):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            _check_numbers(child)
+    elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r} is no number")
