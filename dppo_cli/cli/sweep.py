@@ -34,7 +34,9 @@ class JobRecord:
 
 def read_records(sweep_dir: Path) -> list[JobRecord]:
     """The records of a sweep's jobs, by their number."""
-    found = [JobRecord(**json.loads(p.read_text(encoding="utf-8"))) for p in sweep_dir.glob(f"*/{RECORD}")]
+    found = [
+        JobRecord(**json.loads(p.read_text(encoding="utf-8"))) for p in sweep_dir.glob(f"*/{RECORD}") if p.is_file()
+    ]
     return sorted(found, key=lambda record: record.number)
 
 

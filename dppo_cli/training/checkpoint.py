@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dppo_cli.errors import RunError
-from dppo_cli.training.files import sync_folder, write_json
+from dppo_cli.training.files import read_json, sync_folder, write_json
 from dppo_cli.training.state import Snapshot
 
 FOLDER = "checkpoints"
@@ -82,12 +82,12 @@ def read_checkpoint(path: Path) -> Snapshot:
 def check(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises RunError, naming the file, unless every file is what was written."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
         files = manifest["files"]
         expected = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
         intact = manifest.pop("sha256") == _digest(manifest)
         readable = all(isinstance(manifest[name], kind) for name, kind in KINDS.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         readable = False
     if not readable:
         raise RunError(f"{path} is incomplete: it has no readable {MANIFEST}")

@@ -26,6 +26,20 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+LONGEST = 2**30
+"""Bytes of a JSON file."""
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError for what is no file or too long, and ValueError for what is not JSON.
+
+    A pipe would be waited for, and a file of terabytes, which takes no room on the disk, be read into memory.
+    """
+    if not path.is_file() or path.stat().st_size > LONGEST:
+        raise OSError(f"{path} is not a file of a sensible size")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sync_folder(path: Path) -> None:
     """Have the system write a folder's names to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -138,9 +138,11 @@ class RunState:
 
 
 def _check_numbers(value: Any) -> None:
-    """Raise TypeError unless all that mappings and lists hold is numbers or nothing."""
+    """Raise TypeError unless all that mappings and lists hold is finite numbers or nothing."""
     if isinstance(value, Mapping | list):
         for child in value.values() if isinstance(value, Mapping) else value:
             _check_numbers(child)
-    elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise TypeError(f"{value!r} is no number")
+    elif value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ):
+        raise TypeError(f"{value!r} is no finite number")

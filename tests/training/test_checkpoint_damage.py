@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,11 @@ def replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def say(path: Path, **changes: Any) -> None:
     """Have a manifest say something else, under the right hash; None: leave it out."""
     manifest = {**json.loads(path.read_text()), **changes}
@@ -70,6 +77,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda c: (c / "manifest.json").write_text("[]"), "incomplete: it has no readable manifest.json"),
     "no files": (lambda c: (c / "manifest.json").write_text("{}"), "incomplete: it has no readable manifest.json"),
     "no hash": (lambda c: say(c / "manifest.json", config_sha256=None), "incomplete: it has no readable manifest.json"),
+    "a pipe": (lambda c: replace_by_pipe(c / "manifest.json"), "incomplete: it has no readable manifest.json"),
+    "endless": (
+        lambda c: say(c / "manifest.json", files={"state.json": {"bytes": math.inf, "sha256": ""}}),
+        "incomplete: it has no readable manifest.json",
+    ),
     "a list of versions": (lambda c: say(c / "manifest.json", versions=[]), "incomplete: it has no readable manifest."),
     "an empty folder": (empty, "incomplete: it has no readable manifest.json"),
     "truncated": (lambda c: truncate(c / "state.safetensors", 200), "damaged: state.safetensors is not what was wr"),

@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import read_json
 
-from dppo_cli.training.files import parse_json, remove, write_json
+from dppo_cli.training.files import parse_json, read_json, remove, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +49,15 @@ def test_what_is_not_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not JSON|Expecting"):
         parse_json(text)
     assert parse_json('{"a": [1e999, null]}')["a"][1] is None
+
+
+def test_only_files_are_read() -> None:
+    """A pipe would be waited for, and a hole of terabytes read."""
+    Path("good").write_text('{"a": 1}')
+    assert read_json(Path("good")) == {"a": 1}
+    os.mkfifo("pipe")
+    Path("huge").write_text("{")
+    os.truncate("huge", 2**40)
+    for name in ("pipe", "huge", "missing", "."):
+        with pytest.raises(OSError, match=f"{name} is not a file of a sensible size"):
+            read_json(Path(name))

@@ -196,6 +196,7 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
         ("before", {"held_out": 1.0}),
         ("before", {"held_out": {"accuracy": 0.5}}),
         ("before", {"held_out": {"accuracy": "x", "rates": [0.5]}}),
+        ("before", {"held_out": {"accuracy": math.nan, "rates": [0.5]}}),
         ("before", {"held_out": {"accuracy": 0.5, "rates": [0.5], "pass_at": {"1": [True]}}}),
         ("before", {"held_out": {"rates": ["x"]}}),
         ("before", {"held_out": {"rates": [0.5], "fingerprint": 5}}),

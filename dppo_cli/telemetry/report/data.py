@@ -4,7 +4,6 @@ A run may be going on, killed, or of another version: what is not there is left 
 each. Imports no torch.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.errors import RunError
 from dppo_cli.reading import Run, open_run
+from dppo_cli.training.files import read_json
 from dppo_cli.training.lock import is_held
 from dppo_cli.training.run_folder import BEFORE, RESUMES
 
@@ -203,7 +203,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _json(path: Path, kind: type) -> Any:
     """None if there is no such file, or if it holds something else: a report does without."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, kind) else None
