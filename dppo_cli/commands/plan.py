@@ -80,7 +80,7 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
     took = seconds(config, found, machine, speed)
     checkpointed = {
         config.hardware.gradient_checkpointing: found.update.activations / GIB,
-        other.hardware.gradient_checkpointing: planner.estimate(other).update.activations / GIB,
+        other.hardware.gradient_checkpointing: planner.update(other).activations / GIB,
     }
     return {
         "peak_memory_gib": found.memory.peak / GIB,
@@ -123,7 +123,7 @@ def batch(config: PlanConfig, found: "Estimate") -> dict[str, Any]:
         "updates": plan.updates_per_step,
         "samples_per_update": updated,
         "micro_batches_per_update": found.update.micro_batches,
-        "sampled_at_once": min(samples, found.sequences),
+        "sampled_at_once": found.sampling.sequences,
         "tokens_per_step": samples * tokens,
         "tokens": samples * tokens * config.steps,
         "steps": config.steps,

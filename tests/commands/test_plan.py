@@ -3,66 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
-import torch
-from helpers import composed
-from omegaconf import OmegaConf
-from transformers import LlamaConfig
+from plans import built, machine, report
 
 from dppo_cli.cli.main import main
-from dppo_cli.commands.plan import make_report, prepare
-from dppo_cli.commands.planning.cards import CARDS, OF_A_SIZE, card_of
-from dppo_cli.commands.planning.machine import GIB, GPU_RUNTIME, Machine, Speed, find_machine
-from dppo_cli.commands.schemas import PlanConfig
-from dppo_cli.config.build import build
-
-RUNTIME = 0.5 * GIB
-SPEED = Speed(1e12, 1e11, 1e-5, "made up")
-LARGE_BATCH = ("batch.prompts_per_step=16", "batch.samples_per_prompt=8", "batch.prompts_per_update=8")
-
-
-@pytest.fixture(scope="module")
-def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shapes of Llama 3.1 8B and a small tokenizer; no weights."""
-    folder = tmp_path_factory.mktemp("llama_8b")
-    LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def machine(gib: float, device: str = "cpu") -> Machine:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return Machine("test", device, dtype, gib * GIB, gib * GIB, False, lambda: SPEED)
-
-
-def built(*words: str) -> PlanConfig:
-    """What `dppo plan <words>` builds."""
-    node = OmegaConf.create(OmegaConf.to_container(composed("plan", *words)))
-    return build(PlanConfig, prepare(node, words))
-
-
-def report(of: Machine, *words: str) -> dict[str, Any]:
-    return make_report(built(*words), of, RUNTIME)
-
-
-def plan_of_8b(folder: Path, *words: str) -> dict[str, Any]:
-    config = built("model=llama3_8b", f"model.path={folder}", "prompt_tokens=128", *LARGE_BATCH, *words)
-    return make_report(config, find_machine(config.hardware, config.card), RUNTIME)
-
+from dppo_cli.commands.planning.machine import GIB, GPU_RUNTIME
 
 # What it says
 
@@ -111,100 +58,6 @@ def test_its_own_keys_have_an_effect(word: str, value: object) -> None:
     assert getattr(built(word), key) == value and getattr(built(), key) != value
 
 
-# Cards
-
-
-def test_8b_in_bfloat16_on_24_gb(llama_8b: Path) -> None:
-    found = plan_of_8b(llama_8b, "hardware=gpu_24gb")
-    parts, trained = found["parts"], 83_886_080
-    assert found["model"]["parameters"] == 8_030_261_248 and found["model"]["trained_parameters"] == trained
-    assert parts["base weights (bfloat16)"] == pytest.approx(14.96, abs=0.01)
-    assert parts["adapter"] == parts["gradients"] == pytest.approx(4 * trained / GIB)
-    assert parts["AdamW moments"] == pytest.approx(8 * trained / GIB)
-    # Each of 16 prompts once in 128 positions, rounded up to 256, and 128 responses of 256, 131,072 bytes a position;
-    # autocast keeps the adapter in 16 bits meanwhile.
-    assert parts["KV cache of sampling"] == pytest.approx((16 + 128) * 256 * 131072 / GIB, rel=0.01)
-    assert "slots and graphs of sampling, which stay" not in parts
-    assert "libraries" not in parts
-    assert found["machine"] == CARDS["l4"].name and found["needed_gib"] > found["peak_memory_gib"] + 0.5
-    assert found["model"]["samples_with"].startswith("weights with the adapter beside them, bfloat16")
-
-
-def test_one_change_makes_it_fit_and_is_checked(llama_8b: Path) -> None:
-    found = plan_of_8b(llama_8b, "hardware=gpu_24gb", "sampling.max_new_tokens=512")
-    assert not found["fits"]
-    again = plan_of_8b(llama_8b, "hardware=gpu_24gb", "sampling.max_new_tokens=512", found["change"]["words"])
-    assert again["fits"] and again["peak_memory_gib"] == pytest.approx(found["change"]["peak_memory_gib"], rel=1e-6)
-    assert again["needed_gib"] <= found["free_gib"] < found["needed_gib"]
-
-
-STAY = "slots and graphs of sampling, which stay"
-
-
-def test_slots_stay_on_a_gpu_if_they_are_small_and_of_the_policy_itself() -> None:
-    """Not those of a copy, whose weights are elsewhere each time, nor those of stop strings, which have none."""
-    words = ("prompt_tokens=8", "sampling.max_new_tokens=32", "batch.prompts_per_step=4", "batch.prompts_per_update=4")
-    phases = report(machine(24, "cuda"), *words)["phases"]
-    sampling = phases["sampling"]
-    bound = sampling["KV cache of sampling"] + sampling["logits of sampling"] + sampling["samples"]
-    updates = [name for name in phases if name.startswith("update")]
-    assert len(updates) == 3 and all(phases[name][STAY] == pytest.approx(bound) for name in updates)
-    assert all(STAY not in phases[name] for name in ("loading", "sampling", "sampling, prompts"))
-    others = (
-        (machine(24, "cuda"), ("rollout.weights=merged",)),
-        (machine(24, "cuda"), ("sampling.stop=[x]",)),
-        (machine(9 * sampling["KV cache of sampling"], "cuda"), ()),
-    )
-    for of, more in others:
-        assert all(STAY not in phase for phase in report(of, *words, *more)["phases"].values())
-
-
-def test_four_bits_leave_room(llama_8b: Path) -> None:
-    found = plan_of_8b(llama_8b, "hardware=gpu_24gb", "adapter=qlora")
-    # 6.98 billion parameters in 4 bits with their scales, 1.05 billion in 16 bits.
-    assert found["parts"]["base weights (NF4, rest bfloat16)"] == pytest.approx(5.31, abs=0.02)
-    assert found["parts"]["dequantisation buffers"] == pytest.approx(4096 * 14336 * 2 / GIB)
-    assert found["fits"]
-
-
-@pytest.mark.parametrize(
-    ("hardware", "words"),
-    [
-        ("gpu_16gb", ("rollout=local_16gb", "adapter=qlora")),
-        ("gpu_24gb", ("rollout=local_24gb", "adapter=qlora")),
-        pytest.param("gpu_80gb", ("rollout=local_80gb", "adapter=lora"), marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("tokens", [512, pytest.param(2048, marks=pytest.mark.slow)])
-def test_8b_fits_with_the_hardware_it_was_planned_for(
-    llama_8b: Path, hardware: str, words: tuple[str, ...], tokens: int
-) -> None:
-    """A tenth of the card or more is left: no number here was measured on one."""
-    small = ("batch.prompts_per_step=32", "batch.samples_per_prompt=8", "batch.prompts_per_update=4")
-    config = built(
-        *("model=llama3_8b", f"model.path={llama_8b}", "prompt_tokens=256", *small),
-        *(f"hardware={hardware}", f"sampling.max_new_tokens={tokens}", *words),
-    )
-    found = make_report(config, find_machine(config.hardware, config.card), RUNTIME)
-    assert found["fits"] and found["needed_gib"] < 0.9 * found["free_gib"]
-    assert found["batch"]["sampled_at_once"] == config.rollout.concurrent_sequences
-
-
-def test_a_faster_card_takes_less_time() -> None:
-    config = built("prompt_tokens=32", *LARGE_BATCH)
-    slow, fast = (
-        make_report(config, find_machine(config.hardware, card), RUNTIME)["seconds_per_step"] for card in ("l4", "h100")
-    )
-    assert fast < slow
-
-
-def test_cards_of_a_size() -> None:
-    assert card_of("gpu_16gb") == "rtx4080" and card_of("gpu_24gb") == "l4" and card_of("gpu_80gb") == "a100_80gb"
-    assert card_of("auto") is None and card_of("cpu") is None
-    for size, name in OF_A_SIZE.items():
-        assert 0.85 * size < CARDS[name].memory_gib < size
-
-
 # What fits
 
 
@@ -230,13 +83,25 @@ def test_nothing_makes_it_fit_where_the_libraries_do_not() -> None:
     assert found["fits"] is False and found["change"] is None
 
 
-@pytest.mark.slow
-def test_a_smaller_model_is_tried_last(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dppo_cli.commands.planning.shapes.hub_answers", lambda: False)
-    config = built("model=llama3_8b", f"model.path={llama_8b}", "prompt_tokens=16", "data=arithmetic")
-    config = replace(config, batch=replace(config.batch, prompts_per_step=2, prompts_per_update=2))
-    found = make_report(config, machine(3, "cuda"), RUNTIME)
-    assert found["fits"] is False and found["change"]["words"] == "model=arithmetic_1m"
+STAY = "slots and graphs of sampling, which stay"
+
+
+def test_slots_stay_on_a_gpu_if_they_are_small_and_of_the_policy_itself() -> None:
+    """Not those of a copy, whose weights are elsewhere each time, nor those of stop strings, which have none."""
+    words = ("prompt_tokens=8", "sampling.max_new_tokens=32", "batch.prompts_per_step=4", "batch.prompts_per_update=4")
+    phases = report(machine(24, "cuda"), *words)["phases"]
+    sampling = phases["sampling"]
+    bound = sampling["KV cache of sampling"] + sampling["logits of sampling"] + sampling["samples"]
+    updates = [name for name in phases if name.startswith("update")]
+    assert len(updates) == 3 and all(phases[name][STAY] == pytest.approx(bound) for name in updates)
+    assert all(STAY not in phases[name] for name in ("loading", "sampling", "sampling, prompts"))
+    others = (
+        (machine(24, "cuda"), ("rollout.weights=merged",)),
+        (machine(24, "cuda"), ("sampling.stop=[x]",)),
+        (machine(9 * sampling["KV cache of sampling"], "cuda"), ()),
+    )
+    for of, more in others:
+        assert all(STAY not in phase for phase in report(of, *words, *more)["phases"].values())
 
 
 def test_a_gpu_needs_more_than_a_run_reports() -> None:
@@ -252,6 +117,20 @@ def test_moments_in_8_bits_take_a_quarter() -> None:
     assert 2 * trained / GIB < found < 0.8 * 8 * trained / GIB
 
 
+def test_products_in_4_bits_decode_on_a_gpu_that_has_the_kernel() -> None:
+    """Up to 256 rows. Its scales in float32 stay."""
+    words = ("adapter=qlora", "rollout.weights=quantized", "sampling.max_new_tokens=32", "prompt_tokens=32")
+    with_kernel, without = replace(machine(24, "cuda"), decoded_for=128), machine(24, "cuda")
+    scales = "scales of 4-bit products"
+    few, most = (f"rollout.concurrent_sequences={n}" for n in (256, 257))
+    fused, dequantised = (report(of, *words, few) for of in (with_kernel, without))
+    assert fused["parts"][scales] == pytest.approx(901_120 * 4 / 64 / GIB) and scales not in dequantised["parts"]
+    assert fused["seconds"]["sampling"] != dequantised["seconds"]["sampling"]
+    assert fused["seconds"]["update"] == dequantised["seconds"]["update"]
+    of_more = [report(of, *words, most)["seconds"]["sampling"] for of in (with_kernel, without)]
+    assert of_more[0] == of_more[1]
+
+
 # Prompts
 
 
@@ -264,11 +143,20 @@ def test_prompts_of_a_given_length() -> None:
 def test_prompts_are_assumed_where_the_data_is_not_there(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
     words = ("model=hf", f"model.path={folder}", "data=file", f"data.path={tmp_path}/none.jsonl")
-    config = built(*words, "sampling.max_new_tokens=8")
-    found = make_report(config, machine(24), RUNTIME)["prompts"]
+    found = report(machine(24), *words, "sampling.max_new_tokens=8")["prompts"]
     assert found["source"].startswith("248 tokens assumed: ") and "none.jsonl" in found["source"]
-    config = built(*words, "sampling.max_new_tokens=8", "prompt_tokens=9")
-    assert make_report(config, machine(24), RUNTIME)["prompts"]["mean"] == 9
+    assert report(machine(24), *words, "sampling.max_new_tokens=8", "prompt_tokens=9")["prompts"]["mean"] == 9
+
+
+def test_prompts_of_evaluations_are_counted_whatever_the_groups() -> None:
+    """As many run at once as there are slots: with groups of 16 no fewer for 32 slots than for 36."""
+    words = ("prompt_tokens=64", "batch.samples_per_prompt=16", "sampling.max_new_tokens=32", "data.eval_problems=100")
+    found = [report(machine(24, "cuda"), *words, f"rollout.concurrent_sequences={n}") for n in (32, 36, 40)]
+    assert [plan["batch"]["sampled_at_once"] for plan in found] == [32, 36, 40]
+    sizes = [plan["parts"]["prompts before sampling"] for plan in found]
+    assert sizes == pytest.approx([sizes[0], sizes[0] * 36 / 32, sizes[0] * 40 / 32], rel=0.02)
+    fewer = report(machine(24, "cuda"), *words, "rollout.concurrent_sequences=32", "data.eval_problems=8")
+    assert fewer["parts"]["prompts before sampling"] == pytest.approx(sizes[0] / 4, rel=0.05)
 
 
 # What it refuses

@@ -8,18 +8,21 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dppo_cli.algorithm.approx import Binary, Full, TopK
-from dppo_cli.commands.planning import simulate
-from dppo_cli.commands.planning.recorder import Recorder
+from dppo_cli.commands.planning import update
+from dppo_cli.commands.planning.prompts import assumed_prompts
+from dppo_cli.commands.planning.recorder import Recorder, Work
+from dppo_cli.commands.planning.sampling import Products, sampling_cost
 from dppo_cli.commands.planning.shapes import NF4_BYTES, Shapes, make_shapes, read_source
-from dppo_cli.commands.planning.simulate import assumed_prompts, sampling_cost, update_cost
+from dppo_cli.commands.planning.update import update_cost
 from dppo_cli.config.sections import Hardware, LoRA, Model, Sampling
 from dppo_cli.errors import ConfigError, ModelError
-from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.forward import Forward, SharedPrompts
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.packed_forward import PackedGroups
+from dppo_cli.rollout.sampling import Wanted
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
 HARDWARE = Hardware("cpu", "float32", 64, 16, False)
@@ -44,6 +47,26 @@ def test_the_recorder_counts_what_is_alive_and_what_is_done() -> None:
     assert recorder.restart_peak() == 4400 and recorder.peak == 1200
 
 
+def test_work_aside_is_told_and_not_counted_and_other_work_is_added() -> None:
+    with Recorder() as recorder:
+        x = torch.zeros(10, 10)
+        product, work = recorder.aside(lambda: (x + 1) @ x)
+    assert work == Work(flops=2000, made=800, operations=2)
+    assert recorder.work == Work(made=400, operations=1) and recorder.peak == 400 and recorder.live == 800
+    del product
+    recorder.add(work)
+    # What it makes was there beside the 400 bytes that are alive, and is gone.
+    assert recorder.work == Work(flops=2000, made=1200, operations=3)
+    assert recorder.peak == 1200 and recorder.live == 400
+
+
+def test_asking_where_a_tensor_is_is_no_operation() -> None:
+    with FakeTensorMode(), Recorder() as recorder:
+        x = torch.zeros(4)
+        assert torch.ops.prim.device.default(x) == torch.device("cpu")
+    assert recorder.operations == 1
+
+
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_family_has_the_parameters_of_the_model_that_is_loaded(family: str, tmp_path: Path) -> None:
     folder = tiny_models.save(tmp_path / family, family)
@@ -54,31 +77,9 @@ def test_every_family_has_the_parameters_of_the_model_that_is_loaded(family: str
     assert shapes.trained == sum(p.numel() for p in policy.parameters)
     assert shapes.parameters == sum(p.numel() for p in policy.model.parameters()) - shapes.trained
     prompts = assumed_prompts(2, 8)
-    sampling = sampling_cost(shapes, prompts, 4, SAMPLING, 0)
+    sampling = sampling_cost(shapes, Wanted(prompts, 4, SAMPLING, 0, ()), 8, Products(False, 0))
     update = update_cost(shapes, prompts, 4, 8, HARDWARE, Binary(), reference=False)
     assert sampling.cache > 0 and update.activations > 0 and update.work.flops > 0
-
-
-def test_the_cache_is_that_of_keys_and_values(tmp_path: Path) -> None:
-    # 2 layers, 2 key heads of 8 numbers, keys and values, 8 sequences of 10 + 8 positions, float32.
-    cost = sampling_cost(shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(2, 10), 4, SAMPLING, 0)
-    keys_and_values = 2 * 2 * 8 * 2 * 8 * 18 * 4
-    hidden_and_lengths = cost.cache - keys_and_values
-    assert 0 <= hidden_and_lengths < 0.2 * keys_and_values
-
-
-def test_slots_are_counted_instead_where_steps_are_static(tmp_path: Path) -> None:
-    """A prompt once; record and slots in the positions that they are rounded up to."""
-    shapes, prompts, room = shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(2, 10), Room(3, 16, 8, 24)
-    plain, static = (sampling_cost(shapes, prompts, 4, SAMPLING, 0, *of) for of in ((), (room,)))
-    position = 2 * 2 * 8 * 2 * 4
-    assert plain.slots == 0 and static.slots == (3 * 16 + 8 * 24) * position
-    assert plain.cache - static.cache == 8 * 18 * position - static.slots
-    # Token ids in 8 bytes, log-probs in 4.
-    assert plain.record >= 8 * 8 * 12 and static.record == plain.record * 25 // 8
-    # Two prompts' states are there beside the slots.
-    assert static.prefill_peak - static.cache > 2 * 10 * position
-    assert (static.token, static.logits) == (plain.token, plain.logits)
 
 
 def test_four_bits_take_what_bitsandbytes_takes(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_micro_batch_grows_with_its_budget_and_an_update_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Forward], budgets: tuple[int, int]
 ) -> None:
     """Packed, a prompt counts, too."""
-    monkeypatch.setattr(simulate, "choose_for", lambda *_: kind)
+    monkeypatch.setattr(update, "choose_for", lambda *_: kind)
     shapes, prompts = shapes_of(tiny.save(tmp_path / "m")), assumed_prompts(8, 8)
     small, large = (
         update_cost(shapes, prompts, 4, 31, replace(HARDWARE, tokens_per_micro_batch=budget), Binary(), False)

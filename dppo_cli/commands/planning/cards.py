@@ -12,19 +12,25 @@ from dppo_cli.config.checks import check_choice
 
 @dataclass(frozen=True)
 class Card:
-    """`memory_gib`: what a program sees of it. TFLOP/s of products; `bytes_per_second` of its memory."""
+    """`memory_gib`: what a program sees of it. TFLOP/s of products; `bytes_per_second` of its memory.
+
+    `decoded_for`: rows for which a product with 4-bit weights decodes a weight once, as `fused.nf4.choose` has it.
+    """
 
     name: str
     memory_gib: float
     bfloat16: float
     float32: float
     bytes_per_second: float
+    decoded_for: int = 64
 
 
+HOPPER = 128
+"""`decoded_for` of cards with tensor cores like an H100's."""
 CARDS = {
-    "h200": Card("NVIDIA H200 SXM 141 GB", 139.8, 989.0, 67.0, 4.8e12),
-    "h100": Card("NVIDIA H100 SXM 80 GB", 79.2, 989.0, 67.0, 3.35e12),
-    "h100_pcie": Card("NVIDIA H100 PCIe 80 GB", 79.2, 756.0, 51.0, 2.0e12),
+    "h200": Card("NVIDIA H200 SXM 141 GB", 139.8, 989.0, 67.0, 4.8e12, HOPPER),
+    "h100": Card("NVIDIA H100 SXM 80 GB", 79.2, 989.0, 67.0, 3.35e12, HOPPER),
+    "h100_pcie": Card("NVIDIA H100 PCIe 80 GB", 79.2, 756.0, 51.0, 2.0e12, HOPPER),
     "a100_80gb": Card("NVIDIA A100 SXM 80 GB", 79.2, 312.0, 19.5, 2.039e12),
     "a100_40gb": Card("NVIDIA A100 SXM 40 GB", 39.4, 312.0, 19.5, 1.555e12),
     "l40s": Card("NVIDIA L40S 48 GB", 44.5, 362.0, 91.6, 0.864e12),

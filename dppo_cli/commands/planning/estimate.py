@@ -8,19 +8,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 from dppo_cli.commands.planning.machine import Machine
-from dppo_cli.commands.planning.memory import Memory, memory
+from dppo_cli.commands.planning.memory import Memory, memory, sampling_weights
 from dppo_cli.commands.planning.prompts import Prompts, find_prompts
+from dppo_cli.commands.planning.sampling import Products, SamplingCost, sampling_cost
 from dppo_cli.commands.planning.shapes import Shapes, Source, make_shapes, read_source
-from dppo_cli.commands.planning.simulate import SamplingCost, UpdateCost, sampling_cost, update_cost
+from dppo_cli.commands.planning.update import UpdateCost, update_cost
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.config.sections import Model
 from dppo_cli.errors import DppoError
-from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.location import EMBEDDED
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.refill import ON_CUDA, refuses, room_for
 from dppo_cli.rollout.sampling import Wanted
+from dppo_cli.rollout.weights import SamplingWeights
 
 T = TypeVar("T")
 
@@ -32,14 +33,14 @@ PARAMETERS = re.compile(r"([\d.]+) (billion|million) parameters")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a config needs."""
+    """What a config needs. `prefills`: how often prompts run in a step, as many as `sampling` has at once."""
 
     shapes: Shapes
     prompts: Prompts
     memory: Memory
     sampling: SamplingCost
+    prefills: int
     sub_batches: int
-    sequences: int
     update: UpdateCost
 
     def fits(self, machine: Machine) -> bool:
@@ -60,32 +61,23 @@ class Planner:
 
     def estimate(self, config: TrainConfig) -> Estimate:
         """Raises DppoError for a model, an adapter or prompts that a run would refuse, too."""
-        source, shapes = self.source(config.model), self._shapes(config)
-        key = (config.model, config.sampling.max_new_tokens)
-        if key not in self.prompts:
-            self.prompts[key] = find_prompts(config, shapes.policy, self.prompt_tokens)
-        prompts = self.prompts[key]
-        batch, concurrent = config.batch, _concurrent(config)
-        training = prompts.step[: max(1, concurrent // batch.samples_per_prompt)], batch.samples_per_prompt
-        held_out = (
-            prompts.heldout[: max(1, concurrent // config.eval.samples_per_prompt)],
-            config.eval.samples_per_prompt,
-        )
-        # Their responses are equally long at most.
-        largest = max(training, held_out, key=lambda part: len(part[0]) * part[1])
-        sequences = len(largest[0]) * largest[1]
-        of = (id(shapes), config.sampling, config.approx)
-        room = self._room(config, shapes, prompts)
-        sampling = self._once(
-            (*of, sequences, room),
-            partial(sampling_cost, shapes, *largest, config.sampling, config.approx.num_logprobs, room),
-        )
-        update = self._once(
-            (*of, config.hardware),
+        source, shapes, prompts = self.source(config.model), self._shapes(config), self._prompts(config)
+        weights = sampling_weights(config, shapes, self.machine, self.runtime)
+        sampling, update = self._sampling(config, weights), self.update(config)
+        found = memory(config, source, shapes, self.machine, self.runtime, weights, sampling, update)
+        batch = config.batch
+        prefills = math.ceil(batch.prompts_per_step / sampling.prompts)
+        sub_batches = math.ceil(batch.prompts_per_step * batch.samples_per_prompt / sampling.sequences)
+        return Estimate(shapes, prompts, found, sampling, prefills, sub_batches, update)
+
+    def update(self, config: TrainConfig) -> UpdateCost:
+        shapes, batch = self._shapes(config), config.batch
+        return self._once(
+            (id(shapes), config.sampling, config.approx, config.hardware),
             partial(
                 update_cost,
                 shapes,
-                prompts.step[: batch.prompts_per_update],
+                self._prompts(config).step[: batch.prompts_per_update],
                 batch.samples_per_prompt,
                 config.sampling.max_new_tokens,
                 config.hardware,
@@ -93,9 +85,29 @@ class Planner:
                 config.kl_to_reference > 0,
             ),
         )
-        found = memory(config, source, shapes, self.machine, self.runtime, sampling, update)
-        step = batch.prompts_per_step * batch.samples_per_prompt
-        return Estimate(shapes, prompts, found, sampling, math.ceil(step / sequences), sequences, update)
+
+    def _sampling(self, config: TrainConfig, weights: SamplingWeights) -> SamplingCost:
+        """The work of training, with memory for evaluations, too: with one sample a prompt more prompts run at once."""
+        shapes, prompts = self._shapes(config), self._prompts(config)
+        training = Wanted(
+            prompts.step, config.batch.samples_per_prompt, config.sampling, config.approx.num_logprobs, ()
+        )
+        evaluation = Wanted(prompts.heldout, config.eval.samples_per_prompt, config.eval_sampling, 0, ())
+        concurrent, room = len(prompts.step) * training.group, None
+        if isinstance(config.rollout, LocalRollout):
+            concurrent = config.rollout.concurrent_sequences
+            if not self.machine.on_cpu and refuses(shapes.policy.model, config.sampling) is None:
+                rooms = [room_for(wanted, concurrent, ON_CUDA) for wanted in (training, evaluation)]
+                room = rooms[0].with_room_for(rooms[1])
+        products = Products(weights.copied, self.machine.decoded_for if room is not None else 0)
+
+        def both() -> SamplingCost:
+            costs = [sampling_cost(shapes, wanted, concurrent, products, room) for wanted in (training, evaluation)]
+            return costs[0].with_memory_for(costs[1])
+
+        # Layers recompute in training alone.
+        of = (config.model, str(config.adapter), config.sampling, config.approx)
+        return self._once((*of, concurrent, products, room), both)
 
     def _once(self, key: Any, work: Callable[[], T]) -> T:
         """Batch, KL term and prompts are the same in every estimate, so they are no part of a key."""
@@ -118,27 +130,21 @@ class Planner:
             )
         return self.shapes[key]
 
-    def _room(self, config: TrainConfig, shapes: Shapes, prompts: Prompts) -> Room | None:
-        """For keys and values of training and evaluation, where the engine takes static steps."""
-        sampling = config.sampling
-        if self.machine.on_cpu or not isinstance(config.rollout, LocalRollout):
-            return None
-        if refuses(shapes.policy.model, sampling) is not None:
-            return None
-        training, evaluation = (
-            room_for(Wanted(of, group, sampling, 0, ()), config.rollout.concurrent_sequences, ON_CUDA)
-            for of, group in (
-                (prompts.step, config.batch.samples_per_prompt),
-                (prompts.heldout, config.eval.samples_per_prompt),
-            )
-        )
-        return training.with_room_for(evaluation)
+    def _prompts(self, config: TrainConfig) -> Prompts:
+        key = (config.model, config.sampling.max_new_tokens)
+        if key not in self.prompts:
+            self.prompts[key] = find_prompts(config, self._shapes(config).policy, self.prompt_tokens)
+        return self.prompts[key]
 
     def change_that_fits(self, config: TrainConfig, now: Estimate) -> tuple[str, Estimate] | None:
         """The first single change with which it fits, in words of the command line, and the estimate with it."""
         # Where the weights alone are too much, only other weights can help.
         too_heavy = now.memory.least > self.machine.free
-        for words, changed in changes(config, now.memory.peak_phase, now.shapes.parameters):
+        at_once = max(
+            len(now.prompts.step) * config.batch.samples_per_prompt,
+            len(now.prompts.heldout) * config.eval.samples_per_prompt,
+        )
+        for words, changed in changes(config, now.memory.peak_phase, now.shapes.parameters, at_once):
             if too_heavy and (changed.model, changed.adapter) == (config.model, config.adapter):
                 continue
             try:
@@ -150,8 +156,11 @@ class Planner:
         return None
 
 
-def changes(config: TrainConfig, phase: str, parameters: int) -> Iterator[tuple[str, TrainConfig]]:
-    """Single changes that may lower a phase. First those that leave the method as it is, then those that change it."""
+def changes(config: TrainConfig, phase: str, parameters: int, at_once: int) -> Iterator[tuple[str, TrainConfig]]:
+    """Single changes that may lower a phase. First those that leave the method as it is, then those that change it.
+
+    `at_once`: sequences that there are to be sampled at once, if there is room for all of them.
+    """
     hardware, rollout = config.hardware, config.rollout
     updating = phase.startswith("update")
     if updating:
@@ -163,8 +172,7 @@ def changes(config: TrainConfig, phase: str, parameters: int) -> Iterator[tuple[
             changed = replace(hardware, gradient_checkpointing=True)
             yield "hardware.gradient_checkpointing=true", replace(config, hardware=changed)
     elif isinstance(rollout, LocalRollout):
-        most = config.batch.prompts_per_step * config.batch.samples_per_prompt
-        concurrent = min(rollout.concurrent_sequences, most)
+        concurrent = min(rollout.concurrent_sequences, at_once)
         while (concurrent := concurrent // 2) >= config.batch.samples_per_prompt:
             fewer = replace(rollout, concurrent_sequences=concurrent)
             yield f"rollout.concurrent_sequences={concurrent}", replace(config, rollout=fewer)
@@ -194,8 +202,3 @@ def smaller_models(parameters: int) -> Iterator[tuple[str, Model]]:
             found.append((count, file.stem, Model(path[1], None, None)))
     for _, choice, model in sorted(found, key=lambda each: -each[0]):
         yield choice, model
-
-
-def _concurrent(config: TrainConfig) -> int:
-    most = config.batch.prompts_per_step * config.batch.samples_per_prompt
-    return config.rollout.concurrent_sequences if isinstance(config.rollout, LocalRollout) else most

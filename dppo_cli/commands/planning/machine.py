@@ -8,19 +8,20 @@ from pathlib import Path
 import psutil
 import torch
 
-from dppo_cli.commands.planning.cards import CARDS, Card
+from dppo_cli.commands.planning.cards import CARDS, HOPPER, Card
 from dppo_cli.config.sections import Hardware
 from dppo_cli.errors import ConfigError
-from dppo_cli.kernels.devices import MPS
+from dppo_cli.kernels.devices import CUDA, MPS
+from dppo_cli.kernels.probe import without_triton
 from dppo_cli.kernels.products import multiply
 
 GIB = 2**30
 OF_THE_PEAK = 0.45
 """Share of a data sheet's FLOP/s that a training step reaches; 0.4 to 0.5 is usual."""
 OF_THE_BANDWIDTH = 0.7
-LAUNCH = 5e-6
+LAUNCH = 1e-5
 """Seconds an operation takes the host of a GPU that is not here: Python and the launch of a kernel. Beside an H100 it
-was 5.4 microseconds in sampling steps without graphs, 41 ms for 7,664 operations."""
+was 10 microseconds in sampling steps without graphs, 41 ms for 4,126 operations, views among them."""
 GPU_RUNTIME = 0.6 * GIB
 """Of a GPU: the CUDA context and libraries, which no run's number includes."""
 CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -29,17 +30,24 @@ ROWS, SIZE, COPIED = 256, 1024, 64 * 2**20
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP/s of products, bytes/s of memory and seconds an operation takes at least. `source`: where they are from."""
+    """FLOP/s of products, bytes/s of memory and seconds an operation takes at least. `source`: where they are from.
+
+    `float32`: FLOP/s of products in float32, which no tensor cores compute.
+    """
 
     flops: float
     bytes_per_second: float
     seconds_per_operation: float
     source: str
+    float32: float
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`free`: bytes that a run can use. `here`: it is this machine."""
+    """`free`: bytes that a run can use. `here`: it is this machine.
+
+    `decoded_for`: as in `Card`; 0 where no kernel multiplies with 4-bit weights.
+    """
 
     name: str
     device: str  # cpu or cuda
@@ -48,6 +56,7 @@ class Machine:
     free: float
     here: bool
     speed: Callable[[], Speed]
+    decoded_for: int
 
     @property
     def on_cpu(self) -> bool:
@@ -77,7 +86,10 @@ def find_machine(hardware: Hardware, card: str | None) -> Machine:
 
 
 def _here(name: str, device: str, dtype: torch.dtype, total: float, free: float) -> Machine:
-    return Machine(name, device, dtype, total, free, True, lambda: calibrate(torch.device(device), dtype))
+    decoded_for = 0
+    if without_triton(torch.device(device), dtype) is None:
+        decoded_for = HOPPER if torch.cuda.get_device_capability()[0] == 9 else 64
+    return Machine(name, device, dtype, total, free, True, lambda: calibrate(torch.device(device), dtype), decoded_for)
 
 
 def _of_card(card: Card, dtype: torch.dtype) -> Machine:
@@ -88,9 +100,11 @@ def _of_card(card: Card, dtype: torch.dtype) -> Machine:
         LAUNCH,
         f"data sheet: {OF_THE_PEAK:.0%} of {tera:g} TFLOP/s, {OF_THE_BANDWIDTH:.0%} of "
         f"{card.bytes_per_second / 1e12:g} TB/s",
+        card.float32 * 1e12 * OF_THE_PEAK,
     )
     memory = card.memory_gib * GIB
-    return Machine(card.name, "cuda", dtype, memory, memory, False, lambda: speed)
+    decoded_for = card.decoded_for if dtype.itemsize == 2 else 0
+    return Machine(card.name, "cuda", dtype, memory, memory, False, lambda: speed, decoded_for)
 
 
 def _dtype(hardware: Hardware, usual: torch.dtype) -> torch.dtype:
@@ -120,13 +134,18 @@ def _limit() -> float:
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Speed:
     """A few products, copies and small operations, half a second in all."""
-    x, weight = torch.ones(ROWS, SIZE, device=device, dtype=dtype), torch.ones(SIZE, SIZE, device=device, dtype=dtype)
     copied, small = torch.ones(COPIED // 4, device=device), torch.ones(64, device=device)
+
+    def flops(of: torch.dtype) -> float:
+        x, weight = torch.ones(ROWS, SIZE, device=device, dtype=of), torch.ones(SIZE, SIZE, device=device, dtype=of)
+        return 2 * ROWS * SIZE * SIZE / _fastest(lambda: multiply(x, weight), device)
+
     with torch.inference_mode():
-        product = _fastest(lambda: multiply(x, weight), device)
+        products = flops(dtype)
+        in_float32 = products if dtype == torch.float32 else flops(torch.float32)
         copy = _fastest(lambda: copied.clone(), device)
         operation = _fastest(lambda: [small + small for _ in range(100)], device) / 100
-    return Speed(2 * ROWS * SIZE * SIZE / product, 2 * COPIED / copy, operation, "measured here")
+    return Speed(products, 2 * COPIED / copy, operation, "measured here", in_float32)
 
 
 def _fastest(work: Callable[[], object], device: torch.device, seconds: float = 0.15) -> float:
@@ -136,7 +155,7 @@ def _fastest(work: Callable[[], object], device: torch.device, seconds: float = 
     while least == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
+        if device.type == CUDA:
             torch.cuda.synchronize(device)
         least = min(least, time.perf_counter() - start)
     return least

@@ -10,8 +10,9 @@ import torch
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.commands.planning.machine import GPU_RUNTIME, Machine
+from dppo_cli.commands.planning.sampling import SamplingCost
 from dppo_cli.commands.planning.shapes import Shapes, Source
-from dppo_cli.commands.planning.simulate import SamplingCost, UpdateCost
+from dppo_cli.commands.planning.update import UpdateCost
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.kernels.four_bits import BLOCK
 from dppo_cli.kernels.memory import WORTH_IT, WORTH_RELEASING
@@ -65,8 +66,9 @@ class Memory:
         return found
 
 
-def sampling_weights(config: TrainConfig, shapes: Shapes, machine: Machine, before: float) -> SamplingWeights:
-    """What the sampler of `rollout.weights` would choose. `before`: bytes in use when it chooses."""
+def sampling_weights(config: TrainConfig, shapes: Shapes, machine: Machine, runtime: float) -> SamplingWeights:
+    """What the sampler of `rollout.weights` would choose, with what is free when it does. `runtime`: see `memory`."""
+    before = shapes.base_bytes + (runtime if machine.on_cpu else GPU_RUNTIME)
     kind, dtype = "auto", None
     if isinstance(config.rollout, LocalRollout):
         kind, dtype = config.rollout.weights, config.rollout.dtype
@@ -87,6 +89,7 @@ def memory(
     shapes: Shapes,
     machine: Machine,
     runtime: float,
+    weights: SamplingWeights,
     sampling: SamplingCost,
     update: UpdateCost,
 ) -> Memory:
@@ -101,7 +104,6 @@ def memory(
         always["library workspaces"] = WORKSPACE
     adapter = {"adapter": 4.0 * trained, "gradients": 4.0 * trained, "AdamW moments": _moments(config, shapes)}
     kept = _kept_samples(config, shapes) if on_cpu else 0.0
-    weights = sampling_weights(config, shapes, machine, runtime + base if on_cpu else base + GPU_RUNTIME)
     copy, filling, packed_head = _copy(shapes, weights, on_cpu)
     # Weights that are not converted are pages of their file: no memory of their own, and some are let go meanwhile.
     stays = dtype == source.file_dtype
@@ -112,7 +114,7 @@ def memory(
     if on_cpu and shapes.quantised and stays:
         # Weights that are not quantised are pages of the file, and keep all of it mapped.
         always["file of the weights"] = max(0.0, file - (shapes.parameters - shapes.quantised) * dtype.itemsize)
-    in_4_bits = not on_cpu and sampling.slots > 0 and weights.kind == "quantized"
+    in_4_bits = machine.decoded_for > 0 and sampling.slots > 0 and weights.kind == "quantized"
     scales = {"scales of 4-bit products": 4.0 * shapes.quantised / BLOCK if in_4_bits else 0.0}
     phases = {
         "loading": {

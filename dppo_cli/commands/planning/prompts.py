@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Thread
 
-from dppo_cli.commands.planning.simulate import assumed_prompts
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.data.task import Task
 from dppo_cli.errors import ConfigError, DppoError
 from dppo_cli.policy.encoder import UNKNOWN_POSITIONS, Encoder
 from dppo_cli.policy.policy import Policy
-from dppo_cli.types import Prompt
+from dppo_cli.rollout.local import LocalRollout
+from dppo_cli.types import Example, Prompt
 
 PATIENCE = 10.0
 """Seconds for the data to be read; data of the hub may have to be downloaded first."""
@@ -23,7 +23,7 @@ ASSUMED = 256
 
 @dataclass(frozen=True)
 class Prompts:
-    """Of a step with the longest prompt, and of the evaluation. `source`: where they are from, in words."""
+    """Of a step with the longest prompt first, and of the evaluation, longest first. `source`: where they are from."""
 
     step: Sequence[Prompt]
     heldout: Sequence[Prompt]
@@ -60,7 +60,7 @@ def find_prompts(config: TrainConfig, policy: Policy, tokens: int | None) -> Pro
         )
         for examples in (task.train, task.heldout)
     )
-    by_length = sorted(train, key=lambda prompt: -len(prompt.token_ids))
+    by_length, heldout = (sorted(of, key=lambda prompt: -len(prompt.token_ids)) for of in (train, heldout))
     others = random.Random(config.seed).choices(by_length, k=config.batch.prompts_per_step - 1)
     return Prompts([by_length[0], *others], heldout, f"the data's, {len(train)} of them")
 
@@ -94,5 +94,14 @@ def _assumed(config: TrainConfig, policy: Policy, tokens: int, source: str) -> P
             f"prompts of {tokens} tokens with sampling.max_new_tokens={length} are more than the {policy.positions} "
             f"positions of {policy.path}; lower one of the two"
         )
-    prompts = assumed_prompts(config.batch.prompts_per_step, tokens)
-    return Prompts(prompts, prompts, source)
+    step, heldout = config.batch.prompts_per_step, getattr(config.data, "eval_problems", None)
+    # As many as can run at once, where the data does not say that there are fewer.
+    most = config.rollout.concurrent_sequences if isinstance(config.rollout, LocalRollout) else step
+    heldout = min(most, heldout or most)
+    prompts = assumed_prompts(max(step, heldout), tokens)
+    return Prompts(prompts[:step], prompts[:heldout], source)
+
+
+def assumed_prompts(count: int, tokens: int) -> list[Prompt]:
+    """Prompts of a length, no two of which begin alike."""
+    return [Prompt(i, Example("", ""), (i, *[0] * (tokens - 1))) for i in range(count)]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from dppo_cli.config.sections import Hardware, LoRA, Model
 from dppo_cli.errors import ModelError
-from dppo_cli.kernels.low_rank import make_lean
+from dppo_cli.kernels.low_rank import Restore, make_lean
 from dppo_cli.policy.adapter import add_adapter
 from dppo_cli.policy.loading import TEXT_TOWERS, _hub_answers, _quiet
 from dppo_cli.policy.location import resolve_path, unavailable
@@ -49,6 +49,7 @@ class Shapes:
     quantised: int  # parameters of the base that are in 4 bits
     adapted: tuple[tuple[int, int], ...]  # (parameters, base bytes) of each layer with an adapter or in 4 bits
     largest_layer: int  # parameters of the largest of these
+    on_cpu: bool
 
     @property
     def base_bytes(self) -> float:
@@ -133,13 +134,14 @@ def make_shapes(source: Source, adapter: LoRA, hardware: Hardware, dtype: torch.
     model.is_quantized = bool(quantised)
     with mode:
         _off_meta(model)
-    # Fake tensors on the CPU stand for those of any device: on a GPU the same operations run.
+    # Fake tensors on the CPU stand for those of any device: on a GPU the same operations run, but for what attention.py
+    # counts.
     tokenizer: Any = source.tokenizer
     policy = Policy(model, peft, tokenizer, source.path, torch.device("cpu"), dtype, (0,), 0)
     modules: Iterator[Any] = model.modules()
     layers = [_layer(m, dtype) for m in modules if isinstance(m, LoraLayer | FourBit)]
     adapted = tuple(found for found in layers if found is not None)
-    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted))
+    return Shapes(mode, policy, parameters, quantised, adapted, max(n for n, _ in adapted), on_cpu)
 
 
 def _layer(module: Any, dtype: torch.dtype) -> tuple[int, int] | None:
@@ -157,24 +159,24 @@ class FourBit(nn.Linear):
     """Stands in for bitsandbytes' 4-bit layer: each pass dequantises the weight, and keeps it no longer."""
 
     counted = False
-    restore = staticmethod(torch.empty_like)
+    restore: Restore = staticmethod(torch.empty_like)
     """See `LeanLoraLinear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Dequantised.apply(x.to(self.weight.dtype), self.weight)  # type: ignore[no-untyped-call]
+        out: Tensor = _Dequantised.apply(x.to(self.weight.dtype), self.weight, self.restore)  # type: ignore[no-untyped-call]
         out = out if self.bias is None else out + self.bias
         return out.clone()  # as PEFT does with the output of such a layer
 
 
 class _Dequantised(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.weight_OI = weight_OI
-        return torch.nn.functional.linear(x, torch.empty_like(weight_OI))
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, restore: Restore) -> Tensor:
+        ctx.weight_OI, ctx.restore = weight_OI, restore
+        return torch.nn.functional.linear(x, restore(weight_OI))
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        return grad_out @ torch.empty_like(ctx.weight_OI), None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        return grad_out @ ctx.restore(ctx.weight_OI), None, None
 
 
 def _to_four_bits(model: Any) -> int:

@@ -11,14 +11,13 @@ import triton
 from torch import Tensor
 
 from dppo_cli.kernels.devices import CUDA
+from dppo_cli.kernels.four_bits import MOST_ROWS as MOST_ROWS
 from dppo_cli.kernels.four_bits import biases_of, scales_of
 from dppo_cli.kernels.fused.nf4 import Tiling, choose, nf4_product, words_of
 from dppo_cli.kernels.joined import joined
 
 MOST_LAYERS = 3
 """That read one input."""
-MOST_ROWS = 256
-"""Every weight is decoded for each 128 rows. On an H100 256 rows take about as long as dequantising and cuBLAS."""
 CLOSE = 2**-6
 """Of numbers near 1 in bfloat16, whose sums were rounded in another order."""
 H100 = 132
