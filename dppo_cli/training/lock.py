@@ -11,6 +11,8 @@ LOCK = ".lock"
 
 def hold(path: Path) -> IO[str]:
     """Held until it is closed or the process ends, in whatever way; nothing where the file system has no locks."""
+    if (path / LOCK).exists() and not (path / LOCK).is_file():  # a pipe would be waited for
+        raise RunError(f"{path / LOCK} is not a file; delete it")
     file = (path / LOCK).open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -24,6 +26,8 @@ def hold(path: Path) -> IO[str]:
 
 def is_held(run: Path) -> bool:
     """Whether a process has the run open. A shared lock that is given back at once stands in nobody's way."""
+    if not (run / LOCK).is_file():
+        return False
     try:
         with (run / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

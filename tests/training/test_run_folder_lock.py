@@ -1,5 +1,6 @@
 """One process at a time has a run folder open, and no process takes the folder of another."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from helpers import read_lines
 
 from dppo_cli.errors import RunError
+from dppo_cli.training.lock import hold, is_held
 from dppo_cli.training.run_folder import RunFolder
 
 HOLD = """\
@@ -50,6 +52,14 @@ def files() -> dict[str, bytes]:
 
 def in_use() -> Any:
     return pytest.raises(RunError, match=r"^run_dir=run is in use by another process; wait for it, or choose another")
+
+
+def test_a_pipe_in_its_place_is_not_waited_for() -> None:
+    Path("run").mkdir()
+    os.mkfifo("run/.lock")
+    assert not is_held(Path("run"))
+    with pytest.raises(RunError, match=r"run/\.lock is not a file; delete it"):
+        hold(Path("run"))
 
 
 def test_a_folder_that_another_process_has_open_is_refused() -> None:
