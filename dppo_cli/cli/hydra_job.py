@@ -38,10 +38,11 @@ class HydraJob:
         """The held-out accuracy, for sweepers that search; None where there is none."""
         self.composed = True
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            if os.getpid() != self.process:
-                # Live displays of jobs that share a terminal would overwrite each other.
-                os.environ["TTY_COMPATIBLE"] = "0"
-            if os.getpid() == self.process or not by_joblib(HydraConfig.get()):
+            if os.getpid() == self.process:
+                return self._job(node)
+            # Live displays of jobs that share a terminal would overwrite each other.
+            os.environ["TTY_COMPATIBLE"] = "0"
+            if not by_joblib(HydraConfig.get()):
                 return self._job(node)
             with stopped_with_the_sweep(self.stop_file):
                 return None if times(self.stop_file) else self._job(node)

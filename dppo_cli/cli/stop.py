@@ -40,6 +40,7 @@ class StopsJobs:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopsJobs":
+        Launching.by_joblib = False
         if os.path.exists(self.file):  # of a sweep that was killed
             self.file.unlink()
         if threading.current_thread() is threading.main_thread():
@@ -51,7 +52,7 @@ class StopsJobs:
     def __exit__(self, *_: object) -> None:
         self._restore()
         if self.times:
-            self.file.unlink()
+            self.file.unlink(missing_ok=True)
 
     def _restore(self) -> None:
         for signum, handler in self.before.items():
@@ -67,7 +68,8 @@ class StopsJobs:
         self.times += 1
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_bytes(b"." * self.times)
-        print(f"dppo: {signal.Signals(signum).name}: {SAID[self.times - 1]}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # Nobody may read any more, which is no reason to end the launcher.
+            print(f"dppo: {signal.Signals(signum).name}: {SAID[self.times - 1]}", file=sys.stderr, flush=True)
 
 
 class Launching(Callback):
@@ -78,9 +80,6 @@ class Launching(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         Launching.by_joblib = by_joblib(config.hydra)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        Launching.by_joblib = False
 
 
 def by_joblib(hydra: Any) -> bool:
