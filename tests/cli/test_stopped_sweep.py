@@ -138,11 +138,11 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 def test_a_third_signal_is_the_launchers(
     ctrl_c: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Launching, "by_joblib", True)
     monkeypatch.chdir(tmp_path)
     Path("sweep").mkdir()
     Path("sweep/.stop").write_text("of a sweep that was killed")
     with StopsJobs(Path("sweep")) as stops:
+        monkeypatch.setattr(Launching, "by_joblib", True)
         assert times(stops.file) == 0 and stops.signum is None
         for n in (1, 2):
             ctrl_c()
