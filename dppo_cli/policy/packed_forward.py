@@ -123,7 +123,7 @@ def can_pack(model: PreTrainedModel) -> bool:
     return known and model.config._attn_implementation == "sdpa" and keeps_every_position(model)
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -132,16 +132,17 @@ def _attention(
     *,
     segments: Segments | None = None,
     scaling: float | None = None,
+    kernel: Any = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own `sdpa`, but for a row of segments: [1, Q or K, S, D] -> [1, S, Q, D]."""
+    """transformers' own `sdpa`, but for a row of segments: [1, Q or K, S, D] -> [1, S, Q, D]. `kernel`: see attend."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     assert scaling is not None and query.shape[0] == 1 and not more.get("dropout")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(q, k, v, segments, scaling)[None], None
+    return attend(q, k, v, segments, scaling, kernel)[None], None
 
 
 # In place of transformers' own, not under another name for the time of a pass: layers that recompute in the backward
 # pass look it up then, and find the segments among the arguments that were kept for them.
-AttentionInterface.register("sdpa", _attention)
+AttentionInterface.register("sdpa", attention)

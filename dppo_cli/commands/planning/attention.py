@@ -5,16 +5,17 @@ Shapes: as in kernels/segments.py.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dppo_cli.commands.planning.recorder import Recorder, Work
-from dppo_cli.kernels.segments import FlashOnCPU, Pairs, Segments, attend
+from dppo_cli.kernels.segments import FlashOnCPU, Pairs
+from dppo_cli.policy.packed_forward import attention
 
 
 class PairsAlike:
@@ -61,28 +62,8 @@ class PairsAlike:
 @contextmanager
 def counted_attention(recorder: Recorder, on_cpu: bool) -> Iterator[None]:
     """Within it, models compute attention over segments by `PairsAlike`."""
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    kernel: Any = PairsAlike(recorder, on_cpu)
-
-    def attention(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        segments: Segments | None = None,
-        scaling: float | None = None,
-        **more: Any,
-    ) -> Any:
-        if segments is None:
-            return usual(module, query, key, value, attention_mask, scaling=scaling, **more)
-        assert scaling is not None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return attend(q, k, v, segments, scaling, kernel)[None], None
-
-    AttentionInterface.register("sdpa", attention)
+    AttentionInterface.register("sdpa", partial(attention, kernel=PairsAlike(recorder, on_cpu)))
     try:
         yield
     finally:
-        AttentionInterface.register("sdpa", usual)
+        AttentionInterface.register("sdpa", attention)
