@@ -93,17 +93,6 @@ def test_a_reader_of_json_that_is_gone_ends_no_phase(monkeypatch: pytest.MonkeyP
     assert done
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    screen = io.StringIO()
-
-    def rich(file: Any = None, **options: Any) -> RichConsole:
-        return RichConsole(file=screen, force_terminal=True, width=100, color_system=None, **options)
-
-    monkeypatch.setattr("dppo_cli.telemetry.console.RichConsole", rich)
-    return screen
-
-
 def test_plain_is_lines_in_a_terminal_too(terminal: io.StringIO) -> None:
     shown = console("plain")
     tell(shown)

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from console_cases import FIGURES, RUN, console, evaluation, step
@@ -12,18 +11,6 @@ from rich.console import Console as RichConsole
 from dppo_cli.telemetry.console import Console
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.types import StepReport
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Makes consoles believe they write to a terminal of 100 columns."""
-    screen = io.StringIO()
-
-    def rich(file: Any = None, **options: Any) -> RichConsole:
-        return RichConsole(file=screen, force_terminal=True, width=100, color_system=None, **options)
-
-    monkeypatch.setattr("dppo_cli.telemetry.console.RichConsole", rich)
-    return screen
 
 
 @pytest.fixture
