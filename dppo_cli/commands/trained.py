@@ -1,6 +1,5 @@
 """What the commands that read a run share: where it is, its config, the adapter to take."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
 from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.training.checkpoint import FOLDER, check, checkpoints, newest_good, read_checkpoint, sha256_of, step_of
+from dppo_cli.training.files import read_json
 
 CONFIG = "config.yaml"
 
@@ -127,7 +127,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     """A run's summary.json. Raises RunError unless it holds what a run writes."""
     path = run / "summary.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         found = None
     numbers = ("steps", "seconds", "peak_memory_gib")

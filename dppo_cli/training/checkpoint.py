@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     check(path)
     try:
         tensors = load_file(path / "state.safetensors")
-        plain = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        plain = read_json(path / "state.json")
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     return Snapshot(tensors, plain)

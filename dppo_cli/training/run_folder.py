@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from dppo_cli.config.saved import sign
 from dppo_cli.errors import RunError
-from dppo_cli.training.files import finite, parse_json, remove, write_json, write_text
+from dppo_cli.training.files import finite, parse_json, read_json, remove, write_json, write_text
 from dppo_cli.training.lock import LOCK, hold
 
 METRICS = "metrics.jsonl"
@@ -211,7 +211,7 @@ class RunFolder:
         if not path.is_file():
             return []
         try:
-            found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            found: list[dict[str, Any]] = read_json(path)
         except ValueError:
             raise RunError(f"{path} is damaged; it only says where the run went on before: delete it") from None
         return found

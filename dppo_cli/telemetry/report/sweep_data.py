@@ -1,6 +1,5 @@
 """The jobs of a sweep: what varied, what came out, and which differ in nothing but the seed."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from dppo_cli.errors import DppoError, RunError
 from dppo_cli.telemetry.report.data import HELD_OUT, RunData, flat, number, read_run, section
+from dppo_cli.training.files import read_json
 
 NEVER_VARIED = ("run_dir", "resume", "seed", "trust")
 RECORD = "job.json"
@@ -84,7 +84,7 @@ def _read_job(path: Path) -> Job:
     record: Any = {}
     if (path / RECORD).is_file():
         try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            record = read_json(path / RECORD)
         except (OSError, ValueError):
             record = {"error": f"{RECORD} is damaged"}
     error = record.get("error") if isinstance(record, dict) else None
