@@ -1,10 +1,13 @@
 """What all tests share: the tiny models in folders, and configs composed from the real YAML tree."""
 
 import copy
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tiny
+from benchmark_scripts import BENCHMARKS, SCRIPTS
 from helpers import write_rewards
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -96,3 +100,12 @@ def train_config(tiny_models: dict[str, Path]) -> ComposeTrain:
         return build(TrainConfig, node)
 
     return built
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """`script("gpu")`: the module of benchmarks/gpu.py, loaded for this test."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)

@@ -1,40 +1,22 @@
 """What the benchmarks compute from what they measure, and that each script still works with the package."""
 
-import importlib
 import json
 import math
 import resource
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import make
 import pytest
 import torch
+from benchmark_scripts import SCRIPTS
 from helpers import composed
 from omegaconf import OmegaConf
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
-from dppo_cli.rollout.copies import base_weight
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in ("peer_step", "convert"))
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    loaded: list[str] = []
-
-    def load(name: str) -> ModuleType:
-        loaded.append(name)
-        return importlib.import_module(name)
-
-    yield load
-    for name in {*loaded, *SCRIPTS}:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -222,87 +204,3 @@ def test_the_tables_of_floor_and_growth(script: Any) -> None:
     lines = table.growth_table({"vocabulary": {"points": [point], **fit}})
     assert "| 32,000 | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | 0.25 | 1.50 |" in lines
     assert any("0.999 for the time" in line and "2^0.50" in line for line in lines)
-
-
-def test_the_shapes_of_the_gpu_benchmark_are_those_of_8b(script: Any) -> None:
-    size = script("gpu_model").LLAMA_8B
-    assert (size.layer_parameters, size.head_parameters) == (6_979_321_856, 525_336_576)
-    assert size.cache_bytes == 131_072
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Path) -> None:
-    gpu = script("gpu")
-    gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    rows = {row["what"]: row for row in found["rows"]}
-    assert [row for row in found["rows"] if "failed" in row] == []
-    # Those of the other files gpu_*.py have tests of their own.
-    decoding = ("static step", "long-tailed", "long prompts", "looking every")
-    assert len([name for name in rows if name.startswith(decoding)]) == 14
-    assert [name for name in rows if not name.startswith((*decoding, "kernel", "product"))] == [
-        "probe",
-        "decode, bf16 + LoRA, 2 rows",
-        "decode, bf16 + LoRA, 4 rows",
-        "decode, bf16 + LoRA, 4 rows, top-20",
-        "transformers' generate, 4 rows",
-        "update, bf16 LoRA, 2 x 2 x (8 + 8)",
-        "update, bf16 LoRA, prompts first, 2 x 2 x (8 + 8)",
-        "update, bf16 LoRA, plain modules, 2 x 2 x (8 + 8)",
-        "whole step, bf16 LoRA",
-        "decode, NF4 + LoRA, 2 rows",
-        "decode, NF4 + LoRA, 4 rows",
-        "decode, NF4 + LoRA, 4 rows, top-20",
-        "update, QLoRA, recomputing, 2 x 2 x (8 + 8)",
-        "update, QLoRA, recomputing, not packed, 2 x 2 x (8 + 8)",
-        "update, QLoRA, nothing recomputed, 2 x 2 x (8 + 8)",
-        "gpu_16gb, sampling 16 sequences of 40",
-        "gpu_16gb, update of 2 such sequences",
-        "whole step, TRL",
-    ]
-    assert rows["whole step, TRL"]["not_run"] == "No module named 'trl'"
-    update = rows["update, bf16 LoRA, 2 x 2 x (8 + 8)"]
-    assert update["tokens_per_s"] == pytest.approx(2 * 2 * 8 / update["seconds"])
-    text = (tmp_path / "gpu.md").read_text()
-    assert text.startswith("no GPU (") and "| whole step, TRL | not_run No module named 'trl' |" in text
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_gpu_benchmark_quantises_all_layers_but_the_head(script: Any) -> None:
-    model = script("gpu_model")
-    made = model.policy(model.TINY, torch.device("cpu"), model.config(model.TINY, "adapter=qlora"))
-    plain = model.plain_model(model.TINY, torch.device("cpu"), torch.float32)
-    layers = {name: m.base_layer for name, m in made.model.named_modules() if hasattr(m, "base_layer")}
-    assert len(layers) == 2 * 7 and {layer.weight.dtype for layer in layers.values()} == {torch.uint8}
-    assert made.model.lm_head.weight.dtype == torch.float32
-    for name, layer in layers.items():
-        weight = plain.get_submodule(name).weight
-        assert 0.05 < (base_weight(layer) - weight).norm() / weight.norm() < 0.12
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_step_of_the_gpu_benchmark_that_takes_too_long_or_fails_leaves_the_others(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = script("gpu")
-
-    def broken(_: Any) -> None:
-        raise ValueError("broken\nand more")
-
-    steps = {
-        "slow": (0.2, lambda _: gpu.time.sleep(20)),
-        "broken": (5.0, broken),
-        "last": (5.0, lambda bench: bench.add("last", seconds=1.0)),
-    }
-    monkeypatch.setattr(gpu, "STEPS", steps)
-    gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert found == [
-        {"what": "slow", "failed": "TimeoutError: stopped after its 0.2 s"},
-        {"what": "broken", "failed": "ValueError: broken"},
-        {"what": "last", "seconds": 1.0},
-    ]
-    gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "last"])
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 1
-    with pytest.raises(SystemExit):
-        gpu.main(["--only", "first"])
