@@ -1,5 +1,6 @@
 """Files that are complete or not there, whatever happens while they are written."""
 
+import errno
 import json
 import math
 import os
@@ -36,7 +37,7 @@ def read_json(path: Path) -> Any:
     A pipe would be waited for, and a file of terabytes, which takes no room on the disk, be read into memory.
     """
     if not path.is_file() or path.stat().st_size > LONGEST:
-        raise OSError(f"{path} is not a file of a sensible size")
+        raise OSError(errno.EINVAL, "not a file of a sensible size", str(path))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
