@@ -211,9 +211,11 @@ class RunFolder:
         if not path.is_file():
             return []
         try:
-            found: list[dict[str, Any]] = read_json(path)
-        except ValueError:
-            raise RunError(f"{path} is damaged; it only says where the run went on before: delete it") from None
+            found = read_json(path)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list):
+            raise RunError(f"{path} is damaged; it only says where the run went on before: delete it")
         return found
 
     def save_adapter(self, write_adapter: Callable[[Path], None]) -> Path:

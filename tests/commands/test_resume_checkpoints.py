@@ -224,7 +224,9 @@ def test_nothing_is_written_through_a_link(
     assert contents(work) == before
 
 
-@pytest.mark.parametrize(("name", "text"), [("resumes.json", "[]x"), ("metrics.jsonl", ""), ("metrics.jsonl", "{")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("resumes.json", "[]x"), ("resumes.json", "true"), ("metrics.jsonl", ""), ("metrics.jsonl", "{")]
+)
 def test_a_resume_that_is_refused_changes_nothing(
     name: str, text: str, made: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
