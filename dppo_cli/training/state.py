@@ -128,8 +128,8 @@ class RunState:
     def _restore(self, snapshot: Snapshot) -> None:
         tensors = dict(snapshot.tensors)
         for name, tensor in tensors.items():
-            if tensor.is_complex():
-                raise TypeError(f"{name} is complex")
+            if tensor.is_complex() or not tensor.isfinite().all():
+                raise TypeError(f"{name} is complex or not finite")
         random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith("random.")}
         self.learner.load_state(tensors, snapshot.plain["learner"])
         self.prompts.load_state(snapshot.plain["prompts"])

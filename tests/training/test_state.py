@@ -217,13 +217,18 @@ def test_what_no_run_has_written_is_refused(key, value, train_config):
     run.state.load(snapshot)
 
 
-def test_a_complex_tensor_is_refused(train_config):
-    """Torch would take its real part, and warn."""
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.complex64), lambda t: t + math.inf, lambda t: t * math.nan])
+@pytest.mark.parametrize("kind", ["adapter.", "optimizer.exp_avg."])
+def test_a_tensor_that_no_run_has_is_refused(kind, change, train_config, tmp_path):
+    """Torch would take the real part of a complex one, and warn; one that is not finite would end the run."""
     run = new_run(train_config(*CHOSEN))
+    go_on(run, 1, tmp_path / "run")
     snapshot = run.state.snapshot()
-    name = next(name for name in snapshot.tensors if name.startswith("adapter."))
-    tensors = {**snapshot.tensors, name: snapshot.tensors[name].to(torch.complex64)}
-    with pytest.raises(RunError, match=f"the checkpoint of step 0 is of another run: .*{name} is complex"):
+    name = next(name for name in snapshot.tensors if name.startswith(kind))
+    tensors = {**snapshot.tensors, name: change(snapshot.tensors[name])}
+    with pytest.raises(
+        RunError, match=f"the checkpoint of step 1 is of another run: .*{name} is complex or not finite"
+    ):
         run.state.load(replace(snapshot, tensors=tensors))
 
 
