@@ -62,8 +62,8 @@ def _checkpoint(run: Path, which: str) -> Path:
     there = ", ".join(path.name for path in checkpoints(run)) or "none"
     if which == "best":
         newest = newest_good(run, warn=lambda _: None)
-        best = None if newest is None else read_checkpoint(newest).plain["best"]
-        if best is None:
+        best = None if newest is None else read_checkpoint(newest).plain.get("best")
+        if not isinstance(best, list) or not best:
             raise RunError(f"checkpoint=best: {run} was not evaluated in between (eval.every); checkpoints: {there}")
         which = f"step-{best[0]}"
     path = run / FOLDER / which

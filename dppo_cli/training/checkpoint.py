@@ -76,6 +76,8 @@ def read_checkpoint(path: Path) -> Snapshot:
         plain = read_json(path / "state.json")
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
+    if not isinstance(plain, dict) or type(plain.get("step")) is not int or plain["step"] != step_of(path):
+        raise RunError(f"{path} has the state of another step, or of none")
     return Snapshot(tensors, plain)
 
 
@@ -93,6 +95,8 @@ def check(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is incomplete: it has no readable {MANIFEST}")
     if not intact:
         raise RunError(f"{path} is damaged: {MANIFEST} is not what was written")
+    if manifest["step"] != step_of(path):
+        raise RunError(f"{path} is damaged: its {MANIFEST} is of step {manifest['step']}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():

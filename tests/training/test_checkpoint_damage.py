@@ -83,6 +83,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "incomplete: it has no readable manifest.json",
     ),
     "a list of versions": (lambda c: say(c / "manifest.json", versions=[]), "incomplete: it has no readable manifest."),
+    "of another step": (lambda c: say(c / "manifest.json", step=7), "damaged: its manifest.json is of step 7"),
     "an empty folder": (empty, "incomplete: it has no readable manifest.json"),
     "truncated": (lambda c: truncate(c / "state.safetensors", 200), "damaged: state.safetensors is not what was wr"),
     "grown": (lambda c: append(c / "state.safetensors", b"0"), "damaged: state.safetensors is not what wa"),
@@ -147,6 +148,17 @@ def test_what_was_written_wrongly_is_an_error_in_words(name: str, run: Path, mon
     monkeypatch.setattr(checkpoint, "check", lambda path: {})
     (run / "checkpoints/step-4" / name).write_bytes(b"{oops")
     with pytest.raises(RunError, match="step-4 cannot be read: "):
+        read_checkpoint(run / "checkpoints/step-4")
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "1", '{"step": -1}', '{"step": 2}', '{"step": "4"}', '{"step": 4.0}'])
+def test_the_state_is_of_the_step_that_the_folder_is_named_for(
+    state: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps would be done again, and be in metrics.jsonl twice."""
+    monkeypatch.setattr(checkpoint, "check", lambda path: {})
+    (run / "checkpoints/step-4/state.json").write_text(state)
+    with pytest.raises(RunError, match="step-4 has the state of another step, or of none"):
         read_checkpoint(run / "checkpoints/step-4")
 
 
