@@ -10,6 +10,7 @@ Shapes: S slots, T the most tokens of a response, G samples per prompt.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.record import report_of
 from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import OnHost, Prefilled, StaticSequences, prefill, sent
+from dppo_cli.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,26 @@ class Pace:
 
     `steps`: of a block; `ahead`: blocks that the device is given before the host looks at the one before. `rows`:
     numbers of rows that there are steps for, above the last its multiples; `width`: positions that attention reads, and
-    those of places and slots, are rounded up to multiples of it. Fewer of either make fewer graphs.
+    those of places and slots, are rounded up to multiples of it. Fewer of either make fewer graphs. `prompt_tokens`: of
+    prompts that run at once, with their padding, or of one prompt. More would take memory and hardly save time: so many
+    multiply about as fast as a device can.
     """
 
     steps: int
     ahead: int
     rows: Sequence[int] = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     width: int = 256
+    prompt_tokens: int = 4096
+
+    def parts(self, prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+        """Prompts that run at once, in their order."""
+        start, longest = 0, 0
+        for end, prompt in enumerate(prompts):
+            longest = max(longest, len(prompt.token_ids))
+            if end > start and (end + 1 - start) * longest > self.prompt_tokens:
+                yield prompts[start:end]
+                start, longest = end, len(prompt.token_ids)
+        yield prompts[start:]
 
 
 @dataclass
@@ -123,9 +138,10 @@ class Blocks:
             uniform_NT = sent(torch.stack(uniforms), self.device)
             self.sequences.put(self._indices(slots), self._indices(places), uniform_NT)
 
-    def _prefill(self, count: int) -> None:
-        numbers = [self.queue.popleft() for _ in range(min(count, len(self.queue)))]
-        prompts = [self.wanted.prompts[number] for number in numbers]
+    def _prefill(self, most: int) -> None:
+        """At least one of the next prompts, `most` of them at most."""
+        prompts = next(self.pace.parts([self.wanted.prompts[number] for number in islice(self.queue, most)]))
+        numbers = [self.queue.popleft() for _ in prompts]
         prefilled = prefill(self.sampler, prompts, self.pad_id, self.device)
         if self.sequences is None:
             self.sequences = self.opened(prefilled)

@@ -69,13 +69,13 @@ def test_four_bits_leave_room(llama_8b: Path) -> None:
 def test_8b_fits_with_the_hardware_it_was_planned_for(
     llama_8b: Path, hardware: str, words: tuple[str, ...], tokens: int
 ) -> None:
-    """A twentieth of the card or more is left."""
+    """A tenth of the card or more is left."""
     small = ("batch.prompts_per_step=32", "batch.samples_per_prompt=8", "batch.prompts_per_update=4")
     found = plan(
         *("model=llama3_8b", f"model.path={llama_8b}", "prompt_tokens=256", *small),
         *(f"hardware={hardware}", f"sampling.max_new_tokens={tokens}", *words),
     )
-    assert found["fits"] and found["needed_gib"] < 0.95 * found["free_gib"]
+    assert found["fits"] and found["needed_gib"] < 0.9 * found["free_gib"]
     assert found["batch"]["sampled_at_once"] == {"gpu_16gb": 16, "gpu_24gb": 32, "gpu_80gb": 160}[hardware]
 
 

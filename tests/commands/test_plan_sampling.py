@@ -97,6 +97,19 @@ def test_prompts_of_an_evaluation_need_their_memory_too(tmp_path: Path) -> None:
     assert (found.prefill, found.token, found.prompts) == (training.prefill, training.token, 2)
 
 
+def test_prompts_need_the_memory_of_those_that_run_at_once(tmp_path: Path) -> None:
+    """And the work of all."""
+    shapes = shapes_of(tiny.save(tmp_path / "m"))
+    prompts = assumed_prompts(2 * ON_CUDA.prompt_tokens // 512, 512)
+    whole, half = (
+        sampling_cost(shapes, Wanted(some, 1, SAMPLING, 0, ()), len(some), OWN, Room(len(some), 512, len(some), 8))
+        for some in (prompts, prompts[: len(prompts) // 2])
+    )
+    assert whole.prompts == 2 * half.prompts and whole.prefill.flops == 2 * half.prefill.flops
+    assert whole.cache > 1.9 * half.cache
+    assert whole.prefill_peak - whole.cache == half.prefill_peak - half.cache
+
+
 def test_a_copy_is_not_dequantised(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
     shapes = shapes_of(folder, replace(ADAPTER, quantization="nf4"))

@@ -1,5 +1,7 @@
 """The host's side of sampling with slots: when it looks, what it fills them with, and which steps it asks for."""
 
+from dataclasses import replace
+
 import make
 import pytest
 import torch
@@ -9,6 +11,7 @@ from refills import LOOKING, check_equal, refilled, sampled
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.rollout import static
+from dppo_cli.rollout.blocks import Pace
 
 merging = pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
 
@@ -46,6 +49,46 @@ def test_each_prompt_runs_once(policy, monkeypatch):
     prompts = make.prompts(policy)
     sampled(policy, prompts, 3, sampling(20), slots=2)
     assert sorted(ran) == sorted(prompt.token_ids for prompt in prompts)
+
+
+def test_prompts_run_in_parts_of_so_many_tokens(policy, monkeypatch):
+    """With their padding. One that is longer runs alone; the slots are all filled."""
+    ran: list[list[int]] = []
+    real = static.run_prompts
+
+    def counted(model, prompts, cache):
+        ran.append([len(ids) for ids in prompts.token_ids])
+        return real(model, prompts, cache)
+
+    monkeypatch.setattr(static, "run_prompts", counted)
+    prompts, graphs = make.prompts(policy, ("1+2=", "hello, hello, hello", "a", "7", "see")), RecordedGraphs()
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    pace = replace(LOOKING, prompt_tokens=3 * max(lengths[2:]))
+    assert lengths[0] <= pace.prompt_tokens < lengths[1]
+    found = sampled(policy, prompts, 2, sampling(20), slots=10, pace=pace, graphs=graphs)
+    assert ran == [lengths[:1], lengths[1:2], lengths[2:]]
+    assert max(rows for rows, *_ in graphs.calls) == 10
+    monkeypatch.undo()
+    check_equal(found, generate(policy, prompts, 2, sampling(20)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([4], [1]),
+        ([40], [1]),
+        ([4, 4, 4], [2, 1]),
+        ([1, 1, 9], [2, 1]),
+        ([9, 1, 1], [1, 2]),
+        ([2, 5, 2, 2, 2, 2], [2, 4]),
+        ([6, 2, 2], [1, 2]),
+    ],
+)
+def test_parts_are_padded_to_their_longest_prompt(lengths, parts):
+    prompts = [make.prompt(ids=range(length)) for length in lengths]
+    found = list(Pace(1, 0, prompt_tokens=10).parts(prompts))
+    assert [len(part) for part in found] == parts
+    assert [prompt for part in found for prompt in part] == prompts
 
 
 def test_steps_are_for_a_few_numbers_of_rows_and_widths(policy):

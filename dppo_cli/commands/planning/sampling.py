@@ -21,6 +21,7 @@ from dppo_cli.policy.head import masses
 from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.decoder import Decoder, PreallocatedLayer, Rows
 from dppo_cli.rollout.record import Record
+from dppo_cli.rollout.refill import ON_CUDA
 from dppo_cli.rollout.sampling import Wanted, draw
 from dppo_cli.rollout.static import prefill as run_prompts
 
@@ -123,10 +124,10 @@ def sampling_cost(
             del decoder
             recorder.restart_peak()
             start, before_prompts = recorder.live, recorder.work
+            sampler = Sampler(policy.model, head, head.product, policy.autocast)
             # While the slots of the step before are there.
-            run_prompts(
-                Sampler(policy.model, head, head.product, policy.autocast), prompts, policy.pad_id, policy.device
-            )
+            for part in ON_CUDA.parts(prompts):
+                run_prompts(sampler, part, policy.pad_id, policy.device)
             prefill_peak, prefill = cache + recorder.peak - start, recorder.work.less(before_prompts)
     policy.model.train(training)
     return SamplingCost(len(prompts), rows, cache, slots, read, logits_peak, kept, step, prefill_peak, prefill, token)
