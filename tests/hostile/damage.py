@@ -230,14 +230,18 @@ def edit_manifest(path: Path, place: float, value: Any) -> None:
 
 def copy(path: Path, name: str) -> None:
     """A second checkpoint with the content of another, under an odd name."""
-    shutil.copytree(path, path.parent / name, copy_function=_copy_file)
+    _copy_tree(path, path.parent / name)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
 
 
 def _copy_file(source: str, target: str) -> None:
-    """Without writing out a hole of terabytes, which would fill the disk for the other cases."""
-    size = os.stat(source).st_size
+    """Without writing out a hole of terabytes or an endless device, which would fill the disk for the other cases."""
+    size = os.lstat(source).st_size
     if size < 2**40:
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, target, follow_symlinks=False)
     else:
         Path(target).touch()
         os.truncate(target, size)
@@ -248,7 +252,7 @@ def swap(path: Path, other: str) -> None:
     source = path.parent / other
     spare = path.parent.parent / "spare"
     if source.is_dir():
-        shutil.copytree(source, spare, copy_function=_copy_file)
+        _copy_tree(source, spare)
     else:
         _copy_file(str(source), str(spare))
     delete(path)
