@@ -31,9 +31,9 @@ def check_hydra(command: str, overrides: Sequence[str], searchpath: Sequence[str
             if name.partition(".")[0] == "hydra" and part not in MAY_BE_SET:
                 what = f"hydra.{part}" if part else "hydra"
                 raise ConfigError(f"{what} cannot be set; of Hydra's own keys, {', '.join(MAY_BE_SET)} can")
-    usual = _hydra_config(command, [], [])
+    usual = hydra_config(command, [], [])
     for words in _compositions(overrides):
-        for part, value in _hydra_config(command, words, searchpath).items():
+        for part, value in hydra_config(command, words, searchpath).items():
             if part == "job":
                 value, same = ({name: of[name] for name in OF_A_JOB} for of in (value, usual[part]))
                 if value != same:
@@ -71,7 +71,7 @@ def _compositions(overrides: Sequence[str]) -> list[list[str]]:
     return [first, *([new if word == old else word for word in first] for old, new in others)]
 
 
-def _hydra_config(command: str, overrides: Sequence[str], searchpath: Sequence[str]) -> dict[str, Any]:
+def hydra_config(command: str, overrides: Sequence[str], searchpath: Sequence[str]) -> dict[str, Any]:
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir

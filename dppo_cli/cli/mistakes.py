@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dppo_cli.cli.hydra_keys import MAY_BE_SET, hydra_config
 from dppo_cli.config.checks import did_you_mean
 from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys, recipes_dir
 from dppo_cli.errors import ConfigError
@@ -63,7 +64,10 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         keys = [word.partition("=")[0] for word in overrides if re.search(r"\d{4301}", word)]
         return f"{', '.join(keys) or 'a word'} has a number with more than 4,300 digits"
     if match := re.search(r"Could not override '([^']+)'", message):
-        return _no_such_key(match.group(1), _composed_keys(command, overrides))
+        key = match.group(1)
+        return _no_such_key(key, (_hydra_keys if key.startswith("hydra.") else _composed_keys)(command, overrides))
+    if message.startswith("Error merging override ") and error.__cause__ is not None:
+        return f"{first.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
     if match := re.search(r"Could not find '(hydra/[^']+)/([^'/]+)'", message):
         group, choice = match.groups()
         return f"{group}={choice} is not installed; for joblib, submitit_local and optuna: pip install 'dppo[sweeps]'"
@@ -97,6 +101,13 @@ def _composed_keys(command: str, overrides: Sequence[str]) -> list[str]:
     return dotted_keys(composed)
 
 
+def _hydra_keys(command: str, overrides: Sequence[str]) -> list[str]:
+    """The keys of the launcher and the sweeper that are chosen."""
+    choices = [word for word in overrides if word.startswith(("hydra/launcher=", "hydra/sweeper="))]
+    composed = hydra_config(command, choices, [])
+    return [f"hydra.{key}" for key in dotted_keys({part: composed[part] for part in MAY_BE_SET})]
+
+
 def _no_such_choice(group: str, choice: str) -> str:
     # A recipe may have groups of its own, below recipes/.
     of_recipes = [path.stem for path in (recipes_dir().parent / group).glob("*.yaml")]
@@ -108,8 +119,8 @@ def _no_such_key(key: str, keys: Sequence[str]) -> str:
     if key in keys:
         below = [k for k in keys if k.startswith(f"{key}.")]
         return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     parent = key.rpartition(".")[0]
+    close = difflib.get_close_matches(key, [k for k in keys if k != parent], n=1, cutoff=0.6)
     siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
     if not siblings:
         parent, siblings = "", sorted({k.split(".")[0] for k in keys})

@@ -19,6 +19,13 @@ pytestmark = pytest.mark.usefixtures("work")
     [
         (["steps=many"], ["steps", "'many'"]),
         (["steps=1.5"], ["steps", "1.5"]),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=x"], ["hydra.launcher.n_jobs=x: ", "converted to Integer"]),
+        (["hydra.sweeper.max_batch_size=x"], ["hydra.sweeper.max_batch_size=x: ", "converted to Integer"]),
+        (["hydra/launcher=joblib", "hydra.launcher.n_job=2"], ["did you mean hydra.launcher.n_jobs?", "pre_dispatch"]),
+        (
+            ["hydra.sweeper.x=2"],
+            ["there is no key hydra.sweeper.x", "Choices in hydra.sweeper: max_batch_size, params"],
+        ),
         (["divergence.delta_high=wide"], ["divergence.delta_high", "'wide'"]),
         (["optim.betas=0.9"], ["optim.betas"]),
         (["model=hf"], ["model.path is not set; add model.path=..."]),
