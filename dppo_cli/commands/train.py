@@ -216,6 +216,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
         ORDERS[config.order](train_prompts, config.seed),
         tallies={"masked_tokens": masked, "watch": watch, "samples": samples},
         fingerprint=fingerprint(train_prompts),
+        most_prompts=config.batch.prompts_per_step * (1 + config.replacement_rounds),
     )
     folder = RunFolder(
         run_dir,

@@ -30,6 +30,13 @@ class MaskedByMu:
             side_N = stats.advantage_N.sign() == sign
             self.sums[row].index_add_(0, decade_N[side_N], values_N4[side_N])
 
+    def load(self, sums: Any) -> None:
+        """`self.sums`, as nested lists. Raises ValueError or TypeError for anything else."""
+        found = torch.tensor(sums, dtype=torch.float64)
+        if found.shape != self.sums.shape or not found.isfinite().all():
+            raise ValueError("these are no sums by the decade of mu")
+        self.sums = found
+
     def rows(self) -> list[dict[str, Any]]:
         """A row for each sign and decade in which there is a token.
 

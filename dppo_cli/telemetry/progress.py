@@ -19,6 +19,8 @@ WIDTH = 40
 """Characters of a curve."""
 RECENT = 20
 """Steps that say how long a step takes."""
+LONGEST = timedelta(days=1000)
+"""Beyond it, as for a run that goes on until it is stopped, the time left is not told in seconds."""
 
 
 class TimeLeft:
@@ -55,7 +57,10 @@ class TimeLeft:
         return (self.steps - self.step) * mean(self.recent) + evaluations
 
     def __str__(self) -> str:
-        return "-:--:--" if self.seconds is None else str(timedelta(seconds=round(self.seconds)))
+        if self.seconds is None:
+            return "-:--:--"
+        left = timedelta(seconds=min(self.seconds, LONGEST.total_seconds() + 1))
+        return f"> {LONGEST.days} days" if left > LONGEST else str(timedelta(seconds=round(left.total_seconds())))
 
 
 def curve(values: Sequence[float]) -> str:

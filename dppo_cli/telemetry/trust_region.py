@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dppo_cli.telemetry.masked_by_mu import MaskedByMu
-from dppo_cli.training.files import write_json
+from dppo_cli.training.files import as_count, as_number, write_json
 from dppo_cli.training.run_folder import MASKED_BY_MU, MASKED_TOKENS
 from dppo_cli.types import EvalReport, RunInfo, StepReport, TokenStats
 
@@ -63,8 +63,14 @@ class MaskedTokens:
         return {"tallies": tallies, "by_mu": self.by_mu.sums.tolist()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.tallies = {(token, sign): TokenTally(*sums) for token, sign, *sums in state["tallies"]}
-        self.by_mu.sums = torch.tensor(state["by_mu"], dtype=torch.float64)
+        """Raises ValueError, TypeError or KeyError for what `state` does not give."""
+        self.tallies = {
+            (as_count(token), int(sign)): TokenTally(as_count(seen), as_count(masked), as_number(mu), as_number(pi))
+            for token, sign, seen, masked, mu, pi in state["tallies"]
+        }
+        if any(token >= 2**31 for token, _ in self.tallies):
+            raise ValueError("a tokenizer has no such number")
+        self.by_mu.load(state["by_mu"])
 
     def add(self, stats: TokenStats) -> None:
         self.by_mu.add(stats)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dppo_cli.training.files import as_count, as_number
 from dppo_cli.types import EvalReport, RunInfo, StepReport
 
 QUIET_STEPS = 30
@@ -49,8 +50,11 @@ class Watch:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.quiet_steps, self.first_mismatch = state["quiet_steps"], state["first_mismatch"]
-        self.given = set(state["given"])
+        """Raises ValueError, TypeError or KeyError for what `state` does not give."""
+        mismatch = state["first_mismatch"]
+        self.quiet_steps = as_count(state["quiet_steps"])
+        self.first_mismatch = None if mismatch is None else as_number(mismatch)
+        self.given = set(map(str, state["given"]))
 
     def step(self, metrics: Mapping[str, Any], note: str = "") -> list[str]:
         """What is to be said after this step, each kind of thing at most once a run. `note`: why one was not judged."""

@@ -188,6 +188,23 @@ class Evaluator:
         }
 
 
+def check_measured(found: Any) -> None:
+    """Raise ValueError, or what a wrong type leads to, unless `found` is what `Evaluator.all` gives, as JSON."""
+    for measured in found.values():
+        rates, interval = measured["rates"], measured["interval"]
+        of_k = [*measured["pass_at"].items(), *measured["majority_at"].items()]
+        shares = [measured["accuracy"], measured["standard_error"], *(interval or ()), *(v for _, v in of_k), *rates]
+        if not (
+            all(share is None or (type(share) in (int, float) and 0 <= share <= 1) for share in shares)
+            and isinstance(rates, list)
+            and (interval is None or (isinstance(interval, list) and len(interval) == 2))
+            and all(k.isdecimal() for k, _ in of_k)
+            and (measured["problems"], type(measured["samples"])) == (len(rates), int)
+            and isinstance(measured.get("fingerprint"), str | None)
+        ):
+            raise ValueError(f"no evaluation gives {str(measured)[:200]}")
+
+
 def compared(before: Mapping[str, Measured] | None, after: Mapping[str, Measured] | None) -> dict[str, Any]:
     """What a summary holds of the evaluations before and after training. None: there was none.
 

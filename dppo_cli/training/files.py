@@ -71,6 +71,20 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+def as_count(value: Any) -> int:
+    """A count that was read from JSON. Raises ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{value!r:.100} is no count")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """A finite number that was read from JSON. Raises ValueError for anything else."""
+    if type(value) not in (int, float) or not abs(value) < 2**53:
+        raise ValueError(f"{value!r:.100} is no number")
+    return float(value)
+
+
 def remove(path: Path) -> None:
     """A file, a folder with all that is in it, or a link; nothing if it is not there."""
     if path.is_dir() and not path.is_symlink():

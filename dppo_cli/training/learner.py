@@ -26,6 +26,7 @@ from dppo_cli.policy.forward import Forward
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
 from dppo_cli.training.failures import check_finite, is_out_of_memory, named
+from dppo_cli.training.files import as_count
 from dppo_cli.training.optimizer import lr_factor, make_optimizer, moments_of, restored
 from dppo_cli.training.sample_stats import KeptSamples
 from dppo_cli.types import Batch, Group, PolicyReport, Sample, SampleStats, TokenStats
@@ -192,7 +193,7 @@ class Learner:
                 moments.setdefault(index_of[name], {})[kind] = restored(value)
         for name, parameter in self._named_parameters():
             parameter.data.copy_(tensors[f"adapter.{name}"])
-        self.schedule.last_epoch, self.budget = int(plain["updates"]), int(plain["budget"])
+        self.schedule.last_epoch, self.budget = as_count(plain["updates"]), max(1, as_count(plain["budget"]))
         groups = self.optimizer.state_dict()["param_groups"]
         for group in groups:
             group["lr"] = self.optim.lr * self.schedule.lr_lambdas[0](plain["updates"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.training.files import as_count, as_number
 from dppo_cli.types import Group, Prompt
 
 LEAST = 0.01
@@ -110,8 +111,8 @@ class BySolveRate:
         return {"taken": self.taken, "seen": [[n, *counts] for n, counts in self.seen.items()]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.taken = int(state["taken"])
-        self.seen = {n: (right, judged) for n, right, judged in state["seen"]}
+        self.taken = as_count(state["taken"])
+        self.seen = {as_count(n): (as_number(right), as_number(judged)) for n, right, judged in state["seen"]}
 
 
 ORDERS: Mapping[str, Callable[[Sequence[Prompt], int], PromptOrder]] = {

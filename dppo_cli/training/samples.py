@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dppo_cli.config.sections import SamplesKept
+from dppo_cli.training.files import as_count
 from dppo_cli.training.learner import UpdateResult
 from dppo_cli.training.run_folder import RunFolder
 from dppo_cli.types import Completion, Group, SampleStats
@@ -57,7 +58,9 @@ class StepSamples:
         return {"stride": self.stride, "sizes": [list(item) for item in self.sizes.items()]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.stride, self.sizes = int(state["stride"]), {int(step): int(size) for step, size in state["sizes"]}
+        """Raises ValueError, TypeError or KeyError for what `state` does not give."""
+        self.stride = max(1, as_count(state["stride"]))
+        self.sizes = {as_count(step): as_count(size) for step, size in state["sizes"]}
 
     def chosen(self, step: int, groups: Sequence[Group]) -> list[Group]:
         """All groups, those to be kept marked: of those that teach something, then of those that do not.

@@ -4,7 +4,7 @@ A run is a function from state to state, so one that was stopped and goes on fro
 Rollouts and the order of mini-batches need no state of their own: their seeds follow from the run's seed and the step.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,9 +14,13 @@ from torch import Tensor
 
 from dppo_cli.errors import RunError
 from dppo_cli.kernels.devices import random_state, set_random_state
-from dppo_cli.training.evaluation import Measured, compared
+from dppo_cli.training.evaluation import Measured, check_measured
+from dppo_cli.training.files import as_count, as_number
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.order import PromptOrder
+
+CENTURY = 100 * 365.25 * 24 * 3600
+"""In seconds. No run takes longer."""
 
 
 class Tally(Protocol):
@@ -46,6 +50,7 @@ class RunState:
     prompts: PromptOrder
     tallies: Mapping[str, Tally]
     fingerprint: str | None = None  # of the problems that `prompts` takes from; None: not known
+    most_prompts: int = sys.maxsize  # that a step takes
     step: int = 0
     seconds: float = 0.0  # of processes that ended before this one
     before: dict[str, Measured] | None = None  # the evaluations before the first step, by set
@@ -100,17 +105,19 @@ class RunState:
 
     def _load(self, snapshot: Snapshot) -> None:
         plain = snapshot.plain
-        self.step, self.seconds = plain["step"], float(plain["seconds"])
-        if not math.isfinite(self.seconds):
+        self.step, self.seconds = as_count(plain["step"]), as_number(plain["seconds"])
+        if not 0 <= self.seconds <= CENTURY:
             raise ValueError(f"seconds is {self.seconds}")
         self.before = plain["before"]
-        compared(self.before, self.before)  # What no summary can be made of would end the run at its end.
-        _check_numbers([{**measured, "fingerprint": None} for measured in (self.before or {}).values()])
-        found = [plain.get("fingerprint"), *(m.get("fingerprint") for m in (self.before or {}).values())]
-        if not all(value is None or isinstance(value, str) for value in found):
-            raise TypeError("a fingerprint is no text")
-        self.best = None if plain["best"] is None else (int(plain["best"][0]), float(plain["best"][1]))
-        self.warnings = list(plain["warnings"])
+        if self.before is not None:
+            check_measured(self.before)
+        if not isinstance(plain.get("fingerprint"), str | None):
+            raise TypeError("the fingerprint is no text")
+        best, taken = plain["best"], as_count(plain["prompts"]["taken"])
+        self.best = None if best is None else (as_count(best[0]), as_number(best[1]))
+        self.warnings = list(map(str, plain["warnings"]))
+        if taken > self.step * self.most_prompts:  # They would be drawn again, one round after the other.
+            raise ValueError(f"{taken} prompts in {self.step} steps")
         for name, tally in self.tallies.items():
             tally.load_state(plain["tallies"][name])
         self._restore(snapshot)
@@ -135,14 +142,3 @@ class RunState:
         self.prompts.load_state(snapshot.plain["prompts"])
         torch.set_rng_state(random_states["random.cpu"])
         set_random_state(self.learner.policy.device, random_states.get("random.device"))
-
-
-def _check_numbers(value: Any) -> None:
-    """Raise TypeError unless all that mappings and lists hold is finite numbers or nothing."""
-    if isinstance(value, Mapping | list):
-        for child in value.values() if isinstance(value, Mapping) else value:
-            _check_numbers(child)
-    elif value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ):
-        raise TypeError(f"{value!r} is no finite number")

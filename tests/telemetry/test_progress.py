@@ -87,6 +87,17 @@ def test_only_the_last_steps_say_how_long_a_step_takes(clock: Clock) -> None:
     assert left.seconds == 1000 - 50 - progress.RECENT
 
 
+def test_a_run_that_only_a_signal_ends(clock: Clock) -> None:
+    """So many steps are as many years as the system cannot count."""
+    left = TimeLeft(every=0)
+    left.started(replace(RUN, steps=2**63 - 1))
+    steps(left, 1, 2, seconds=1.0)
+    assert str(left) == "> 1000 days"
+    left.started(replace(RUN, steps=1000 * 86400 + 2))
+    steps(left, 1, 2, seconds=1.0)
+    assert str(left) == "1000 days, 0:00:00"
+
+
 # Curves and memory
 
 

@@ -1,5 +1,6 @@
 """The estimators of an evaluation, against counting by hand."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -11,7 +12,7 @@ import make
 import pytest
 
 from dppo_cli.config.sections import Sampling
-from dppo_cli.training.evaluation import EvalResult, compared, evaluate, fingerprint, pass_at_k
+from dppo_cli.training.evaluation import EvalResult, check_measured, compared, evaluate, fingerprint, pass_at_k
 from dppo_cli.training.intervals import accuracy_interval
 from dppo_cli.types import Completion, Example, Group, Prompt, Score
 
@@ -163,6 +164,47 @@ def test_a_comparison_before_and_after() -> None:
     assert (half["eval_before"], half["eval_after"]) == (1 / 3, None)
     assert half["evaluations"]["more"]["after"] is half["evaluations"]["more"]["difference"] is None
     assert compared(None, None)["eval_before"] is None
+
+
+def as_json(found: Any) -> Any:
+    return json.loads(json.dumps(found))
+
+
+def test_what_an_evaluation_gives_is_taken_from_a_checkpoint() -> None:
+    for found in (measured([0.0, 1.0, 1.0]), measured([1.0]), measured([])):
+        check_measured(as_json({"held_out": found, "more": found}))
+    check_measured({})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("accuracy", 2),
+        ("accuracy", -0.5),
+        ("accuracy", True),
+        ("accuracy", math.nan),
+        ("accuracy", []),
+        ("standard_error", {"a": 1}),
+        ("interval", [0.5]),
+        ("interval", 0.5),
+        ("interval", ""),
+        ("interval", [None, "x"]),
+        ("pass_at", {"x": 0.5}),
+        ("pass_at", {"1": [1]}),
+        ("majority_at", None),
+        ("rates", {}),
+        ("rates", [0.0, 1.0]),
+        ("rates", [0.0, 1.0, "x"]),
+        ("problems", 2),
+        ("samples", 1.5),
+        ("samples", True),
+        ("fingerprint", 5),
+    ],
+)
+def test_what_no_evaluation_gives_is_not(key: str, value: Any) -> None:
+    found = as_json(measured([0.0, 1.0, 1.0]))
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        check_measured({"held_out": {**found, key: value}})
 
 
 def measured(rates: list[float]) -> dict[str, Any]:

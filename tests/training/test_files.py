@@ -1,11 +1,13 @@
 """Files that are complete or not there."""
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dppo_cli.training.files import parse_json, read_json, remove, write_json
+from dppo_cli.training.files import as_count, as_number, parse_json, read_json, remove, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,20 @@ def test_what_is_not_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not JSON|Expecting"):
         parse_json(text)
     assert parse_json('{"a": [1e999, null]}')["a"][1] is None
+
+
+@pytest.mark.parametrize("value", [-1, True, None, 1.0, "1", [], 2**53, 10**30])
+def test_what_is_no_count(value: Any) -> None:
+    with pytest.raises(ValueError, match="is no count"):
+        as_count(value)
+    assert (as_count(0), as_count(2**53 - 1)) == (0, 2**53 - 1)
+
+
+@pytest.mark.parametrize("value", [True, None, "1", [], math.nan, math.inf, -math.inf, 10**400])
+def test_what_is_no_number(value: Any) -> None:
+    with pytest.raises(ValueError, match="is no number"):
+        as_number(value)
+    assert as_number(-3) == -3.0 and as_number(0.5) == 0.5
 
 
 def test_only_files_are_read() -> None:
