@@ -10,6 +10,7 @@ from plans import built, machine, report
 
 from dppo_cli.cli.main import main
 from dppo_cli.commands.planning.machine import GIB, GPU_RUNTIME
+from dppo_cli.commands.planning.shapes import NF4_BYTES
 
 # What it says
 
@@ -115,6 +116,17 @@ def test_moments_in_8_bits_take_a_quarter() -> None:
     found = report(machine(24), "optim.bits=8")["parts"]["AdamW moments"]
     # Matrices of fewer than 4,096 numbers stay in 32 bits.
     assert 2 * trained / GIB < found < 0.8 * 8 * trained / GIB
+
+
+def test_a_copy_in_4_bits_of_weights_that_are_not() -> None:
+    """As `rollout.weights=quantized` samples from, where the base trains in 16 or 32 bits: 901,120 of the weights."""
+    words, name = ("sampling.max_new_tokens=32", "prompt_tokens=32"), "sampler's copy of weights"
+    copies = {
+        kind: report(machine(24, "cuda"), *words, f"rollout.weights={kind}")["parts"].get(name, 0.0)
+        for kind in ("merged", "quantized", "adapter")
+    }
+    assert copies["merged"] == pytest.approx(901_120 * 2 / GIB) and copies["adapter"] == 0
+    assert copies["quantized"] == pytest.approx(901_120 * NF4_BYTES / GIB)
 
 
 def test_products_in_4_bits_decode_on_a_gpu_that_has_the_kernel() -> None:

@@ -11,7 +11,7 @@ import torch
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.commands.planning.machine import GPU_RUNTIME, Machine
 from dppo_cli.commands.planning.sampling import SamplingCost
-from dppo_cli.commands.planning.shapes import Shapes, Source
+from dppo_cli.commands.planning.shapes import NF4_BYTES, Shapes, Source
 from dppo_cli.commands.planning.update import UpdateCost
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.kernels.four_bits import BLOCK
@@ -213,7 +213,8 @@ def _copy(shapes: Shapes, weights: SamplingWeights, on_cpu: bool) -> tuple[float
         return 0.0, 0.0, 0.0
     size = weights.dtype.itemsize
     remade = sum(count for count, _ in shapes.adapted)
-    copy = remade * size
+    # Of weights that are not in 4 bits in training, "quantized" is a copy that is.
+    copy = remade * (NF4_BYTES if weights.kind == "quantized" else size)
     if weights.dtype != shapes.policy.dtype:
         copy += (shapes.parameters - remade) * size
     packed = on_cpu and has_onednn(torch.device("cpu"), weights.dtype)
