@@ -19,6 +19,9 @@ from dppo_cli.types import EvalReport, Group, Prompt, Score, Status
 HELD_OUT = "held_out"
 """The name of the run's own held-out problems among the sets that it is evaluated on."""
 
+ROUNDING = 1e-9
+"""That a share may be above 1."""
+
 Measured = dict[str, Any]
 """`EvalResult.figures()`, `rates`, and `fingerprint` of the problems: as JSON, what there is to remember."""
 
@@ -195,7 +198,7 @@ def check_measured(found: Any) -> None:
         of_k = [*measured["pass_at"].items(), *measured["majority_at"].items()]
         shares = [measured["accuracy"], measured["standard_error"], *(interval or ()), *(v for _, v in of_k), *rates]
         if not (
-            all(share is None or (type(share) in (int, float) and 0 <= share <= 1) for share in shares)
+            all(share is None or (type(share) in (int, float) and 0 <= share <= 1 + ROUNDING) for share in shares)
             and isinstance(rates, list)
             and (interval is None or (isinstance(interval, list) and len(interval) == 2))
             and all(k.isdecimal() for k, _ in of_k)
