@@ -1,6 +1,5 @@
 """What the commands that read a run share: where it is, its config, the adapter to take."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,9 +14,12 @@ from dppo_cli.config.saved import read_config
 from dppo_cli.errors import RunError
 from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.training.checkpoint import FOLDER, check, checkpoints, newest_good, read_checkpoint, sha256_of, step_of
-from dppo_cli.training.files import read_json
+from dppo_cli.training.files import as_number, read_json
+from dppo_cli.training.state import CENTURY
 
 CONFIG = "config.yaml"
+EVALUATED = ("eval_before", "eval_before_error", "eval_after", "eval_after_error", "eval_problems")
+"""Of a summary: None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,13 @@ def read_summary(run: Path) -> dict[str, Any]:
     """A run's summary.json. Raises RunError unless it holds what a run writes."""
     path = run / "summary.json"
     try:
-        found = read_json(path)
-    except (OSError, ValueError, RecursionError):
-        found = None
-    numbers = ("steps", "seconds", "peak_memory_gib")
-    if (
-        not isinstance(found, dict)
-        or not all(_is_number(found.get(name)) for name in numbers)
-        or not all(found.get(name, "") is None or _is_number(found[name]) for name in ("eval_before", "eval_after"))
-        or not isinstance(found.get("interrupted"), bool)
-        or not isinstance(found.get("adapter_sha256"), str)
-    ):
+        found: dict[str, Any] = read_json(path)
+        numbers = [as_number(found[name]) for name in ("steps", "seconds", "peak_memory_gib")]
+        numbers += [as_number(found[name]) for name in EVALUATED if found[name] is not None]
+        right = min(numbers) >= 0 and found["seconds"] <= CENTURY
+        right &= isinstance(found["interrupted"], bool) and isinstance(found["adapter_sha256"], str)
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        right = False
+    if not right:
         raise RunError(f"{path} is damaged; without it the newest checkpoint is used: delete it")
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

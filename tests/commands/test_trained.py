@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import make
 import pytest
@@ -10,6 +11,8 @@ from helpers import read_json, train, write_rewards
 
 from dppo_cli.commands.trained import find_trained, folder_of, read_run_config
 from dppo_cli.errors import RunError
+
+REMOVED = "removed"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,26 @@ def test_an_adapter_that_the_run_did_not_write(run: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"steps": 3}', '{"steps": NaN}', "[" * 100_000])
 def test_a_summary_that_is_damaged(text: str, run: Path) -> None:
     (run / "summary.json").write_text(text)
+    refused("runs/a", r"runs/a/summary\.json is damaged; without it the newest checkpoint is used: delete it")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval_before", REMOVED),
+        ("eval_before", "x"),
+        ("eval_before_error", "x"),
+        ("eval_after", -0.5),
+        ("eval_problems", [1]),
+        ("seconds", 1e15),
+        ("steps", True),
+        ("interrupted", 0),
+        ("adapter_sha256", None),
+    ],
+)
+def test_a_summary_that_no_run_writes(key: str, value: Any, run: Path) -> None:
+    summary = {**read_json(run / "summary.json"), key: value}
+    (run / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if v != REMOVED}))
     refused("runs/a", r"runs/a/summary\.json is damaged; without it the newest checkpoint is used: delete it")
 
 
