@@ -202,7 +202,7 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             record.unlink()
     searchpath = f"file://{recipes_dir().parent}"
     own = [f"hydra.searchpath=[{searchpath}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}", Launching.WORD]
-    started_with = sys.argv
+    started_with, saved = sys.argv, ""
     if OPTUNA in overrides:
         overrides = [OPTUNA, *SEARCH, *overrides]
     sys.argv = ["dppo", *options, "--", *overrides, *own]
@@ -216,6 +216,11 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
     except DppoError:
         raise
+    except (Stopped, KeyboardInterrupt) as error:
+        if not read_records(sweep_dir):  # It is no sweep.
+            raise
+        stops.signum = getattr(error, "signum", signal.SIGINT)
+        saved = str(error).partition("to go on: ")[0].removesuffix("; ")
     except Exception as error:  # Of odd words Hydra raises errors of many kinds.
         # A search of which every job failed ends in an error of the sweeper's; the records say why.
         if not exit_status(read_records(sweep_dir)):
@@ -226,10 +231,11 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         sys.argv = started_with
         records = read_records(sweep_dir)
         if records:
-            show(records)
+            show(records, overrides)
             remove_if_empty(sweep_dir)
     if stops.signum is not None:
-        raise Stopped(stops.signum, f"to go on: the same command with run_dir={sweep_dir} resume=auto")
+        go_on = f"to go on: the same command with run_dir={sweep_dir} resume=auto" if command == "train" else ""
+        raise Stopped(stops.signum, "; ".join(filter(None, (saved, go_on))) or "jobs that had ended are done")
     if job.failure is not None:
         try:
             raise job.failure

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dppo_cli.errors import Stopped
 from dppo_cli.training.stopping import STOPPING
@@ -83,7 +83,7 @@ class Launching(Callback):
 
 
 def by_joblib(hydra: Any) -> bool:
-    return str(hydra.launcher["_target_"]).endswith(".JoblibLauncher")
+    return str(OmegaConf.select(hydra, "launcher._target_")).endswith(".JoblibLauncher")
 
 
 @contextmanager

@@ -46,10 +46,10 @@ def exit_status(records: Sequence[JobRecord]) -> int:
     return 2 if 2 in failed else max(failed, default=0)
 
 
-def show(records: Sequence[JobRecord]) -> None:
-    """A table: what varied in each job, and what came out."""
+def show(records: Sequence[JobRecord], typed: Sequence[str]) -> None:
+    """A table: what varied in each job, and what came out. `typed`: words of the command line."""
     words = [record.overrides for record in records]
-    same = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    same = set.intersection(*map(set, words)) if len(words) > 1 else {word.lstrip("+") for word in typed}
     table = Table(title="sweep")
     for name in ("job", "overrides", "before", "after", "seconds", "folder"):
         table.add_column(name, overflow="fold")

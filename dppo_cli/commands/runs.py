@@ -6,6 +6,7 @@ A run folder may be broken in any way, and be written at this moment: what canno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 from rich.markup import escape
-from rich.table import Table
+from rich.measure import Measurement
+from rich.table import Column, Table
 
 from dppo_cli.config.checks import check_rules, visible
 from dppo_cli.config.saved import MAX_BYTES
@@ -34,6 +36,8 @@ MAX_DEPTH = 3
 """Folders below the one that is named: a sweep's jobs, and sweeps in a folder."""
 TAIL = 2**16
 """Bytes of the end of metrics.jsonl that the last step is looked for in."""
+LEAST = 3
+"""Columns that are shown however narrow the terminal is; of the others, those that there is room for."""
 PIPE_WIDTH = 200
 """Columns of the table where there is no terminal to fit."""
 
@@ -255,22 +259,39 @@ def _print(folder: Path, rows: Sequence[Row], total: int) -> None:
     if not rows:
         console.print(f"there are no runs in {visible(str(folder))}", markup=False)
         return
-    table = Table("run", "state", "step", "accuracy", "age", "size", "model", "method")
-    for row in rows:
-        state = f"[{COLOURS[row.state]}]{row.state}[/]" + (f"\n{_shown(row.problem)}" if row.problem else "")
-        table.add_row(
-            _shown(row.run),
-            state,
-            f"{_or_dash(row.step)} of {_or_dash(row.steps)}",
-            _accuracy(row),
-            age(time.time() - row.changed),
-            size(row.bytes),
-            _shown(row.model or "-"),
-            _shown(row.method or "-"),
-        )
-    console.print(table)
+    columns = [
+        ("run", [_shown(row.run) for row in rows]),
+        ("state", [f"[{COLOURS[row.state]}]{row.state}[/]" for row in rows]),
+        ("step", [f"{_or_dash(row.step)} of {_or_dash(row.steps)}" for row in rows]),
+        ("accuracy", [_accuracy(row) for row in rows]),
+        ("age", [age(time.time() - row.changed) for row in rows]),
+        ("size", [size(row.bytes) for row in rows]),
+        ("model", [_shown(row.model or "-") for row in rows]),
+        ("method", [_shown(row.method or "-") for row in rows]),
+    ]
+    unlimited = console.options.update(max_width=sys.maxsize)
+    while not (fits := Measurement.get(console, unlimited, _table(columns)).maximum <= console.width):
+        if len(columns) == LEAST:
+            break
+        columns.pop()
+    for n, row in enumerate(rows):  # Of any length, so they are folded.
+        columns[1][1][n] += f"\n{_shown(row.problem)}" if row.problem else ""
+    console.print(_table(columns, whole=fits))
     if len(rows) < total:
         console.print(f"{len(rows)} of {total} runs; limit=null shows all")
+
+
+def _table(columns: Sequence[tuple[str, Sequence[str]]], *, whole: bool = False) -> Table:
+    """`whole`: nothing is folded but what is said of a state."""
+    longest = max(map(len, COLOURS)) if whole else None
+    heads = [
+        Column(name, overflow="fold", no_wrap=whole and name != "state", min_width=longest if name == "state" else None)
+        for name, _ in columns
+    ]
+    table = Table(*heads)
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 def _shown(text: str) -> str:

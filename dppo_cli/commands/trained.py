@@ -79,7 +79,8 @@ def folder_of(run: str) -> Path:
     path = Path(run)
     if not path.is_dir():
         near = [str(p) for p in sorted(path.parent.glob("*")) if p.is_dir()] if path.parent.is_dir() else []
-        known = f"; there are: {', '.join(near[-5:])}" if near else "; train one with `dppo train`"
+        others = f" and {len(near) - 5} others" if len(near) > 5 else ""
+        known = f"; there are: {', '.join(near[-5:])}{others}" if near else "; train one with `dppo train`"
         raise RunError(f"run={run} points nowhere{known}")
     if path.parent.name == FOLDER and step_of(path) is not None:
         path = path.parent.parent

@@ -158,10 +158,13 @@ class Prompting:
         check_choice("prompt.template", self.template, ("plain", "chat"))
         check_choice("prompt.too_long", self.too_long, ("refuse", "drop"))
         if self.system is not None and self.template == "plain":
-            raise ConfigError("prompt.system is set, but prompt.template=plain cannot show it; use template=chat")
+            raise ConfigError(
+                "prompt.system is set, but prompt.template=plain cannot show it; use prompt.template=chat, which needs "
+                "a model with a chat template"
+            )
         if self.template_kwargs and self.template == "plain":
             raise ConfigError(
-                "prompt.template_kwargs is set, but prompt.template=plain has no template; use template=chat"
+                "prompt.template_kwargs is set, but prompt.template=plain has no template; use prompt.template=chat"
             )
         taken = TEMPLATE_ARGUMENTS & self.template_kwargs.keys()
         if taken:

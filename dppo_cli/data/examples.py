@@ -14,6 +14,10 @@ from dppo_cli.data.task import Task, Warn
 from dppo_cli.errors import ConfigError, DataError
 from dppo_cli.types import Example, Messages
 
+NAMED = 10
+"""Bad rows whose numbers are told."""
+LOOKED_THROUGH = 10_000
+"""Rows after the first bad one, for more of them."""
 ROLES = ("system", "user", "assistant")
 FIELD = re.compile(r"\{([\w.-]+)\}")
 """A column in a prompt template. Other braces are text, as LaTeX has many."""
@@ -102,8 +106,13 @@ class Problems:
     def _read(self, rows: Rows, warn: Warn) -> list[Example]:
         examples: list[Example] = []
         left_out = dict.fromkeys(rows.unread)
-        bad, first = 0, ""
+        bad: list[int] = []
+        first, seen = "", 0
         for n, row in rows.rows:
+            if bad and self.on_bad_row == "refuse":
+                seen += 1
+                if seen > LOOKED_THROUGH or len(bad) == NAMED:
+                    break
             try:
                 if isinstance(row, DataError):
                     raise row
@@ -113,17 +122,19 @@ class Problems:
                 examples.append(self._example(row, columns))
             except DataError as error:
                 first = first or f"{rows.name}, {rows.unit} {n}: {error}"
-                if self.on_bad_row == "refuse":
-                    raise DataError(first) from None
-                bad += 1
-        if not examples:
-            raise DataError(
-                f"{rows.name} has no usable row; {bad} were dropped, the first: {first}"
-                if bad
-                else f"{rows.name} is empty; expected one problem a {rows.unit}"
-            )
+                bad.append(n)
         if bad:
-            warn(f"{bad} of {bad + len(examples)} rows were dropped (data.on_bad_row=drop); the first: {first}")
+            others = ", ".join(map(str, bad[1:NAMED])) + (", ..." if len(bad) > NAMED else "")
+            # If all are, it is one mistake, such as the name of a column.
+            first += f"; bad, too: {rows.unit} {others}" if others and examples else ""
+            if self.on_bad_row == "refuse":
+                raise DataError(first)
+            if not examples:
+                raise DataError(f"{rows.name} has no usable row; {len(bad)} were dropped, the first: {first}")
+            of = f"{len(bad)} of {len(bad) + len(examples)} rows"
+            warn(f"{of} were dropped (data.on_bad_row=drop); the first: {first}")
+        if not examples:
+            raise DataError(f"{rows.name} is empty; expected one problem a {rows.unit}")
         if left_out:
             warn(f"{rows.name}: no plain JSON values, so left out: {', '.join(map(repr, left_out))}")
         if self.shuffle is not None:
@@ -217,7 +228,10 @@ def _value(row: Mapping[str, Any], name: str, key: str) -> Any:
         if not isinstance(found, Mapping) or part not in found:
             # A row may have thousands of columns, and line breaks in their names.
             names = [column[:60] if column[:60].isprintable() else repr(column[:60]) for column in list(row)[:100]]
-            raise DataError(f"there is no column {name!r} ({key}){did_you_mean(name, names)}")
+            hint = did_you_mean(name, names)
+            if other := next((mark for mark in ";\t|" if len(row) == 1 and name in next(iter(row)).split(mark)), None):
+                hint = f": this file has {other!r} between columns, where a CSV file has commas"
+            raise DataError(f"there is no column {name!r} ({key}){hint}")
         found = found[part]
     return found
 

@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ class Calls:
         except MemoryError:
             return {"died": "it ran out of reward.memory_gib"}
         except Exception as error:
-            return {"raised": f"{type(error).__name__}: {error}"}
+            return {"raised": told(error, _file_of(self.function))}
         if found is None or len(found) != logged.count:
             return {"returned": type(rewards).__name__ if found is None else f"a list of {len(found)}"}
         metrics = {name: sum(values) / len(values) for name, values in logged.metrics.items()}
@@ -182,6 +183,20 @@ def _number(reward: Any) -> float | dict[str, str] | None:
     return {"wrong": repr(reward)[:200]}
 
 
+def told(error: Exception, file: str | None) -> str:
+    """An exception in a line, with where in `file` it came from. Example: KeyError: 'x' (mine.py, line 3, in score)."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    at = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{at}"
+
+
+def _file_of(function: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # An object that can be called: the class has a file.
+        return inspect.getsourcefile(type(function))
+
+
 def _import(where: str) -> Any:
     try:
         if not where.endswith(".py"):
@@ -199,7 +214,7 @@ def _import(where: str) -> Any:
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"reward.path={where} cannot be imported: {type(error).__name__}: {error}") from error
+        raise RewardError(f"reward.path={where} cannot be imported: {told(error, where)}") from error
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

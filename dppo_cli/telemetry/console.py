@@ -96,9 +96,8 @@ class Console:
         if report.name == HELD_OUT and report.accuracy is not None:
             self.accuracies.append(report.accuracy)
         of = "held-out" if report.name == HELD_OUT else report.name
-        self._say(
-            f"step {report.step}: {with_interval(report.accuracy, report.interval)} of {samples} {of} samples right"
-        )
+        right = f"{with_interval(report.accuracy, report.interval)} of {samples} {of} samples right"
+        self._say(f"step {report.step}: {right if report.accuracy is not None else f'no {of} sample was judged'}")
 
     def stepped(self, report: StepReport) -> None:
         metrics = self.last = report.metrics

@@ -20,8 +20,8 @@ def check_finite(loss_N: Tensor) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of torch's allocator on a CPU, or of Python."""
-    words = ("can't allocate memory", "MPS backend out of memory")
+    """Of a GPU, of torch's allocator on a CPU, or of Python; or for more bytes than can be counted."""
+    words = ("can't allocate memory", "MPS backend out of memory", "Storage size calculation overflowed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 

@@ -68,7 +68,8 @@ def check_free(path: Path, key: str) -> None:
     if path.is_dir() and any(p.name not in NO_RUN for p in path.iterdir()):
         holds = {"config.yaml": "already holds a run", "multirun.yaml": "already holds a sweep"}
         what = next((text for name, text in holds.items() if (path / name).exists()), "is not empty")
-        raise RunError(f"{key}={path} {what}; name a new folder, or delete it first")
+        go_on = "add resume=auto to go on with it, " if key == "run_dir" and what in holds.values() else ""
+        raise RunError(f"{key}={path} {what}; {go_on}name a new folder, or delete it first")
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise RunError(f"{key}={path} cannot be written: {parent} is a file; choose another {key}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -122,7 +123,9 @@ def test_a_reward_function_that_fails_leaves_no_run(
 ) -> None:
     assert train(model, "reward.path=rewards.py:broken", "run_dir=run") == 2
     error, nothing = capsys.readouterr().err, "no step was finished; nothing is saved"
-    assert error == f"dppo: the reward function {work}/rewards.py:broken failed: ValueError: no idea; {nothing}\n"
+    where = r"\(rewards\.py, line \d+, in broken\)"
+    failed = rf"dppo: the reward function {re.escape(str(work))}/rewards\.py:broken failed: ValueError: no idea {where}"
+    assert re.fullmatch(f"{failed}; {nothing}\n", error)
     assert not (work / "run").exists() and not (work / "runs").exists()
 
 
@@ -136,7 +139,7 @@ def test_a_reward_function_that_fails_later_leaves_the_steps(
     )
     assert train(model, "reward.path=late.py:f", "run_dir=run", "steps=5") == 2
     saved = "the state after step 2 is saved; to go on: dppo train resume=run"
-    assert capsys.readouterr().err.endswith(f"AssertionError: tired; {saved}\n")
+    assert capsys.readouterr().err.endswith(f"AssertionError: tired (late.py, line 4, in f); {saved}\n")
     assert [row["step"] for row in read_lines(work / "run/metrics.jsonl")] == [1, 2]
 
 
@@ -146,7 +149,8 @@ def test_a_reward_function_that_fails_later_leaves_the_steps(
 def test_a_run_folder_that_holds_a_run(model: Path, work: Path, refused: Callable[..., str]) -> None:
     (work / "run").mkdir()
     (work / "run/config.yaml").write_text("steps: 1\n")
-    assert "run_dir=run already holds a run" in refused(*on_tiny(model, "run_dir=run"))
+    says = "run_dir=run already holds a run; add resume=auto to go on with it, name a new folder, or delete it first"
+    assert says in refused(*on_tiny(model, "run_dir=run"))
     assert (work / "run/config.yaml").read_text() == "steps: 1\n"
 
 

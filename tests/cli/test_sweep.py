@@ -27,9 +27,9 @@ def failed(number: int, status: int = 2, error: str = "no", overrides: tuple[str
     return JobRecord(number, list(overrides), status, error)
 
 
-def rows(records: list[JobRecord], capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+def rows(records: list[JobRecord], capsys: pytest.CaptureFixture[str], *typed: str) -> list[list[str]]:
     """Cells of the table's rows."""
-    show(records)
+    show(records, typed)
     lines = capsys.readouterr().out.splitlines()
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
 
@@ -52,9 +52,13 @@ def test_only_what_varies_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[1] for row in shown] == ["seed=1 approx=x", "seed=1 approx=y", "seed=2 approx=x", "seed=2 approx=y"]
 
 
-def test_a_single_job_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = rows(jobs((["seed=1", "steps=3"], DONE)), capsys)
-    assert row[1] == "seed=1 steps=3"
+def test_of_a_single_job_what_was_not_typed_for_all_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a sweep that was stopped there may be no other one."""
+    single = jobs((["seed=1", "steps=3", "recipes/x=recipe"], DONE))
+    (row,) = rows(single, capsys, "seed=1,2", "steps=3", "+recipes/x=recipe")
+    assert row[1] == "seed=1"
+    (row,) = rows(single, capsys)
+    assert row[1] == "seed=1 steps=3 recipes/x=recipe"
 
 
 def test_a_sweep_of_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

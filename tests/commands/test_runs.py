@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,6 +47,32 @@ def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, An
     assert main(["runs", *words, "json=true"]) == 0
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["runs"]
     return found
+
+
+@pytest.mark.parametrize(
+    ("width", "last", "wrapped"),
+    [(200, "method", False), (110, "model", False), (60, "accuracy", False), (40, "step", False), (20, "step", True)],
+)
+def test_a_narrow_terminal_has_fewer_columns(
+    width: int,
+    last: str,
+    wrapped: bool,
+    work: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Names and states stay whole for as long as there is room for them and the steps; reasons are folded."""
+    make_run(work / "runs/2026-11-27", 8, SUMMARY)
+    make_run(work / "runs/broken", 8).joinpath("config.yaml").write_text("{")
+    monkeypatch.setattr("dppo_cli.commands.runs.RichConsole.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["runs"]) == 0
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    lines = [line for line in shown.splitlines() if "┃" in line]
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert wrapped or lines[0].split("┃")[-2].strip() == last
+    assert ("runs/2026-11-27 " in shown and "finished" in shown and "8 of 8" in shown) is not wrapped
+    assert "damaged" in shown or wrapped
 
 
 def test_a_real_run(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,10 @@ def test_a_checkpoint_of_a_finished_run(name: str, run: Path) -> None:
 def test_nothing_there(work: Path) -> None:
     refused("runs/last", "run=runs/last points nowhere; train one with `dppo train`")
     Path("runs/a").mkdir(parents=True)
-    refused("runs/b", "run=runs/b points nowhere; there are: runs/a")
+    refused("runs/b", "run=runs/b points nowhere; there are: runs/a$")
+    for name in "cdefg":
+        Path("runs", name).mkdir()
+    refused("runs/b", "run=runs/b points nowhere; there are: runs/c, runs/d, runs/e, runs/f, runs/g and 1 others$")
 
 
 def test_a_folder_that_is_no_run(work: Path) -> None:

@@ -117,8 +117,13 @@ def test_bad_rows_are_dropped_counted_and_told_once(load: Load) -> None:
     assert [e.prompt for e in [*task.train, *task.heldout]] == ["a", "b", "c"]
     (text,) = told
     assert text.startswith("3 of 6 rows were dropped (data.on_bad_row=drop); the first: train.jsonl, line 1: no valid")
-    with pytest.raises(DataError, match=r"^train\.jsonl, line 1: no valid JSON"):
+    assert text.endswith("; bad, too: line 3, 4")
+    with pytest.raises(DataError, match=r"^train\.jsonl, line 1: no valid JSON.*; bad, too: line 3, 4$"):
         load(lines, on_bad_row="refuse")
+    with pytest.raises(DataError, match=r"; bad, too: line 4, 6, 8, 10, 12, 14, 16, 18, 20$"):
+        load([{"q": 1} if n % 2 else row for n, row in enumerate(rows(*map(str, range(40))))], on_bad_row="refuse")
+    with pytest.raises(DataError, match=r"line 1: there is no column 'prompt'[^;]*$"):
+        load([{"q": 1}] * 3, on_bad_row="refuse")
     with pytest.raises(
         DataError, match=r"train\.jsonl has no usable row; 2 were dropped, the first: .*line 1: no valid"
     ):

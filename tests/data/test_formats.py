@@ -156,7 +156,14 @@ def test_images_of_a_saved_folder_are_not_decoded_and_json_is() -> None:
         ("a.csv", b'prompt,answer\na,b\n"a"b,c\n', "a.csv, line 3: no valid CSV (',' expected after '\"')"),
         ("a.csv", b"prompt,answer\na,b,c\n", "a.csv, line 2: it has 3 cells, and the header has 2"),
         ("a.csv", b"prompt,prompt\na,b\n", "a.csv, line 1: the header names the column 'prompt' twice"),
-        ("a.csv", b"prompt;answer\na;b\n", "a.csv, line 2: there is no column 'prompt' (data.prompt_column)"),
+        (
+            "a.csv",
+            b"prompt;answer\na;b\n",
+            "a.csv, line 2: there is no column 'prompt' (data.prompt_column): this file has ';' between columns, where "
+            "a CSV file has commas",
+        ),
+        ("a.csv", b"prompt\tanswer\na\tb\n", "(data.prompt_column): this file has '\\t' between columns"),
+        ("a.csv", b"prompts;answer\na;b\n", "(data.prompt_column); did you mean 'prompts;answer'?"),
         ("a.csv", b"prompt,answer\n\xff,b\n", "a.csv, after line 0: it is not UTF-8 text"),
         ("a.csv", b"", "a.csv is empty"),
         ("a.csv", b"prompt,answer\n", "a.csv is empty; expected one problem a line"),

@@ -150,7 +150,10 @@ def test_anything_but_a_list_of_numbers_is_refused(written, returned, words):
 
 
 def test_an_exception_in_the_function(written):
-    with pytest.raises(RewardError, match=r"my_reward\.py:score failed: ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        RewardError,
+        match=r"my_reward\.py:score failed: ZeroDivisionError: division by zero \(my_reward\.py, line \d+, in score\)",
+    ):
         written("def score(prompts, completions, **columns): return [1 / 0]")
 
 

@@ -85,9 +85,11 @@ def test_an_evaluation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Of all samples, however they are grouped."""
     console().evaluated(evaluation(0.25, group_sizes=(1, 3)))
     console().evaluated(evaluation(0.25, group_sizes=(2,), name="aime"))
+    console().evaluated(replace(evaluation(0.25, group_sizes=(2,)), accuracy=None, interval=None))
     assert capsys.readouterr().out.splitlines() == [
         "step 0: 25.0% (95% interval 12.5 to 50.0%) of 4 held-out samples right",
         "step 0: 25.0% (95% interval 12.5 to 50.0%) of 2 aime samples right",
+        "step 0: no held-out sample was judged",
     ]
 
 

@@ -166,6 +166,7 @@ def test_check_finite_counts_and_names_tokens() -> None:
             RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
             True,
         ),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 128]"), True),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (NotImplementedError("no kernel"), False),
     ],

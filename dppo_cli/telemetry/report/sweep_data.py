@@ -92,7 +92,10 @@ def _read_job(path: Path) -> Job:
     if not (path / "config.yaml").is_file():
         return Job(path.name, None, str(error or "it left no run"), swept)
     try:
-        return Job(path.name, read_run(path), None if error is None else str(error), swept)
+        run = read_run(path)
+        # A job that was stopped may have gone on as a run by itself, of which the sweep has no record.
+        finished = run.summary is not None and run.summary.get("interrupted") is False
+        return Job(path.name, run, None if error is None or finished else str(error), swept)
     except DppoError as damage:
         return Job(path.name, None, str(damage), swept)
 

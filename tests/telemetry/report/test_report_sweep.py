@@ -90,6 +90,16 @@ def test_seeds_that_overlap_and_single_seeds(sweep: Path, tmp_path: Path) -> Non
     assert "Cannot be said from one seed" in text and "optim.lr=0.0001" in text
 
 
+def test_a_job_that_was_stopped_and_went_on_by_itself_has_not_failed(sweep: Path) -> None:
+    """`dppo train resume=` of a job writes no record of the sweep."""
+    record = {"number": 1, "status": 130, "error": "stopped: the state after step 2 is saved", "overrides": ["seed=2"]}
+    (sweep / "1/job.json").write_text(json.dumps(record))
+    assert [job.error for job in read_jobs(sweep)][:2] == [None, None]
+    stopped = {**json.loads((sweep / "1/summary.json").read_text()), "interrupted": True}
+    (sweep / "1/summary.json").write_text(json.dumps(stopped))
+    assert [job.error for job in read_jobs(sweep)][:2] == [None, record["error"]]
+
+
 def test_a_job_that_is_damaged_does_not_hide_the_others(sweep: Path) -> None:
     (sweep / "3/config.yaml").write_text("{")
     (sweep / "1/metrics.jsonl").write_text("no json\n")
