@@ -30,6 +30,8 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 
     Raises ConfigError unless there is one thing to evaluate, RunError if the run cannot be used.
     """
+    if OmegaConf.select(node, "data.eval_path") is not None and OmegaConf.is_missing(node.data, "path"):
+        node.data.path = None  # There is nothing to train on.
     base = base_config(node, "evaluate", OF_THE_RUN)
     if "_target_" not in (base.get("data") or {}):
         raise ConfigError("a plain model brings no problems along; add data=arithmetic, or data=file data.path=...")

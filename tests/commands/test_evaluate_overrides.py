@@ -107,6 +107,14 @@ def test_whole_options_in_place_of_the_runs(run: Path) -> None:
     assert config.hardware.device == "cpu"
 
 
+def test_all_problems_of_a_file(run: Path) -> None:
+    """Without a word of rows to train on, which there need not be."""
+    Path("other.jsonl").write_text("".join(f'{{"q": "{n}+1=", "a": "{n + 1}"}}\n' for n in range(5)))
+    words = ("data=file", "data.eval_path=other.jsonl", "data.prompt_column=q", "data.answer_column=a")
+    summary, config = evaluated(f"run={run}", *words)
+    assert (summary["problems"], config.data.path) == (5, None)
+
+
 def test_the_words_of_eval_itself(run: Path) -> None:
     words = ["sampling.temperature=0", "sampling.max_new_tokens=2", "success_reward=0.25", "prompt.template=plain"]
     summary, config = evaluated("run=run", *words)
