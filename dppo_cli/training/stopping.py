@@ -26,6 +26,7 @@ class Stopping:
         self.at_once = False
         self.wants_checkpoint = False
         self.shields = 0
+        self.unsaid: str | None = None
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
@@ -52,12 +53,15 @@ class Stopping:
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Nothing within is interrupted; a stop that came in the meantime is raised at the end."""
+        """Nothing within is interrupted; a stop that came in the meantime is said and raised at the end."""
         self.shields += 1
         try:
             yield
         finally:
             self.shields -= 1
+        if self.unsaid and not self.shields:
+            self.say(self.unsaid)
+            self.unsaid = None
         if self.at_once and not self.shields:
             self.check()
 
@@ -65,7 +69,11 @@ class Stopping:
         if self.signum is None:
             self.signum = signum
             name = signal.Signals(signum).name
-            self.say(f"{name}: stopping after this step, within {self.grace:g} seconds; once more to stop at once")
+            text = f"{name}: stopping after this step, within {self.grace:g} seconds; once more to stop at once"
+            if self.shields:  # A line may be half printed, and would be printed twice.
+                self.unsaid = text
+            else:
+                self.say(text)
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, max(self.grace, 1e-3))
             return

@@ -144,7 +144,7 @@ def test_a_third_signal_is_the_systems() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGTERM, done.stderr
-    assert done.stdout.splitlines()[1:] == ["shielded"]
+    assert done.stdout.splitlines() == ["shielded"]
 
 
 # What is not interrupted
@@ -181,10 +181,17 @@ def test_a_shield_defers_the_end_of_grace() -> None:
 
 
 def test_a_first_signal_in_a_shield_only_asks() -> None:
-    with Stopping(LONG, lambda _: None) as stopping:
+    """And is told of when the shield ends: within, a line may be half printed."""
+    told: list[str] = []
+    with Stopping(LONG, told.append) as stopping:
         with stopping.shielded():
-            send(signal.SIGTERM)
-        went_on = True
+            with stopping.shielded():
+                send(signal.SIGTERM)
+            assert told == []
+        assert len(told) == 1 and told[0].startswith("SIGTERM: stopping after this step")
+        with stopping.shielded():
+            went_on = True
+        assert len(told) == 1
         with pytest.raises(Stopped):
             stopping.check()
     assert went_on
