@@ -84,7 +84,7 @@ class Calls:
         except MemoryError:
             return {"died": "it ran out of reward.memory_gib"}
         except Exception as error:
-            return {"raised": told(error, _file_of(self.function))}
+            return {"raised": told(error)}
         if found is None or len(found) != logged.count:
             return {"returned": type(rewards).__name__ if found is None else f"a list of {len(found)}"}
         metrics = {name: sum(values) / len(values) for name, values in logged.metrics.items()}
@@ -183,18 +183,17 @@ def _number(reward: Any) -> float | dict[str, str] | None:
     return {"wrong": repr(reward)[:200]}
 
 
-def told(error: Exception, file: str | None) -> str:
-    """An exception in a line, with where in `file` it came from. Example: KeyError: 'x' (mine.py, line 3, in score)."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    at = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+def told(error: Exception) -> str:
+    """An exception in a line, with where the user's file last was: `KeyError: 'x' (mine.py, line 3, in score)`."""
+    between = ("<frozen ", os.path.dirname(asyncio.__file__))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith(between)
+    ]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
     return f"{type(error).__name__}: {error}{at}"
-
-
-def _file_of(function: Any) -> str | None:
-    try:
-        return inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # An object that can be called: the class has a file.
-        return inspect.getsourcefile(type(function))
 
 
 def _import(where: str) -> Any:
@@ -214,7 +213,7 @@ def _import(where: str) -> Any:
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"reward.path={where} cannot be imported: {told(error, where)}") from error
+        raise RewardError(f"reward.path={where} cannot be imported: {told(error)}") from error
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -157,6 +157,22 @@ def test_an_exception_in_the_function(written):
         written("def score(prompts, completions, **columns): return [1 / 0]")
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "def score(**columns): return helper()",
+        "async def score(**columns): return helper()",
+        "score = functools.partial(lambda **columns: helper())",
+        "score = functools.wraps(helper)(lambda **columns: helper())",
+        "class Scores:\n    def __call__(self, **columns): return helper()\nscore = Scores()",
+    ],
+    ids=["function", "coroutine", "partial", "wrapped", "object"],
+)
+def test_an_exception_is_told_with_its_line(made, written):
+    with pytest.raises(RewardError, match=r"KeyError: 'x' \(my_reward\.py, line 2, in helper\)$"):
+        written(f"import functools\ndef helper(): return {{}}['x']\n{made}\n")
+
+
 def test_a_function_that_needs_what_there_is_not(written):
     words = (
         "it needs solution, and there are level, source, answer, prompts, completions, completion_ids, trainer_state"
