@@ -71,9 +71,9 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def as_count(value: Any) -> int:
-    """A count that was read from JSON. Raises ValueError for anything else."""
-    if type(value) is not int or not 0 <= value < 2**53:
+def as_count(value: Any, least: int = 0) -> int:
+    """A count that was read from JSON. Raises ValueError for anything else, and below `least`."""
+    if type(value) is not int or not least <= value < 2**53:
         raise ValueError(f"{value!r:.100} is no count")
     return value
 

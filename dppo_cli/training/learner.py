@@ -193,7 +193,7 @@ class Learner:
                 moments.setdefault(index_of[name], {})[kind] = restored(value)
         for name, parameter in self._named_parameters():
             parameter.data.copy_(tensors[f"adapter.{name}"])
-        self.schedule.last_epoch, self.budget = as_count(plain["updates"]), max(1, as_count(plain["budget"]))
+        self.schedule.last_epoch, self.budget = as_count(plain["updates"]), as_count(plain["budget"], least=1)
         groups = self.optimizer.state_dict()["param_groups"]
         for group in groups:
             group["lr"] = self.optim.lr * self.schedule.lr_lambdas[0](plain["updates"])

@@ -59,7 +59,7 @@ class StepSamples:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError, TypeError or KeyError for what `state` does not give."""
-        self.stride = max(1, as_count(state["stride"]))
+        self.stride = as_count(state["stride"], least=1)
         self.sizes = {as_count(step): as_count(size) for step, size in state["sizes"]}
 
     def chosen(self, step: int, groups: Sequence[Group]) -> list[Group]:

@@ -57,7 +57,9 @@ def test_what_is_not_json_is_refused(text: str) -> None:
 def test_what_is_no_count(value: Any) -> None:
     with pytest.raises(ValueError, match="is no count"):
         as_count(value)
-    assert (as_count(0), as_count(2**53 - 1)) == (0, 2**53 - 1)
+    assert (as_count(0), as_count(2**53 - 1), as_count(1, least=1)) == (0, 2**53 - 1, 1)
+    with pytest.raises(ValueError, match="0 is no count"):
+        as_count(0, least=1)
 
 
 @pytest.mark.parametrize("value", [True, None, "1", [], math.nan, math.inf, -math.inf, 10**400])
