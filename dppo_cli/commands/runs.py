@@ -6,8 +6,6 @@ A run folder may be broken in any way, and be written at this moment: what canno
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,29 +15,20 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig
-from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Column, Table
 
-from dppo_cli.config.checks import check_rules, visible
+from dppo_cli.commands.runs_table import BROKEN, FAILED, FINISHED, KILLED, RUNNING, STOPPED, Row, print_runs
+from dppo_cli.config.checks import check_rules
 from dppo_cli.config.saved import MAX_BYTES
 from dppo_cli.errors import RunError
-from dppo_cli.telemetry.table import RichConsole, age, size
 from dppo_cli.training.lock import LOCK, is_held
 from dppo_cli.training.run_folder import BEFORE, METRICS, SUMMARY
 
 CONFIG = "config.yaml"
 RECORD = "job.json"
-RUNNING, FINISHED, STOPPED, KILLED, FAILED, BROKEN = "running", "finished", "stopped", "killed", "failed", "broken"
-COLOURS = {RUNNING: "cyan", FINISHED: "green", STOPPED: "yellow", KILLED: "yellow", FAILED: "red", BROKEN: "red"}
 MAX_DEPTH = 3
 """Folders below the one that is named: a sweep's jobs, and sweeps in a folder."""
 TAIL = 2**16
 """Bytes of the end of metrics.jsonl that the last step is looked for in."""
-LEAST = 3
-"""Columns that are shown however narrow the terminal is; of the others, those that there is room for."""
-PIPE_WIDTH = 200
-"""Columns of the table where there is no terminal to fit."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +41,6 @@ class RunsConfig:
 
     def __post_init__(self) -> None:
         check_rules("", self, {"limit >= 1 or null": self.limit is None or self.limit >= 1})
-
-
-@dataclass(frozen=True)
-class Row:
-    """A run. None: not known. `problem`: why it is broken, or why a job of a sweep failed."""
-
-    run: str
-    state: str
-    step: int | None
-    steps: int | None
-    accuracy_before: float | None
-    accuracy_after: float | None
-    changed: float  # seconds since 1970
-    bytes: int
-    model: str | None
-    method: str | None
-    problem: str | None
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -90,7 +62,7 @@ def run_runs(config: RunsConfig, config_yaml: str) -> dict[str, Any]:
     if config.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        _print(folder, rows, len(found))
+        print_runs(folder, rows, len(found))
     return report
 
 
@@ -250,63 +222,3 @@ def _number(value: Any) -> float | None:
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _print(folder: Path, rows: Sequence[Row], total: int) -> None:
-    console = RichConsole(highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    if not rows:
-        console.print(f"there are no runs in {visible(str(folder))}", markup=False)
-        return
-    columns = [
-        ("run", [_shown(row.run) for row in rows]),
-        ("state", [f"[{COLOURS[row.state]}]{row.state}[/]" for row in rows]),
-        ("step", [f"{_or_dash(row.step)} of {_or_dash(row.steps)}" for row in rows]),
-        ("accuracy", [_accuracy(row) for row in rows]),
-        ("age", [age(time.time() - row.changed) for row in rows]),
-        ("size", [size(row.bytes) for row in rows]),
-        ("model", [_shown(row.model or "-") for row in rows]),
-        ("method", [_shown(row.method or "-") for row in rows]),
-    ]
-    unlimited = console.options.update(max_width=sys.maxsize)
-    while not (fits := Measurement.get(console, unlimited, _table(columns)).maximum <= console.width):
-        if len(columns) == LEAST:
-            break
-        columns.pop()
-    for n, row in enumerate(rows):  # Of any length, so they are folded.
-        columns[1][1][n] += f"\n{_shown(row.problem)}" if row.problem else ""
-    console.print(_table(columns, whole=fits))
-    if len(rows) < total:
-        console.print(f"{len(rows)} of {total} runs; limit=null shows all")
-
-
-def _table(columns: Sequence[tuple[str, Sequence[str]]], *, whole: bool = False) -> Table:
-    """`whole`: nothing is folded but what is said of a state."""
-    longest = max(map(len, COLOURS)) if whole else None
-    heads = [
-        Column(name, overflow="fold", no_wrap=whole and name != "state", min_width=longest if name == "state" else None)
-        for name, _ in columns
-    ]
-    table = Table(*heads)
-    for cells in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*cells)
-    return table
-
-
-def _shown(text: str) -> str:
-    return escape(visible(text))
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)
-
-
-def _accuracy(row: Row) -> str:
-    """Before and after training. Example: 29.6% -> 97.4%."""
-    known = (row.accuracy_before, row.accuracy_after)
-    return "-" if known == (None, None) else " -> ".join(map(_share, known))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

@@ -64,7 +64,7 @@ def test_a_narrow_terminal_has_fewer_columns(
     """Names and states stay whole for as long as there is room for them and the steps; reasons are folded."""
     make_run(work / "runs/2026-11-27", 8, SUMMARY)
     make_run(work / "runs/broken", 8).joinpath("config.yaml").write_text("{")
-    monkeypatch.setattr("dppo_cli.commands.runs.RichConsole.is_terminal", True)
+    monkeypatch.setattr("dppo_cli.commands.runs_table.RichConsole.is_terminal", True)
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["runs"]) == 0
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
