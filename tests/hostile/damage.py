@@ -230,11 +230,7 @@ def edit_manifest(path: Path, place: float, value: Any) -> None:
 
 def copy(path: Path, name: str) -> None:
     """A second checkpoint with the content of another, under an odd name."""
-    _copy_tree(path, path.parent / name)
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
+    shutil.copytree(path, path.parent / name, symlinks=True, copy_function=_copy_file)
 
 
 def _copy_file(source: str, target: str) -> None:
@@ -252,7 +248,7 @@ def swap(path: Path, other: str) -> None:
     source = path.parent / other
     spare = path.parent.parent / "spare"
     if source.is_dir():
-        _copy_tree(source, spare)
+        shutil.copytree(source, spare, symlinks=True, copy_function=_copy_file)
     else:
         _copy_file(str(source), str(spare))
     delete(path)
