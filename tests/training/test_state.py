@@ -1,134 +1,19 @@
 """A run that was stopped and goes on from a snapshot equals an undisturbed one."""
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import make
 import pytest
 import torch
-from helpers import read_lines
-from safetensors.torch import load, save
+from safetensors.torch import save
+from state_cases import CHOSEN, MEASURED, Run, go_on, new_run, through_files
 
-from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner, train
-from dppo_cli.errors import RunError
-from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.collect import InStepCollector
-from dppo_cli.telemetry.listeners import Listeners
-from dppo_cli.telemetry.trust_region import MaskedTokens
-from dppo_cli.telemetry.watch import GROWTH, Watch
-from dppo_cli.training.evaluation import compared
-from dppo_cli.training.metrics import COST
+from dppo_cli.telemetry.watch import GROWTH
 from dppo_cli.training.order import Shuffled
-from dppo_cli.training.run_folder import RunFolder
-from dppo_cli.training.samples import StepSamples
-from dppo_cli.training.state import RunState, Snapshot
-from dppo_cli.training.stopping import Stopping
-from dppo_cli.types import Completion, Prompt, Score
+from dppo_cli.training.state import Snapshot
 
 pytestmark = pytest.mark.usefixtures("work")
-
-# Whatever a run can remember matters here: random numbers in an update, the schedule, the order of mini-batches.
-CHOSEN = (
-    "steps=4",
-    "adapter.dropout=0.1",
-    "optim.lr=0.01",
-    "optim.schedule=cosine",
-    "batch.epochs=2",
-    "batch.prompts_per_update=1",
-    "batch.samples_per_prompt=4",
-    "anchor=recompute",
-    "divergence.delta_low=0.02",
-    "divergence.delta_high=0.02",
-)
-
-
-MEASURED = {
-    "problems": 3,
-    "samples": 3,
-    "accuracy": 0.25,
-    "standard_error": None,
-    "interval": [0.0, 0.5],
-    "pass_at": {"1": 0.25},
-    "majority_at": {"1": None},
-    "rates": [0.0, None, 0.5],
-    "fingerprint": "4624224b588a6e52",
-}
-OTHERS = (None, True, -1, 0, 10**30, 0.5, math.nan, math.inf, "x", "1", [], [None, 1], {"a": 1})
-"""Values to put into a state."""
-
-
-@dataclass
-class Run:
-    """What `dppo train` has made before the first step."""
-
-    config: TrainConfig
-    policy: Policy
-    masked: MaskedTokens
-    watch: Watch
-    state: RunState
-
-
-def new_run(config: TrainConfig) -> Run:
-    policy = make.policy(config)
-    # Five prompts, two a step: the snapshot comes in the middle of a round.
-    prompts = make.prompts(policy, (*make.MIXED, "12+3="))
-    masked = MaskedTokens(text_of=str)
-    watch = Watch(config.objective.masks, lambda text: state.warnings.append(text))
-    tallies = {"masked_tokens": masked, "watch": watch}
-    state = RunState(make_learner(policy, config), Shuffled(prompts, config.seed), tallies)
-    return Run(config, policy, masked, watch, state)
-
-
-def score(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[list[Score]]:
-    """A reward by which two responses of a random model seldom are equal."""
-    return [[Score(sum(ord(c) % 16 for c in one.text) / 16) for one in row] for row in completions]
-
-
-def go_on(run: Run, until: int, folder: Path) -> list[dict[str, Any]]:
-    """Take the steps up to `until` as `dppo train` does; the lines of metrics.jsonl, apart from the times."""
-    config = replace(run.config, steps=until)
-    engine = config.rollout.load(run.policy, make.fail)
-    collector = InStepCollector(
-        engine,
-        score,
-        config.advantage,
-        config.batch,
-        config.sampling,
-        config.approx.num_logprobs,
-        config.seed,
-        mask_truncated=False,
-    )
-    listeners = Listeners([run.masked, run.watch])
-    saved: list[int] = []
-    with RunFolder(folder, "", run.policy.adapter_bytes) as opened, engine, Stopping(60.0, make.fail) as stopping:
-        engine.sync(run.state.step)
-        train(
-            run.state,
-            config,
-            collector,
-            engine,
-            make.fail,
-            lambda: saved.append(run.state.step),
-            lambda: 0.0,
-            opened,
-            StepSamples(config.samples, until, str, make.fail),
-            listeners,
-            stopping,
-        )
-    assert saved == [], "checkpoint.every is more than these steps"
-    assert len(listeners.listening) == 2, "no listener failed"
-    rows = read_lines(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in COST} for row in rows]
-
-
-def through_files(snapshot: Snapshot) -> Snapshot:
-    """What is left of a snapshot after it was written and read."""
-    return Snapshot(load(save(snapshot.tensors)), json.loads(json.dumps(snapshot.plain)))
 
 
 def as_bytes(snapshot: Snapshot) -> tuple[bytes, str]:
@@ -203,90 +88,6 @@ def test_a_snapshot_before_the_first_step_is_the_start(train_config, tmp_path):
     resumed.state.load(saved)
     assert go_on(resumed, 1, tmp_path / "resumed") == metrics
     assert_same(resumed, undisturbed)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("before", math.nan),
-        ("before", {"held_out": 1.0}),
-        ("before", {"held_out": {"accuracy": 0.5}}),
-        ("fingerprint", ["4624224b588a6e52"]),
-        ("best", [1]),
-        ("best", [1, "x"]),
-        ("best", [math.inf, 0.5]),
-        ("best", [1, math.nan]),
-        ("seconds", None),
-        ("seconds", math.nan),
-        ("seconds", -1),
-        ("seconds", 1e10),
-        ("warnings", 3),
-        ("step", -1),
-        ("step", True),
-        ("prompts", {"taken": 1}),
-    ],
-)
-def test_what_no_run_has_written_is_refused(key, value, train_config):
-    """At once, not when a summary is made of it at the end."""
-    run = new_run(train_config(*CHOSEN))
-    snapshot = run.state.snapshot()
-    with pytest.raises(RunError, match=r"the checkpoint of step \S+ is of another run"):
-        run.state.load(replace(snapshot, plain={**snapshot.plain, key: value}))
-    run.state.load(snapshot)
-
-
-def places(node: Any, above: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """The keys that lead to each value; of values in lists, the first of each kind."""
-    found: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        for where in ((*above, key), *places(child, (*above, key)).values()):
-            found.setdefault(tuple("#" if isinstance(part, int) and part > 1 else part for part in where), where)
-    return found
-
-
-def test_whatever_is_in_a_state_it_is_refused_or_can_be_gone_on_from(train_config, tmp_path):
-    """Not that it fails, after hours, when tables are made of it."""
-    config = train_config(*CHOSEN)
-    run = new_run(config)
-    run.state.before = {"held_out": MEASURED}
-    go_on(run, 1, tmp_path / "run")
-    saved = through_files(run.state.snapshot())
-    refused, told = 0, set()
-    for where in places(saved.plain).values():
-        for value in OTHERS:
-            plain = json.loads(json.dumps(saved.plain))
-            at = plain
-            for key in where[:-1]:
-                at = at[key]
-            at[where[-1]] = value
-            try:
-                run.state.load(Snapshot(saved.tensors, plain))
-            except RunError:
-                refused += 1
-                continue
-            told.add(where[0])
-            json.dumps(run.state.snapshot().plain, allow_nan=False)
-            json.dumps([run.masked.rows(20), run.masked.by_mu.rows()], allow_nan=False)
-            compared(run.state.before, run.state.before)
-            assert run.state.prompts.state()["taken"] <= 2
-    assert refused > 300 and told >= {"seconds", "best", "before", "fingerprint", "tallies"}
-    run.state.load(saved)
-    go_on(run, 2, tmp_path / "rest")
-
-
-@pytest.mark.parametrize("change", [lambda t: t.to(torch.complex64), lambda t: t + math.inf, lambda t: t * math.nan])
-@pytest.mark.parametrize("kind", ["adapter.", "optimizer.exp_avg."])
-def test_a_tensor_that_no_run_has_is_refused(kind, change, train_config, tmp_path):
-    """Torch would take the real part of a complex one, and warn; one that is not finite would end the run."""
-    run = new_run(train_config(*CHOSEN))
-    go_on(run, 1, tmp_path / "run")
-    snapshot = run.state.snapshot()
-    name = next(name for name in snapshot.tensors if name.startswith(kind))
-    tensors = {**snapshot.tensors, name: change(snapshot.tensors[name])}
-    with pytest.raises(
-        RunError, match=f"the checkpoint of step 1 is of another run: .*{name} is complex or not finite"
-    ):
-        run.state.load(replace(snapshot, tensors=tensors))
 
 
 PROMPTS = [make.prompt(i) for i in range(7)]
