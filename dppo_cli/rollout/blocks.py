@@ -31,8 +31,8 @@ class Pace:
     `steps`: of a block; `ahead`: blocks that the device is given before the host looks at the one before. `rows`:
     numbers of rows that there are steps for, above the last its multiples; `width`: positions that attention reads, and
     those of places and slots, are rounded up to multiples of it. Fewer of either make fewer graphs. `prompt_tokens`: of
-    prompts that run at once, with their padding, or of one prompt. More would take memory and hardly save time: so many
-    multiply about as fast as a device can.
+    prompts that run at once, with their padding, or of one prompt. More would take memory and should hardly save time
+    (not measured): so many rows keep a device's multipliers busy.
     """
 
     steps: int
