@@ -202,7 +202,7 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             record.unlink()
     searchpath = f"file://{recipes_dir().parent}"
     own = [f"hydra.searchpath=[{searchpath}]", f"hydra.sweep.dir={_quoted(str(sweep_dir))}", Launching.WORD]
-    started_with, saved = sys.argv, ""
+    started_with = sys.argv
     if OPTUNA in overrides:
         overrides = [OPTUNA, *SEARCH, *overrides]
     sys.argv = ["dppo", *options, "--", *overrides, *own]
@@ -220,7 +220,6 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
         if not read_records(sweep_dir):  # It is no sweep.
             raise
         stops.signum = getattr(error, "signum", signal.SIGINT)
-        saved = str(error).partition("to go on: ")[0].removesuffix("; ")
     except Exception as error:  # Of odd words Hydra raises errors of many kinds.
         # A search of which every job failed ends in an error of the sweeper's; the records say why.
         if not exit_status(read_records(sweep_dir)):
@@ -234,8 +233,9 @@ def _run_hydra(command: str, options: list[str], overrides: list[str]) -> int:
             show(records, overrides)
             remove_if_empty(sweep_dir)
     if stops.signum is not None:
-        go_on = f"to go on: the same command with run_dir={sweep_dir} resume=auto" if command == "train" else ""
-        raise Stopped(stops.signum, "; ".join(filter(None, (saved, go_on))) or "jobs that had ended are done")
+        # What was saved of each job is in the table.
+        go_on = f"to go on: the same command with run_dir={sweep_dir} resume=auto"
+        raise Stopped(stops.signum, go_on if command == "train" else "jobs that had ended are done")
     if job.failure is not None:
         try:
             raise job.failure
