@@ -29,9 +29,9 @@ def kernels(bench: Bench) -> None:
     if not has_triton(bench.device):
         bench.add("kernels of norms, gates and rotations", not_run="Triton is not installed, or has no GPU")
         return
-    from dppo_cli.kernels.fused.norm import add_and_norm, norm
+    from dppo_cli.kernels.fused.gated import swiglu
+    from dppo_cli.kernels.fused.norm import add_and_norm, rms_norm
     from dppo_cli.kernels.fused.rotary import rotate
-    from dppo_cli.kernels.fused.swiglu import swiglu
 
     size = bench.size
     of = size.model
@@ -50,8 +50,8 @@ def kernels(bench: Bench) -> None:
     angles = angle.cos().bfloat16(), angle.sin().bfloat16()
     # Name, kernel, plain operations, inputs, and how often the backward pass reads or writes as much as one input.
     cases: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor, ...], float]] = [
-        (f"norm of {hidden}", lambda x: norm(x, wide.weight, 1e-6), wide, (random(tokens, hidden),), 3),
-        (f"norm of {head}", lambda x: norm(x, short.weight, 1e-6), short, (random(tokens, queries, head),), 3),
+        (f"norm of {hidden}", lambda x: rms_norm(x, wide.weight, 1e-6), wide, (random(tokens, hidden),), 3),
+        (f"norm of {head}", lambda x: rms_norm(x, short.weight, 1e-6), short, (random(tokens, queries, head),), 3),
         (
             "rotation",
             lambda q, k: rotate(q, k, *angles),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dppo_cli.kernels.devices import CUDA, empty_cache
 from dppo_cli.kernels.four_bits import biases_of, is_4_bit, why_not
 from dppo_cli.kernels.joined import are_joined, joined
-from dppo_cli.kernels.llama import Projections, each
 from dppo_cli.kernels.probe import refused, without_triton
+from dppo_cli.kernels.token_step import Projections, each
 
 NOT_FUSED = "products with 4-bit weights take several times as long as they could: {}"
 NOT_AT_ONCE = "the adapter takes a kernel for each layer, because the one for several layers does not work here: {}"
@@ -29,7 +29,7 @@ ROWS = 64
 
 
 class Beside:
-    """Makes the products of `LlamaStep`; `refresh` takes over the adapter as it is now, at the same addresses.
+    """Makes the products of `TokenStep`; `refresh` takes over the adapter as it is now, at the same addresses.
 
     Dropout is left out. Layers without an adapter, and adapters that compute something else (DoRA, several adapters,
     biases), run as the modules they are. `warn` is told, once each, if products in 4 bits should be fused, or adapters

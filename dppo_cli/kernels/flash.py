@@ -28,7 +28,12 @@ ROWS, LONGEST = 5, 512
 class OverSlots(Protocol):
     """An attention of one token per row to two stretches of pools."""
 
-    def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None: ...
+    def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None:
+        """Where the stretches of each row begin in the pool, and how many positions the next calls attend to: int64.
+
+        A prompt's may be empty, as behind a window; none of a row's own is.
+        """
+        ...
 
     def __call__(
         self, q_RKQD: Tensor, keys_MKD: Tensor, values_MKD: Tensor, attn_mask: Tensor | None, scale: float
@@ -36,7 +41,7 @@ class OverSlots(Protocol):
 
 
 class FlashOverSlots:
-    """Takes the place of `scaled_dot_product_attention` in `LlamaStep`, for keys and values that are whole pools.
+    """Takes the place of `scaled_dot_product_attention` in `TokenStep`, for keys and values that are whole pools.
 
     `rows`: at most; `longest`: positions of a stretch, at most.
     """
@@ -47,10 +52,6 @@ class FlashOverSlots:
         self.k_start = self.used = self.q_start[:0]
 
     def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None:
-        """Where the stretches of each row begin in the pool, and how many positions the next calls attend to.
-
-        None is empty: the kernel says of an empty one that its log-sum-exp is infinite.
-        """
         # One call for both: as many sequences as there are rows, twice, and the end of the last, which is not read.
         self.k_start = torch.cat([prompt_R, own_R, own_R[:1]]).int()
         self.used = torch.cat([prompt_used_R, own_used_R]).int()
@@ -74,6 +75,8 @@ class FlashOverSlots:
             scale=scale,
             seqused_k=self.used,
         )[:2]
+        # The kernel says of an empty stretch that its log-sum-exp is infinite.
+        lse = lse.masked_fill(self.used == 0, -torch.inf)
         return merged(found, lse).reshape(q_RKQD.shape)
 
 
@@ -97,10 +100,12 @@ def difference(
 
     `attention` is for `ROWS` and `LONGEST`. Three prompts are in use up to their first position, a middle one, and
     their last, and so are the slots of five rows that read them, in no order and some of them twice. Behind these
-    positions are large numbers. Raises RuntimeError where the kernel refuses.
+    positions are large numbers. Two rows have a window: one sees nothing of its prompt, one not its beginning. Raises
+    RuntimeError where the kernel refuses.
     """
     longest = LONGEST
     prompt_used, prompt, own_used = (1, 300, longest), (2, 0, 2, 1, 0), (1, longest, 300, longest, 1)
+    past, own_past = (0, 1, 0, 37, 0), (0, 13, 0, 0, 0)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -114,9 +119,13 @@ def difference(
         states[~seen] = 100.0
     prompt_R = torch.tensor(prompt, device=device)
     own_R = torch.arange(len(prompt), device=device) + len(prompt_used)
-    attention.look(prompt_R * longest, own_R * longest, used[prompt_R], used[own_R])
+    past_R, own_past_R = torch.tensor(past, device=device), torch.tensor(own_past, device=device)
+    begin = prompt_R * longest + past_R, own_R * longest + own_past_R
+    attention.look(*begin, used[prompt_R] - past_R, used[own_R] - own_past_R)
     found = attention(q, keys.flatten(0, 1), values.flatten(0, 1), attn_mask=None, scale=size**-0.5)
     both_keys, both_values, mask = (torch.cat([of[prompt_R], of[own_R]], dim=1) for of in (keys, values, seen))
+    position = torch.arange(longest, device=device)
+    mask &= torch.cat([position >= past_R[:, None], position >= own_past_R[:, None]], dim=1)
     expected = scaled_dot_product_attention(
         q.float(),
         both_keys.transpose(1, 2).float(),

@@ -20,18 +20,12 @@ from transformers import PreTrainedModel
 from dppo_cli.kernels.beside import Beside
 from dppo_cli.kernels.devices import empty_cache
 from dppo_cli.kernels.flash import CLOSE, LONGEST, ROWS, FlashOverSlots, OverSlots, difference, has_flash
-from dppo_cli.kernels.llama import LlamaStep
+from dppo_cli.kernels.layer_parts import windows_of
 from dppo_cli.kernels.probe import refused, without_triton
+from dppo_cli.kernels.token_step import Attend, TokenStep
 
-FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
-"""Rotary frequencies that do not depend on how long the longest sequence is."""
 WITHOUT_SPLIT = "attention of a decoding step takes several kernels, because that in Triton does not work here: {}"
 WITHOUT_FLASH = "attention reads more of the cache than is in use, because torch's flash kernel does not work here: {}"
-
-
-def has_fixed_frequencies(model: PreTrainedModel) -> bool:
-    """Whether a key in a slot stays right when its sequence, or another, grows."""
-    return getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None) in FIXED_ROTARY
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def write_each(keys_MKD: Tensor, values_MKD: Tensor, at_R: Tensor, keys_RK1D: Te
 
 
 class SlotStates:
-    """Keys and values of one layer, [M, K, D], written where `Decoding` says. As `LlamaStep` asks a cache for them.
+    """Keys and values of one layer, [M, K, D], written where `Decoding` says. As `TokenStep` asks a cache for them.
 
     They begin as zeros: what is behind a sequence's end has no weight in its attention, but zero times NaN is NaN.
     """
@@ -120,19 +114,29 @@ def _whole(pool_MKD: Tensor) -> Tensor:
 
 
 class Decoding:
-    """`step` for one token of each of the first R slots. See `LlamaStep` for the models that it computes.
+    """`step` for one token of each of the first R slots. See `TokenStep` for the models that it computes.
 
     `like`: keys of any prompts [N, L, K, D], for each layer; their precision is that in which the model computes.
-    `warn` is told if a faster attention (see `over_slots`) should work here and does not.
+    `warn` is told if a faster attention (see `over_slots`) should work here and does not. Layers with a window keep all
+    positions, and read those that it shows.
     """
 
     def __init__(self, model: PreTrainedModel, room: Room, like: Sequence[Tensor], warn: Callable[[str], None]) -> None:
         self.room = room
         device, dtype = like[0].device, like[0].dtype
-        self.flash, write = over_slots(room, model.config.num_attention_heads, like[0], warn)
+        make, write = over_slots(room, model.config.get_text_config().num_attention_heads, like[0], warn)
+        longest = room.prompt_positions + room.positions
+        # One that no sequence reaches is none.
+        windows = [w if w is not None and w < longest else None for w in windows_of(model) or ()]
+        self.windows = set(windows)
+        self.flash: dict[int | None, OverSlots] = {} if make is None else {window: make() for window in self.windows}
         self.states = [SlotStates(room, states, write) for states in like]
         self.beside = Beside(dtype, warn)
-        self.run = LlamaStep(model, self.beside, self.flash or scaled_dot_product_attention)
+
+        def attend(window: int | None) -> Attend:
+            return self.flash.get(window, scaled_dot_product_attention)
+
+        self.run = TokenStep(model, windows, self.beside, attend)
         if self.beside.wholes:
             empty_cache(device)  # of the weights that were copied to be beside each other
         self.start_S = torch.arange(room.slots, device=device) * room.positions + room.of_prompts
@@ -145,14 +149,23 @@ class Decoding:
         every length; the work grows with it, unless `flash` reads true lengths.
         """
         rows, room = len(token_R), self.room
-        start_R = self.start_S[:rows]
-        mask_RX: Tensor | None = None
+        start_R, position_R = self.start_S[:rows], prompt_R + length_R
+        masks: dict[int | None, Tensor] = {}
         shown: Shown = _whole
-        if self.flash is not None:
-            self.flash.look(place_R * room.prompt_positions, start_R, prompt_R, length_R + 1)
-        else:
-            of_prompt = self.position_X[: room.prompt_positions] < prompt_R[:, None]
-            mask_RX = torch.cat([of_prompt, self.position_X[:width] <= length_R[:, None]], dim=1)
+        for window in self.windows:
+            # Positions that are not seen any more, of the prompt and of what was written.
+            past_R = torch.zeros_like(prompt_R) if window is None else (position_R + 1 - window).clamp(min=0)
+            past_prompt_R = past_R.minimum(prompt_R)
+            past_own_R = past_R - past_prompt_R
+            if self.flash:
+                stretches = place_R * room.prompt_positions + past_prompt_R, start_R + past_own_R
+                self.flash[window].look(*stretches, prompt_R - past_prompt_R, length_R + 1 - past_own_R)
+            else:
+                of_prompt, own = self.position_X[: room.prompt_positions], self.position_X[:width]
+                seen = (of_prompt < prompt_R[:, None]) & (of_prompt >= past_prompt_R[:, None])
+                seen_own = (own <= length_R[:, None]) & (own >= past_own_R[:, None])
+                masks[window] = torch.cat([seen, seen_own], dim=1)
+        if not self.flash:
 
             def gathered(pool_MKD: Tensor) -> Tensor:
                 own = of_slots(pool_MKD, room)[:rows, :width]
@@ -163,13 +176,13 @@ class Decoding:
         at_R = start_R + length_R
         for states in self.states:
             states.look(at_R, shown)
-        return self.run(self.states, token_R, (prompt_R + length_R)[:, None], mask_RX)[:, -1]
+        return self.run(self.states, token_R, position_R[:, None], masks)[:, -1]
 
 
 def over_slots(
     room: Room, heads: int, like_NLKD: Tensor, warn: Callable[[str], None]
-) -> tuple[OverSlots | None, Write]:
-    """The fastest attention that reads true lengths and works here, for `heads` of queries, and how states are written.
+) -> tuple[Callable[[], OverSlots] | None, Write]:
+    """Makes the fastest attention that reads true lengths and works here, for `heads` of queries; and writes states.
 
     None where there is none: silently where none is for the device or precision, else `warn` is told why.
     """
@@ -185,7 +198,7 @@ def over_slots(
         if attention.supports(shared, size):
             why_not = refused(lambda: attention.difference(device, dtype, key_heads, shared, size), CLOSE)
             if why_not is None:
-                return attention.SplitAttention(room.prompt_positions, room.positions), attention.write
+                return lambda: attention.SplitAttention(room.prompt_positions, room.positions), attention.write
     if why_not:
         warn(WITHOUT_SPLIT.format(why_not))
 
@@ -194,6 +207,7 @@ def over_slots(
 
     why_not = refused(apart, CLOSE)
     if why_not is None:
-        return FlashOverSlots(room.slots, max(room.prompt_positions, room.positions), device), write_each
+        longest = max(room.prompt_positions, room.positions)
+        return lambda: FlashOverSlots(room.slots, longest, device), write_each
     warn(WITHOUT_FLASH.format(why_not))
     return None, write_each

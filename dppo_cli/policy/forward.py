@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dppo_cli.kernels.layer_parts import sees_all
 from dppo_cli.kernels.segments import Segments
 from dppo_cli.policy.policy import Policy
 from dppo_cli.types import Batch, PaddedPrompts
@@ -211,15 +212,15 @@ def last_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Te
 def shared_beginning(model: PreTrainedModel, prompts: PaddedPrompts) -> int:
     """C: how many tokens run once for all prompts, 0 where it is not worth it. At least one token is left of each.
 
-    Padding is then between the beginning and what follows. So it cannot be shared where distance is measured in
-    columns (a sliding window, or a model that takes no positions, such as MPT), nor where a layer's state is more than
-    keys and values.
+    Padding is then between the beginning and what follows. So it cannot be shared where distance in columns matters (a
+    sliding window that is passed, or a model that takes no positions, such as MPT), nor where a layer's state is more
+    than keys and values.
     """
     common = min(common_tokens(prompts.token_ids), min(len(ids) for ids in prompts.token_ids) - 1)
     if common * (len(prompts.token_ids) - 1) < WORTH_SHARING:
         return 0
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    return common if keeps_every_position(model) and takes_positions else 0
+    return common if takes_positions and sees_all(model, prompts.ids_PL.shape[1] + 1) else 0
 
 
 def shared_tokens(token_ids: Sequence[Sequence[int]]) -> int:
@@ -232,11 +233,6 @@ def common_tokens(token_ids: Sequence[Sequence[int]]) -> int:
     """How many tokens all of them begin with."""
     columns = zip(*token_ids, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def keeps_every_position(model: PreTrainedModel) -> bool:
-    """Whether each layer keeps the keys and values of all positions, and nothing else: no window, no other state."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def split_by_tokens(lengths: Sequence[int], contexts: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
-from dppo_cli.kernels.llama import LAYERS
+from dppo_cli.kernels.layer_parts import is_known, windows_of
 from dppo_cli.kernels.segments import Segments, attend
-from dppo_cli.policy.forward import keeps_every_position, packed_states
+from dppo_cli.policy.forward import packed_states
 from dppo_cli.policy.policy import Policy
 from dppo_cli.types import Batch
-
-PACKED_LAYERS = (*LAYERS, Olmo2DecoderLayer, Phi3DecoderLayer, SmolLM3DecoderLayer)
-"""Layers whose attention is nothing but softmax(q k^T) v, and which hand on to it what the model was called with."""
 
 
 class PackedGroups:
@@ -117,10 +111,8 @@ class Row:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model computes the same from a row of segments: its layers are known, and keep every position."""
-    layers = getattr(model.base_model, "layers", ())
-    known = bool(layers) and all(type(layer) in PACKED_LAYERS for layer in layers)
-    return known and model.config._attn_implementation == "sdpa" and keeps_every_position(model)
+    """Whether the model computes the same from a row of segments: its layers are known, and have no window."""
+    return is_known(model) and not any(windows_of(model) or (1,))
 
 
 def attention(

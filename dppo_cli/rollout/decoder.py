@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dppo_cli.errors import ModelError
-from dppo_cli.kernels.llama import LlamaStep, is_built_like_llama
-from dppo_cli.policy.forward import keeps_every_position, last_states, run_prompts
+from dppo_cli.kernels.layer_parts import is_known, sees_all
+from dppo_cli.kernels.token_step import TokenStep
+from dppo_cli.policy.forward import last_states, run_prompts
+from dppo_cli.rollout.frequencies import check_length
 from dppo_cli.types import PaddedPrompts, Prompt
 
 
@@ -34,12 +35,13 @@ class Decoder:
         self.prompts = PaddedPrompts.pad([p.token_ids for p in prompts], pad_id, model.device)
         self.width = self.prompts.ids_PL.shape[1]
         self.capacity = self.width + max_new_tokens
-        _check_frequencies(model, self.width, max_new_tokens)
+        check_length(model, self.width, max_new_tokens)
         self.length_B1 = self.prompts.length_P1
         self.mask_BX = self.prompts.mask(max_new_tokens)
-        self.cache = DynamicCache(config=model.config)
-        has_short_cut = keeps_every_position(model) and is_built_like_llama(model)
-        self.short_cut = LlamaStep(model) if has_short_cut else None
+        # A window that shows all positions is none.
+        whole = sees_all(model, self.capacity)
+        self.cache = DynamicCache() if whole else DynamicCache(config=model.config)
+        self.short_cut = TokenStep(model) if whole and is_known(model) else None
         self.written = 0
 
     def prefill(self) -> Tensor:
@@ -72,26 +74,9 @@ class Decoder:
         self.written += 1
         mask_AX = None if self.mask_BX is None else self.mask_BX[:, : self.width + self.written]
         if self.short_cut is not None:
-            return self.short_cut(self.cache.layers, token_A, position_A1, mask_AX)[:, -1]
+            masks: dict[int | None, Tensor] = {} if mask_AX is None else {None: mask_AX}
+            return self.short_cut(self.cache.layers, token_A, position_A1, masks)[:, -1]
         return last_states(self.model, token_A[:, None], position_A1, mask_AX, self.cache)
-
-
-def _check_frequencies(model: PreTrainedModel, width: int, max_new_tokens: int) -> None:
-    """Raise ModelError if keys in the cache would have other rotary frequencies than when all tokens run at once.
-
-    LongRoPE (arXiv 2402.13753; Phi-3, Phi-4-mini) has two sets, and takes the second for all tokens as soon as the
-    longest sequence has more than the first is for.
-    """
-    found: dict[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    for of in (found, *found.values()):  # Some models have other ones for each kind of layer.
-        if isinstance(of, dict) and of.get("rope_type") == "longrope":
-            limit = of["original_max_position_embeddings"]
-            if width + max_new_tokens > limit:
-                raise ModelError(
-                    f"this model's rotary frequencies change for all tokens beyond {limit} (longrope), and prompts of "
-                    f"up to {width} tokens with sampling.max_new_tokens={max_new_tokens} can have more; lower it, or "
-                    "shorten the prompts"
-                )
 
 
 @dataclass(frozen=True)

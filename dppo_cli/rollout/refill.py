@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.graphs import Graphs
-from dppo_cli.kernels.llama import is_built_like_llama
-from dppo_cli.kernels.slots import Room, has_fixed_frequencies
-from dppo_cli.policy.forward import keeps_every_position
+from dppo_cli.kernels.layer_parts import is_known, windows_of
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.blocks import Blocks, Pace, rounded_up
 from dppo_cli.rollout.copies import Sampler
+from dppo_cli.rollout.frequencies import are_fixed, check_length
 from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import Prefilled, StaticSequences
 
@@ -34,8 +34,8 @@ sample, so there can be as many as slots, but places for all of them would take 
 
 def refuses(model: PreTrainedModel, sampling: Sampling | None = None) -> str | None:
     """Why `Refilling` cannot sample from a model, or with these options; None if it can."""
-    if not (keeps_every_position(model) and is_built_like_llama(model) and has_fixed_frequencies(model)):
-        return "the model is not built like Llama"
+    if not is_known(model) or windows_of(model) is None or not are_fixed(model):
+        return "there are no static steps for layers of this kind"
     # They are looked for on the host, at every step.
     return "there are stop strings" if sampling is not None and sampling.stop else None
 
@@ -73,7 +73,12 @@ class Refilling:
     # Of a generator torch ends the mode at each yield.
     @torch.inference_mode()
     def sample(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
-        """Each prompt's number and its responses, when they have all ended."""
+        """Each prompt's number and its responses, when they have all ended.
+
+        Raises ModelError for responses whose log-probs could not be those of training.
+        """
+        longest = max(len(prompt.token_ids) for prompt in wanted.prompts)
+        check_length(sampler.model, longest, wanted.sampling.max_new_tokens)
         room = room_for(wanted, self.slots, self.pace)
         opened = partial(self._opened, sampler, wanted, room)
         stay = False

@@ -40,7 +40,7 @@ def prefill(sampler: Sampler, prompts: Sequence[Prompt], pad_id: int, device: to
     """Run each prompt once, as the plain path does."""
     on_host = PaddedPrompts.pad([prompt.token_ids for prompt in prompts], pad_id, torch.device("cpu"))
     padded = PaddedPrompts(on_host.token_ids, sent(on_host.ids_PL, device), sent(on_host.length_P1, device))
-    cache = DynamicCache(config=sampler.model.config)
+    cache = DynamicCache()  # which keeps all positions, also of layers with a window
     hidden_PH = run_prompts(sampler.model, padded, cache)
     width = padded.ids_PL.shape[1]
     lengths = tuple(len(ids) for ids in padded.token_ids)

@@ -23,9 +23,9 @@ OTHERWISE_ROUNDED = 0.01
 
 def kernels_are_as_exact_as_plain_operations(device: str, dtype: torch.dtype, tokens: int) -> dict[str, float]:
     """By operation the share of outputs and gradients with other bits; in the shapes of Llama 3.1 8B and others."""
-    from dppo_cli.kernels.fused.norm import add_and_norm, norm
+    from dppo_cli.kernels.fused.gated import swiglu
+    from dppo_cli.kernels.fused.norm import add_and_norm, rms_norm
     from dppo_cli.kernels.fused.rotary import norm_and_rotate, rotate
-    from dppo_cli.kernels.fused.swiglu import swiglu
 
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
@@ -58,7 +58,7 @@ def kernels_are_as_exact_as_plain_operations(device: str, dtype: torch.dtype, to
     for size in (4096, 3584, 896, 128, 64):
         of = norm_of(size)
         few = max(1, tokens * 896 // size)
-        compare(f"norm of {size}", lambda x, of=of: norm(x, of.weight, of.variance_epsilon), of, random(few, size))
+        compare(f"norm of {size}", lambda x, of=of: rms_norm(x, of.weight, of.variance_epsilon), of, random(few, size))
         compare(
             f"sum and norm of {size}",
             lambda x, delta, of=of: add_and_norm(x, delta, of.weight, of.variance_epsilon),

@@ -6,7 +6,7 @@ import interpreted
 import pytest
 import torch
 
-swiglu = interpreted.kernels("swiglu")
+swiglu = interpreted.kernels("gated")
 layers = interpreted.kernels("layers")
 
 

@@ -1,13 +1,12 @@
-"""The kernels of a decoding step's attention in the shapes of Llama 3.1 8B, and with heads of 64. See compiled.py."""
+"""The kernels of a decoding step's attention in the shapes of Llama 3.1 8B, and with other heads. See compiled.py."""
 
 from compiled import Specimen
 
 from dppo_cli.kernels.fused.attention import (
-    BLOCK,
     MOST_CHUNKS,
-    STAGES,
     TILE,
     attend_to_chunks,
+    loads,
     sum_chunks,
     warps_of,
     write_states,
@@ -29,7 +28,7 @@ WRITE = {
 
 
 def attention(key_heads: int, query_heads: int, size: int) -> Specimen:
-    shape = {"K": key_heads, "Q": query_heads, "D": size, "TILE": TILE, "BLOCK": BLOCK, "STAGES": STAGES}
+    shape = {"K": key_heads, "Q": query_heads, "D": size, "TILE": TILE, **loads(size)}
     aligned = tuple(name for name in ATTENTION if name.endswith("_ptr"))
     return Specimen(attend_to_chunks, ATTENTION, shape, {"num_warps": 4}, aligned)
 
@@ -42,6 +41,7 @@ def of_chunks(chunks: int) -> Specimen:
 SPECIMENS = {
     "attention": attention(8, 4, 128),
     "attention, heads of 64": attention(2, 7, 64),
+    "attention, heads of 256": attention(4, 2, 256),
     "sum": of_chunks(8),
     "sum, all chunks": of_chunks(2 * MOST_CHUNKS),
     "write": Specimen(write_states, WRITE, {"K": 8, "D": 128, "BLOCK": 1024}, aligned=tuple(WRITE)),

@@ -2,9 +2,9 @@
 
 from compiled import Specimen
 
+from dppo_cli.kernels.fused.gated import BLOCK, gated_backward, gated_forward
 from dppo_cli.kernels.fused.norm import norm_backward, norm_forward
 from dppo_cli.kernels.fused.rotary import rotate_both
-from dppo_cli.kernels.fused.swiglu import BLOCK, swiglu_backward, swiglu_forward
 
 UNFUSED = {"enable_fp_fusion": False}
 HIDDEN = {"SIZE": 4096, "BLOCK": 4096, "ROWS": 1}
@@ -30,7 +30,8 @@ ROTATION = {
     **dict.fromkeys(STRIDES, "i32"),
     "eps": "fp32",
 }
-HEADS = {"Q": 32, "K": 8, "HALF": 64, "BLOCK": 64}
+HEADS = {"Q": 32, "K": 8, "HALF": 64, "REST": 0, "BLOCK": 64, "REST_BLOCK": 1, "ROUNDS": True}
+NORM = {"ROUNDS": True, "OFFSET": 0.0}
 GATES = {
     **dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16"),
     **dict.fromkeys(("gate_stride", "up_stride", "size"), "i32"),
@@ -44,17 +45,17 @@ GATES_BACK = {
 def norm_of(shape: dict[str, int], adds: bool = False, keeps: bool = False) -> Specimen:
     aligned = tuple(name for name in FORWARD if name not in ("rows", "eps"))
     return Specimen(
-        norm_forward, FORWARD, {**shape, "ADDS": adds, "KEEPS": keeps}, {"num_warps": 8, **UNFUSED}, aligned
+        norm_forward, FORWARD, {**shape, **NORM, "ADDS": adds, "KEEPS": keeps}, {"num_warps": 8, **UNFUSED}, aligned
     )
 
 
 def norm_back(shape: dict[str, int]) -> Specimen:
     aligned = tuple(name for name in BACKWARD if name != "rows")
-    return Specimen(norm_backward, BACKWARD, shape, {"num_warps": 8, **UNFUSED}, aligned)
+    return Specimen(norm_backward, BACKWARD, {**shape, **NORM}, {"num_warps": 8, **UNFUSED}, aligned)
 
 
 def rotation(rows: int, norm: bool = False, back: bool = False) -> Specimen:
-    of = {**HEADS, "ROWS": rows, "NORM": norm, "BACK": back}
+    of = {**HEADS, "ROWS": rows, "NORM": norm, "NORM_ROUNDS": True, "OFFSET": 0.0, "BACK": back}
     options = {"num_warps": rows // 4, **UNFUSED}
     return Specimen(rotate_both, ROTATION, of, options, (*POINTERS, *STRIDES))
 
@@ -69,6 +70,9 @@ SPECIMENS = {
     "rotation": rotation(32),
     "rotation, backward": rotation(32, back=True),
     "rotation of norms": rotation(32, norm=True),
-    "swiglu": Specimen(swiglu_forward, GATES, {"BLOCK": BLOCK}, UNFUSED, tuple(GATES)),
-    "swiglu, backward": Specimen(swiglu_backward, GATES_BACK, {"BLOCK": BLOCK}, UNFUSED, tuple(GATES_BACK)),
+    **{
+        f"{name}{more}": Specimen(kernel, of, {"BLOCK": BLOCK, "GELU": name == "geglu"}, UNFUSED, tuple(of))
+        for name in ("swiglu", "geglu")
+        for more, kernel, of in (("", gated_forward, GATES), (", backward", gated_backward, GATES_BACK))
+    },
 }

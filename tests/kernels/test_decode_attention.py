@@ -4,9 +4,9 @@ import interpreted
 import pytest
 import torch
 from compiled import taken
-from test_llama import model
 from test_slots import NONE, ROOM, TOKENS, filled, of_rows
-from transformers import LlamaConfig
+from test_token_step import model
+from transformers import LlamaConfig, MistralConfig
 
 from dppo_cli.kernels import flash, slots
 from dppo_cli.kernels.flash import CLOSE, LONGEST, difference
@@ -45,10 +45,14 @@ def pools(places: int, key_heads: int, most: int, dtype: torch.dtype) -> list[to
     return [random(places * most, key_heads, SIZE, seed=seed).to(dtype) for seed in (1, 2)]
 
 
+@pytest.mark.parametrize("windows", [False, True], ids=["", "windows"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("key_heads", "query_heads"), [(2, 4), (1, 7), (3, 1), (1, 16)])
-def test_it_is_attention_to_both_stretches(key_heads, query_heads, dtype):
-    stretches = looked(own=(1, 70, 150, 128), places=(1, 0, 1, 1), lengths=(150, 64), most=150)
+def test_it_is_attention_to_both_stretches(key_heads, query_heads, dtype, windows):
+    stretches = looked(own=(1, 70, 150, 128), places=(1, 0, 0, 1), lengths=(150, 64), most=150)
+    if windows:  # behind which the second row sees nothing of its prompt
+        past, own_past = torch.tensor([0, 150, 30, 0]), torch.tensor([0, 20, 0, 0])
+        stretches = (stretches[0] + past, stretches[1] + own_past, stretches[2] - past, stretches[3] - own_past)
     q = random(4, key_heads, query_heads, SIZE).to(dtype)
     keys, values = pools(6, key_heads, 150, dtype)
     split = SplitAttention(150, 150)
@@ -170,20 +174,25 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "without_triton", lambda *_: None)
 
 
+def sizes(head: int) -> dict[str, int]:
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=head)
+    return dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads)
+
+
 def llama(size: int) -> LlamaConfig:
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=size)
-    return LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads)
+    return LlamaConfig(**sizes(size))
 
 
+@pytest.mark.parametrize("window", [None, 6])
 @torch.inference_mode()
-def test_a_step_with_it_is_that_of_the_masked_attention(on_gpu, monkeypatch):
-    of = model(llama(64)).bfloat16()
+def test_a_step_with_it_is_that_of_the_masked_attention(on_gpu, monkeypatch, window):
+    of = model(MistralConfig(**sizes(64), sliding_window=window)).bfloat16()
     split, _ = filled(of)
-    assert isinstance(split.flash, SplitAttention) and all(states.write is write for states in split.states)
+    assert isinstance(split.flash[window], SplitAttention) and all(states.write is write for states in split.states)
     monkeypatch.setattr(slots, "has_flash", lambda *_: False)
     plain, _ = filled(of)
-    assert plain.flash is None
-    for rows, length in ((5, 0), (5, 1), (2, 2)):
+    assert not plain.flash
+    for rows, length in ((5, 0), (5, 1), (2, 2), (5, 3), (5, 4), (5, 5), (5, 6)):
         of_row = (TOKENS[:rows], *(t[:rows] for t in of_rows()), NONE[:rows] + length, 8)
         expected, found = (decoding.step(*of_row) for decoding in (plain, split))
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
@@ -204,7 +213,7 @@ def test_torchs_kernel_is_the_next_choice(on_gpu, monkeypatch, size, why, words)
     monkeypatch.setattr(slots, "difference", lambda *_: 0.0)
     warnings: list[str] = []
     found, how = asked(model(llama(size)), warnings)
-    assert isinstance(found, flash.FlashOverSlots) and how is write_each
+    assert isinstance(found(), flash.FlashOverSlots) and how is write_each
     assert warnings == [slots.WITHOUT_SPLIT.format(word) for word in words]
 
 
@@ -213,13 +222,13 @@ def test_a_kernel_that_does_not_work_is_not_used_and_that_is_said(on_gpu, monkey
     monkeypatch.setattr(slots, "difference", lambda *_: 0.0)
     warnings: list[str] = []
     found, _ = asked(model(llama(64)), warnings)
-    assert isinstance(found, flash.FlashOverSlots)
+    assert isinstance(found(), flash.FlashOverSlots)
     assert warnings == [slots.WITHOUT_SPLIT.format("its results are 0.3 off")]
 
 
 @pytest.mark.parametrize(
     ("shape", "right"),
-    [((4, 128), True), ((7, 64), True), ((16, 64), True), ((17, 64), False), ((4, 96), False), ((4, 256), False)],
+    [((4, 128), True), ((7, 64), True), ((16, 64), True), ((17, 64), False), ((4, 96), False), ((4, 256), True)],
 )
 def test_heads_that_it_is_for(shape, right):
     assert attention.supports(*shape) is right
@@ -233,7 +242,7 @@ def test_nothing_spills_and_three_programs_fit():
     found = taken("specimens_attention")
     for name, each in found.items():
         for capability, of in each.items():
-            assert of["spilled"] == 0 and of["registers"] <= 128, (name, capability, of)
+            assert of["spilled"] == 0 and 3 * 128 * of["registers"] <= 65536, (name, capability, of)
             # The driver takes 1 KiB for each program.
             most = 228 // 3 if capability == "90" else 164 // 2
             assert of["shared"] + 1024 <= most * 1024, (name, capability, of)

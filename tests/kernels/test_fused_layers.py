@@ -10,21 +10,22 @@ import pytest
 import tiny
 import torch
 from compiled import taken
-from test_llama import FAMILIES, PADDED, decoder
-from test_llama import model as random_model
+from test_token_step import FAMILIES, PADDED, decoder
+from test_token_step import model as random_model
 from transformers import AutoModelForCausalLM
 
 from dppo_cli.kernels import probe
 from dppo_cli.kernels.fuse import WITHOUT_FUSED, fuse
-from dppo_cli.kernels.llama import LAYERS, LlamaStep, Plain, is_built_like_llama
+from dppo_cli.kernels.layer_parts import is_known
 from dppo_cli.kernels.segments import Segments
+from dppo_cli.kernels.token_step import Plain, TokenStep
 from dppo_cli.policy.forward import hidden_states, packed_states
 from dppo_cli.policy.packed_forward import can_pack
 from dppo_cli.policy.policy import Policy
 
 layers = interpreted.kernels("layers")
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
-KERNELS = ("rms_norm", "rotate", "swiglu", "add_and_norm", "norm_and_rotate")
+KERNELS = ("rms_norm", "rotate", "swiglu", "geglu", "add_and_norm", "norm_and_rotate")
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_the_model_stays_what_it_was(train_config, used):
     before = copy.deepcopy(of)
     layers.make_fused(of)
     assert list(of.state_dict()) == list(before.state_dict())
-    assert all(type(layer) in LAYERS for layer in of.base_model.layers) and is_built_like_llama(of)
+    assert is_known(of)
     for (name, module), (other, plain) in zip(of.named_modules(), before.named_modules(), strict=True):
         assert name == other and isinstance(module, type(plain))
     kinds = Counter(type(m).__name__ for m in of.modules() if "Fused" in type(m).__name__)
@@ -126,6 +127,17 @@ def test_the_model_stays_what_it_was(train_config, used):
     assert len(hidden) == 3
 
 
+STEPS: dict[str, dict[str, int]] = {
+    "qwen3": {"norm_and_rotate": 4},  # this one has another activation, too
+    # One of two layers is rotated.
+    "smollm3": {"rotate": 2, "swiglu": 4},
+    # Norms of queries and keys, of what is added, and of nothing before the first product.
+    "olmo2": {"rms_norm": 16, "add_and_norm": 2, "rotate": 4, "swiglu": 4},
+    "gemma3": {"rms_norm": 10, "norm_and_rotate": 4, "geglu": 4},
+}
+"""Launches in two steps of two layers, where they are not those of Llama."""
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 @torch.inference_mode()
 def test_a_decoding_step_has_the_same_bits(family, used):
@@ -140,15 +152,13 @@ def test_a_decoding_step_has_the_same_bits(family, used):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
         torch.testing.assert_close(mine.keys, other.keys, rtol=0, atol=0)
-    qwen3 = family == "qwen3"  # this one has another activation, too
-    kinds = {"norm_and_rotate": 4} if qwen3 else {"rotate": 4, "swiglu": 4}
-    assert used == {"rms_norm": 2, "add_and_norm": 8, **kinds}
+    assert used == {**{"rms_norm": 2, "add_and_norm": 8}, **STEPS.get(family, {"rotate": 4, "swiglu": 4})}
 
 
 @torch.inference_mode()
 def test_a_copy_in_float32_steps_in_plain_operations(used):
     of = fused(frozen("llama"), used)
-    assert isinstance(LlamaStep(of.float()).operations, Plain)
+    assert isinstance(TokenStep(of.float()).operations, Plain)
 
 
 @torch.no_grad()
@@ -179,10 +189,10 @@ def test_attention_that_calls_its_rotation_by_another_name_stays_as_it_is(monkey
         def forward(self, x):
             return x
 
-    assert layers._with_rotation(Attention) is None
+    assert layers._with_rotation(Attention, wide=False) is None
     wrapped = staticmethod(print)
     monkeypatch.setattr(Attention, "forward", wrapped)
-    assert layers._with_rotation(Attention) is None
+    assert layers._with_rotation(Attention, wide=False) is None
 
 
 # Bytes that are kept for the backward pass
@@ -243,8 +253,12 @@ def test_without_triton_it_is_said(monkeypatch):
     assert said == [WITHOUT_FUSED.format("Triton is not installed")]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, monkeypatch):
+OFF = [(name, "llama") for name in ("rms_norm", "rotate", "swiglu", "add_and_norm")]
+OFF += [("norm_and_rotate", "qwen3"), ("rotate", "phi3"), ("rms_norm", "olmo2"), ("geglu", "gemma3")]
+
+
+@pytest.mark.parametrize(("name", "family"), OFF)
+def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, family, monkeypatch):
     monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: None)
     run = getattr(layers, name)
 
@@ -252,11 +266,11 @@ def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, monkeypatch):
         out = run(*args)
         return tuple(1.1 * x for x in out) if isinstance(out, tuple) else 1.1 * out
 
-    of, said = frozen("llama"), []
+    of, said = frozen(family), []
     fuse(of, CPU, BFLOAT16, make.fail)
     assert any(type(m) in layers.KINDS.values() for m in of.modules())
     monkeypatch.setattr(layers, name, off)
-    of = frozen("llama")
+    of = frozen(family)
     fuse(of, CPU, BFLOAT16, said.append)
     assert len(said) == 1 and "its results are 0." in said[0]
     assert not any(type(m) in layers.KINDS.values() for m in of.modules())
@@ -268,7 +282,7 @@ def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, monkeypatch):
 def test_compiled_for_gpus():
     """Registers for full occupancy: 2,048 threads of an SM's 65,536 registers have 32 each, 1,024 have 64."""
     found = taken("specimens_llama_layers")
-    assert len(found) == 11
+    assert len(found) == 13
     for name, of in found.items():
         for capability, one in of.items():
             assert one["spilled"] == 0 and one["shared"] <= 256, f"{name} on {capability}: {one}"

@@ -5,10 +5,14 @@ import copy
 import interpreted
 import pytest
 import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 fused = interpreted.kernels("norm")
-add_and_norm, norm = fused.add_and_norm, fused.norm
+add_and_norm, norm = fused.add_and_norm, fused.rms_norm
+FORMS = {Qwen3RMSNorm: fused.LLAMA, Olmo2RMSNorm: fused.OLMO, Gemma3RMSNorm: fused.GEMMA}
+EPS = 1e-5
 HALVES = (torch.bfloat16, torch.float16)
 SHAPES = ((3, 2, 896), (2, 3584), (70, 128), (1, 1, 16), (5, 5000), (0, 64), (2, 0, 32))
 """Hidden sizes that fill no tile, heads of which 32 share one, more than a tile, nothing."""
@@ -18,8 +22,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def module(size: int, dtype: torch.dtype, eps: float = 1e-5) -> Qwen3RMSNorm:
-    made = Qwen3RMSNorm(size, eps=eps).requires_grad_(False)
+def module(size: int, dtype: torch.dtype, eps: float = EPS, kind: type = Qwen3RMSNorm) -> torch.nn.Module:
+    made = kind(size, eps=eps).requires_grad_(False)
     made.weight.copy_(1 + random(size, seed=1) / 3)
     return made.to(dtype)
 
@@ -42,18 +46,19 @@ def views(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bits_are_those_of_transformers(shape, dtype):
-    of = module(shape[-1], dtype)
+@pytest.mark.parametrize("kind", list(FORMS))
+def test_bits_are_those_of_transformers(kind, shape, dtype):
+    of, form = module(shape[-1], dtype, kind=kind), FORMS[kind]
     x, grad = (random(*shape, seed=seed).to(dtype) for seed in (2, 3))
     expected, expected_grad = with_gradient(of, x, grad)
-    found, found_grad = with_gradient(lambda x: norm(x, of.weight, of.variance_epsilon), x, grad)
+    found, found_grad = with_gradient(lambda x: norm(x, of.weight, EPS, form), x, grad)
     assert found.dtype == found_grad.dtype == dtype
     assert found.is_contiguous() and found.shape == x.shape
     # Sums in another order may round to the neighbour, of one number in thousands.
     for a, b in ((found, expected), (found_grad, expected_grad)):
         assert int((a != b).sum()) <= a.numel() // 1000
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    torch.testing.assert_close(norm(x, of.weight, of.variance_epsilon), found, rtol=0, atol=0)
+    torch.testing.assert_close(norm(x, of.weight, EPS, form), found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", list(views(torch.zeros(4, 6, 64))))

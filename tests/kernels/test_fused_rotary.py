@@ -3,10 +3,14 @@
 import interpreted
 import pytest
 import torch
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as olmo_rotary
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi_rotary
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 fused = interpreted.kernels("rotary")
 norm_and_rotate, rotate = fused.norm_and_rotate, fused.rotate
+LLAMA, GEMMA = interpreted.kernels("norm").LLAMA, interpreted.kernels("norm").GEMMA
 HALVES = (torch.bfloat16, torch.float16)
 SHAPES = ((2, 5, 6, 2, 64), (1, 37, 4, 4, 16), (3, 1, 7, 1, 24), (5, 1, 3, 3, 8), (0, 4, 2, 1, 8), (2, 0, 2, 1, 8))
 """Sequences, positions, query and key heads, size of a head: several tiles, half a tile, one position, nothing."""
@@ -53,6 +57,28 @@ def test_bits_are_those_of_transformers(shape, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("size", "turned"), [(64, 48), (24, 8), (16, 16)])
+def test_a_part_of_a_head_is_rotated_as_in_phi(size, turned, dtype):
+    cos, sin = angles(2, 5, turned, dtype)
+    q, k, grad_q, grad_k = (heads(2, 5, count, size, dtype, seed) for seed, count in enumerate((6, 2, 6, 2)))
+    expected = with_gradients(lambda q, k: phi_rotary(q, k, cos, sin), q, k, (grad_q, grad_k))
+    for a, b in zip(with_gradients(lambda q, k: rotate(q, k, cos, sin), q, k, (grad_q, grad_k)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_angles_may_be_in_float32_as_in_olmo(dtype):
+    cos, sin = angles(2, 5, 16, torch.float32)
+    q, k, grad_q, grad_k = (heads(2, 5, count, 16, dtype, seed) for seed, count in enumerate((6, 2, 6, 2)))
+    expected = with_gradients(lambda q, k: olmo_rotary(q, k, cos, sin), q, k, (grad_q, grad_k))
+    found = with_gradients(lambda q, k: rotate(q, k, cos, sin), q, k, (grad_q, grad_k))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    rounded, _ = rotate(q, k, cos.to(dtype), sin.to(dtype))
+    assert not torch.equal(rounded, found[0])
+
+
 def test_strides_and_shared_angles_do_not_matter():
     cos, sin = (x[:1] for x in angles(2, 9, 16, torch.bfloat16))
     of_one = cos.expand(2, 9, 16), sin.repeat(2, 1, 1)
@@ -91,14 +117,15 @@ def test_the_gradient_of_one_alone():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(3, 1, 6, 2, 24), (2, 5, 4, 4, 16), (0, 1, 2, 1, 8)], ids=str)
-def test_heads_are_normed_before(shape, dtype):
+@pytest.mark.parametrize(("kind", "form"), [(Qwen3RMSNorm, LLAMA), (Gemma3RMSNorm, GEMMA)])
+def test_heads_are_normed_before(kind, form, shape, dtype):
     sequences, positions, queries, keys, size = shape
     cos, sin = (x[:sequences] for x in angles(sequences, positions, size, dtype))
-    norms = [Qwen3RMSNorm(size, eps=1e-3).requires_grad_(False).to(dtype) for _ in range(2)]
+    norms = [kind(size, eps=1e-3).requires_grad_(False).to(dtype) for _ in range(2)]
     for seed, of in enumerate(norms):
         of.weight.copy_(1 + random(size, seed=seed) / 3)
     q, k = (heads(sequences, positions, count, size, dtype, seed) for seed, count in ((4, queries), (5, keys)))
-    found = norm_and_rotate(q, k, cos, sin, *(of.weight for of in norms), 1e-3)
+    found = norm_and_rotate(q, k, cos, sin, *(of.weight for of in norms), 1e-3, form)
     expected = apply_rotary_pos_emb(norms[0](q), norms[1](k), cos, sin)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)

@@ -4,17 +4,15 @@ import copy
 
 import make
 import pytest
-import tiny
 import torch
 from plain_flash import plain_flash
 from recording import addresses
-from test_llama import FAMILIES, model
-from transformers import LlamaConfig, Phi3Config
+from test_token_step import FAMILIES, WINDOWS, model
 
 from dppo_cli.kernels import flash as of_torch
 from dppo_cli.kernels import slots
 from dppo_cli.kernels.flash import CLOSE, LONGEST, FlashOverSlots, difference, merged
-from dppo_cli.kernels.slots import Decoding, Room, SlotStates, has_fixed_frequencies
+from dppo_cli.kernels.slots import Decoding, Room, SlotStates
 from dppo_cli.rollout.decoder import Decoder
 
 PROMPTS = ((5, 6, 7, 8, 9), (10,), (12, 13, 14))
@@ -57,10 +55,10 @@ TOKENS = torch.tensor([20, 21, 22, 23, 24])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, *WINDOWS])
 @torch.inference_mode()
 def test_a_step_is_that_of_the_plain_decoder(family, dtype):
-    of = model(FAMILIES[family]).to(dtype)
+    of = model({**FAMILIES, **WINDOWS}[family]).to(dtype)
     decoding, plain = filled(of)
     # transformers computes norms and rotary frequencies in float32 whatever the weights are.
     close = {
@@ -69,7 +67,7 @@ def test_a_step_is_that_of_the_plain_decoder(family, dtype):
         torch.bfloat16: dict(rtol=0.05, atol=0.05),
     }[dtype]
     length_S, generator = NONE.clone(), torch.Generator().manual_seed(0)
-    for width in (1, 2, 8, 8):
+    for width in (1, 2, 8, 8, 8, 8, 8, 8):  # until a window of 6 has passed the prompts
         token_S = torch.randint(3, 96, (5,), generator=generator)
         found_SH = decoding.step(token_S, *of_rows(), length_S, width)
         length_S += 1
@@ -150,33 +148,21 @@ def test_room_is_for_places_and_slots():
     assert ROOM.with_room_for(Room(1, 1, 1, 1)) == ROOM
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_frequencies_are_fixed_in(family):
-    assert has_fixed_frequencies(model(FAMILIES[family]))
-
-
-def test_frequencies_that_follow_the_longest_sequence_are_not():
-    dynamic = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
-    assert not has_fixed_frequencies(model(LlamaConfig(**tiny.GROUPED, vocab_size=96, rope_parameters=dynamic)))
-    longrope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
-    config = Phi3Config(
-        **tiny.GROUPED, vocab_size=96, pad_token_id=0, rope_parameters=longrope, original_max_position_embeddings=64
-    )
-    assert not has_fixed_frequencies(model(config))
-
-
 # The faster attention, as far as it can be without a GPU
 
 
+@pytest.mark.parametrize("family", ["llama3", *WINDOWS])
 @torch.inference_mode()
-def test_flash_gets_true_lengths_and_offsets(monkeypatch):
-    of = model(FAMILIES["llama3"])
+def test_flash_gets_true_lengths_and_offsets(monkeypatch, family):
+    of = model({**FAMILIES, **WINDOWS}[family])
     plain, _ = filled(of)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", plain_flash)
     monkeypatch.setattr(slots, "has_flash", lambda *_: True)
     flash, _ = filled(of)
-    assert plain.flash is None and isinstance(flash.flash, FlashOverSlots)
-    for rows, length in ((5, 0), (5, 1), (2, 2)):
+    windows = {"llama3": {None}, "mistral with a window": {6}}.get(family, {None, 6})
+    assert not plain.flash and flash.flash.keys() == windows
+    assert all(isinstance(attention, FlashOverSlots) for attention in flash.flash.values())
+    for rows, length in ((5, 0), (5, 1), (2, 2), (5, 3), (5, 4), (5, 5), (5, 6)):
         of_row = (TOKENS[:rows], *(t[:rows] for t in of_rows()), NONE[:rows] + length, 8)
         expected, found = (decoding.step(*of_row) for decoding in (plain, flash))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -247,7 +233,7 @@ def test_a_flash_kernel_that_does_not_work_is_not_used_and_that_is_said(monkeypa
     monkeypatch.setattr(slots, "has_flash", lambda *_: True)
     of, warnings = model(FAMILIES["llama3"]), []
     like = [layer.keys.transpose(1, 2) for layer in prefilled(of, PROMPTS[0]).cache.layers]
-    assert Decoding(of, ROOM, like, warnings.append).flash is None
+    assert not Decoding(of, ROOM, like, warnings.append).flash
     (text,) = warnings
     assert text.startswith("attention reads more of the cache than is in use, because torch's flash kernel does not")
     assert text.endswith("FlashAttention only supports Ampere GPUs or newer." if how == "refuses" else " off")

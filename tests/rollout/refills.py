@@ -18,14 +18,17 @@ from dppo_cli.rollout.refill import Refilling
 from dppo_cli.rollout.static import StaticSequences
 from dppo_cli.types import Completion, Prompt
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2"),
+    *("gemma3", "mistral_window"),
+)
 LOOKING = Pace(steps=1, ahead=0)
 AHEAD = Pace(steps=4, ahead=1, rows=(2, 4), width=8)
 """Blocks, rows and widths so small that a test goes through several of each."""
 
 
-def several_ends(of: Policy) -> Policy:
-    return replace(of, eos_ids=(1, *range(5, 9)))
+def several_ends(of: Policy, ends: Sequence[int] = range(5, 9)) -> Policy:
+    return replace(of, eos_ids=(1, *ends))
 
 
 @contextmanager

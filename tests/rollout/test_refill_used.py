@@ -5,9 +5,11 @@ from dataclasses import replace
 import make
 import pytest
 import tiny
+import tiny_models
 from engines import generate, opened, sampling
 from refills import check_equal, refilled, sampled
 
+from dppo_cli.errors import ModelError
 from dppo_cli.rollout import local
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
@@ -33,11 +35,13 @@ def test_a_cpu_is_not(policy):
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "cohere2"])
 def test_other_models_are_sampled_from_sub_batch_by_sub_batch(train_config, monkeypatch, architecture):
     of = make.policy(train_config(model=architecture))
-    assert refuses(of.model) == "the model is not built like Llama"
+    assert refuses(of.model) == "there are no static steps for layers of this kind"
     monkeypatch.setattr(Refilling, "sample", make.fail)
     prompts = make.prompts(of)
     with refilled(of) as engine:
-        assert engine.samples_with.endswith("; each kernel by itself (the model is not built like Llama)")
+        assert engine.samples_with.endswith(
+            "; each kernel by itself (there are no static steps for layers of this kind)"
+        )
         found = in_order(engine.generate(prompts, 2, sampling(6), 0, seed=3))
     check_equal(found, generate(of, prompts, 2, sampling(6)))
 
@@ -57,3 +61,18 @@ def test_frequencies_that_follow_the_longest_sequence_are_refused(train_config, 
     folder = tiny.save(tmp_path / "dynamic")
     of = make.policy(replace(config, model=replace(config.model, path=str(folder))))
     assert refuses(of.model) is not None
+
+
+@pytest.mark.parametrize("how", [refilled, opened])
+def test_two_sets_of_frequencies_limit_the_length(train_config, tmp_path, how):
+    """Tokens beyond it would change those before, in training but not in a cache."""
+    config = train_config()
+    folder = tiny_models.save(tmp_path / "phi3", "phi3")
+    of = make.policy(replace(config, model=replace(config.model, path=str(folder))))
+    prompts = make.prompts(of)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    with how(of) as engine:
+        limit = tiny_models.LONGROPE_LIMIT - longest
+        assert len(in_order(engine.generate(prompts, 1, sampling(limit), 0, seed=3))) == len(prompts)
+        with pytest.raises(ModelError, match=f"beyond {tiny_models.LONGROPE_LIMIT} .longrope., and prompts of up to"):
+            in_order(engine.generate(prompts, 1, sampling(limit + 1), 0, seed=3))

@@ -91,6 +91,7 @@ def sampling_cost(
         decoder = Decoder(policy.model, prompts, group, tokens, policy.pad_id)
         hidden_BH = decoder.prefill()
         prefill_peak, cache, prefill = recorder.restart_peak(), recorder.live, recorder.work
+        held, position = _states(decoder)
         read = cache * (decoder.width + tokens / 2) / decoder.capacity
         if rows < size:
             none = torch.arange(0)
@@ -114,10 +115,8 @@ def sampling_cost(
             decoder.step(token_B)
         step, token = recorder.peak - start, recorder.work.less(of_prompts)
         if room is not None:
-            whole = sum(buffer.nbytes for layer in decoder.cache.layers for buffer in layer.buffers)  # type: ignore[union-attr]
-            position = whole // (size * decoder.capacity)
             slots = position * room.all_positions
-            cache += slots - whole
+            cache += slots - held
             # Neighbouring samples of a prompt read its keys and values together.
             read = position * (sum(len(prompt.token_ids) for prompt in prompts) + rows * tokens / 2)
             kept = kept * (room.positions + 1) // tokens
@@ -131,6 +130,17 @@ def sampling_cost(
             prefill_peak, prefill = cache + recorder.peak - start, recorder.work.less(before_prompts)
     policy.model.train(training)
     return SamplingCost(len(prompts), rows, cache, slots, read, logits_peak, kept, step, prefill_peak, prefill, token)
+
+
+def _states(decoder: Decoder) -> tuple[int, int]:
+    """Bytes of all keys and values, and of those of one position of one sequence."""
+    held = position = 0
+    layers: list[Any] = decoder.cache.layers
+    for layer in layers:
+        for shown, states in zip((layer.keys, layer.values), getattr(layer, "buffers", (None, None)), strict=True):
+            held += shown.nbytes if states is None else states.nbytes
+            position += shown.nbytes // (shown.shape[0] * shown.shape[2])
+    return held, position
 
 
 def _at_the_end(decoder: Decoder) -> None:

@@ -22,17 +22,13 @@ from torch import Tensor
 from dppo_cli.kernels import flash
 
 CLOSE = flash.CLOSE
-SIZES = (64, 128)
+SIZES = (64, 128, 256)
 """Of a head."""
 TILE = 16
 """Query heads that a program multiplies."""
-BLOCK = 64
-"""Positions that a program multiplies at once."""
 CHUNK = 128
 """Positions of a chunk, where `MOST_CHUNKS` are enough for a stretch; else a multiple."""
 MOST_CHUNKS = 8
-STAGES = 3
-"""Of loading, so that both blocks of a chunk are on their way at once."""
 
 
 @triton.jit(do_not_specialize=("rows", "prompt_chunk", "own_chunk", "prompt_chunks", "chunks"))
@@ -161,10 +157,6 @@ class SplitAttention:
         self.stretches: tuple[Tensor, ...] = ()
 
     def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None:
-        """Where the stretches of each row begin in the pool, and how many positions the next calls attend to: int64.
-
-        None of a row's own is empty.
-        """
         self.stretches = prompt_R, own_R, prompt_used_R, own_used_R
 
     def __call__(
@@ -183,8 +175,7 @@ class SplitAttention:
             Q=query_heads,
             D=size,
             TILE=TILE,
-            BLOCK=BLOCK,
-            STAGES=STAGES,
+            **loads(size),
             num_warps=4,
         )
         padded = triton.next_power_of_2(self.chunks)
@@ -197,6 +188,14 @@ class SplitAttention:
 def supports(query_heads: int, size: int) -> bool:
     """Whether a head size, and so many query heads to a key head, are what the kernels compute."""
     return size in SIZES and query_heads <= TILE
+
+
+def loads(size: int) -> dict[str, int]:
+    """Positions that a program multiplies at once, and stages of loading, by the size of a head.
+
+    Both blocks of a chunk are on their way at once where shared memory, 99 KiB on some cards, has room for them.
+    """
+    return {"BLOCK": 64, "STAGES": 3} if size <= 128 else {"BLOCK": 32, "STAGES": 2}
 
 
 def chunk_of(positions: int) -> int:

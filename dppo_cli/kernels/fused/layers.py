@@ -1,4 +1,4 @@
-"""The norms, gates and rotations of models built like Llama by the kernels beside this module.
+"""The norms, gates and rotations of models of the known families by the kernels beside this module.
 
 A module's class is replaced, as low_rank.py does: parameters, names and hooks stay. The new forward uses a kernel where
 the input is in 16 bits on a GPU and the weight is frozen, and else is transformers' own.
@@ -6,28 +6,45 @@ the input is in 16 bits on a GPU and the weight is frozen, and else is transform
 
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
 
 from dppo_cli.kernels.devices import CUDA
-from dppo_cli.kernels.fused.norm import add_and_norm
-from dppo_cli.kernels.fused.norm import norm as rms_norm
-from dppo_cli.kernels.fused.rotary import norm_and_rotate, rotate
-from dppo_cli.kernels.fused.swiglu import swiglu
-from dppo_cli.kernels.llama import AddAndNorm, Gated, Operations, Plain, Turn
+from dppo_cli.kernels.fused.gated import geglu, swiglu
+from dppo_cli.kernels.fused.norm import GEMMA, LLAMA, OLMO, Form
+from dppo_cli.kernels.fused.norm import add_and_norm as add_and_norm
+from dppo_cli.kernels.fused.norm import rms_norm as rms_norm
+from dppo_cli.kernels.fused.rotary import norm_and_rotate as norm_and_rotate
+from dppo_cli.kernels.fused.rotary import rotate as rotate
+from dppo_cli.kernels.layer_parts import Parts
+from dppo_cli.kernels.token_step import AddAndNorm, Angles, Gated, Operations, Plain, Turn
 
 DEVICES: tuple[str, ...] = (CUDA,)
-CLOSE = 0.02
-"""Differences from plain operations that are rounding in 16 bits, relative to the largest number."""
 ROTATION = "apply_rotary_pos_emb"
+FAMILIES = (
+    (modeling_llama, "Llama"),
+    (modeling_mistral, "Mistral"),
+    (modeling_qwen2, "Qwen2"),
+    (modeling_qwen3, "Qwen3"),
+    (modeling_phi3, "Phi3"),
+    (modeling_smollm3, "SmolLM3"),
+    (modeling_olmo2, "Olmo2"),
+    (modeling_gemma3, "Gemma3"),
+)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -38,31 +55,54 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return has_kernels(x) and weight.dtype == x.dtype and not weight.requires_grad
 
 
+def weight_of(norm: Any) -> tuple[Tensor, float, Form]:
+    """What the kernel of a norm is called with besides x."""
+    if isinstance(norm, Gemma3RMSNorm):
+        return norm.weight, norm.eps, GEMMA
+    return norm.weight, norm.variance_epsilon, OLMO if isinstance(norm, Olmo2RMSNorm) else LLAMA
+
+
 class _Norm(nn.Module):
-    variance_epsilon: float
     weight: nn.Parameter
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _takes(hidden_states, self.weight):
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.weight):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return rms_norm(x, *weight_of(self))
 
     def operations(self) -> Operations | None:
-        """What `LlamaStep` computes with, in the precision of this module; None for plain operations."""
+        """What `TokenStep` computes with, in the precision of this module; None for plain operations."""
         return Fused() if _takes(self.weight, self.weight) else None
 
 
 class _MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        if not has_kernels(x):
-            return super().forward(x)  # type: ignore[no-any-return]
         parts: Any = self
-        return parts.down_proj(swiglu(parts.gate_proj(x), parts.up_proj(x)))  # type: ignore[no-any-return]
+        gated = gate_of(act_of(parts))
+        if gated is None or not has_kernels(x):
+            return super().forward(x)  # type: ignore[no-any-return]
+        if hasattr(parts, "gate_up_proj"):
+            return parts.down_proj(gated(*parts.gate_up_proj(x).chunk(2, dim=-1)))  # type: ignore[no-any-return]
+        return parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x)))  # type: ignore[no-any-return]
 
 
-def _rotation_or(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def act_of(mlp: Any) -> Any:
+    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+
+
+def gate_of(act: Any) -> Gated | None:
+    """The kernel for an activation, if there is one."""
+    if isinstance(act, SiLUActivation | nn.SiLU):
+        return swiglu
+    return geglu if isinstance(act, GELUTanh) and isinstance(act.act, partial) else None
+
+
+def _rotation_or(plain: Callable[..., tuple[Tensor, Tensor]], wide: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`wide`: the plain one takes angles in float32, and rounds the result."""
+
     def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        alike = has_kernels(q) and q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[-1] == cos.shape[-1]
+        alike = has_kernels(q) and q.dtype == k.dtype and cos.dtype == sin.dtype
+        alike = alike and cos.dtype in (q.dtype, *([torch.float32] if wide else []))
         if more or named or not alike:
             return plain(q, k, cos, sin, *more, **named)
         return rotate(q, k, cos, sin)
@@ -70,12 +110,12 @@ def _rotation_or(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
     return rotation
 
 
-def _with_rotation(attention: type[nn.Module]) -> types.FunctionType | None:
+def _with_rotation(attention: type[nn.Module], wide: bool) -> types.FunctionType | None:
     """A copy of the forward pass that calls the kernel for its rotation; None if it calls it by another name."""
     forward: Any = attention.forward
     if not isinstance(forward, types.FunctionType) or ROTATION not in forward.__code__.co_names:
         return None
-    names = {**forward.__globals__, ROTATION: _rotation_or(forward.__globals__[ROTATION])}
+    names = {**forward.__globals__, ROTATION: _rotation_or(forward.__globals__[ROTATION], wide)}
     made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
@@ -88,16 +128,11 @@ def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
     def replace(plain: type[nn.Module], *mixin: type, **methods: Any) -> None:
         found[plain] = type(f"Fused{plain.__name__}", (*mixin, plain), {"__module__": __name__, **methods})
 
-    for module, family in (
-        (modeling_llama, "Llama"),
-        (modeling_mistral, "Mistral"),
-        (modeling_qwen2, "Qwen2"),
-        (modeling_qwen3, "Qwen3"),
-    ):
+    for module, family in FAMILIES:
         replace(getattr(module, f"{family}RMSNorm"), _Norm)
         replace(getattr(module, f"{family}MLP"), _MLP)
         attention = getattr(module, f"{family}Attention")
-        forward = _with_rotation(attention)
+        forward = _with_rotation(attention, wide=family == "Olmo2")
         if forward is not None:
             replace(attention, forward=forward)
     return found
@@ -107,95 +142,57 @@ KINDS = _kinds()
 globals().update({kind.__name__: kind for kind in KINDS.values()})  # where pickle looks for them
 
 
-def is_silu(act: Any) -> bool:
-    return isinstance(act, SiLUActivation | nn.SiLU)
-
-
 def make_fused(model: nn.Module) -> None:
     """Let a model's modules use the kernels."""
     for module in model.modules():
         kind = KINDS.get(type(module))
-        if kind is not None and not (issubclass(kind, _MLP) and not is_silu(module.act_fn)):
+        if kind is not None and not (issubclass(kind, _MLP) and gate_of(act_of(module)) is None):
             module.__class__ = kind
 
 
 class Fused:
-    """The operations of `LlamaStep` by kernels."""
+    """The operations of `TokenStep` by kernels."""
 
-    def add_and_norm(self, norm: nn.Module) -> AddAndNorm:
-        of: Any = norm
-        weight_H, eps = of.weight, of.variance_epsilon
+    def add_and_norm(self, norm: nn.Module | None, of_delta: nn.Module | None) -> AddAndNorm:
+        first = None if of_delta is None else weight_of(of_delta)
+        of = None if norm is None else weight_of(norm)
 
         def run(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-            if delta is None:
-                return x, rms_norm(x, weight_H, eps)
-            return add_and_norm(x, delta, weight_H, eps)
+            if delta is not None and first is not None:
+                delta = rms_norm(delta, *first)
+            if of is None:
+                total = x if delta is None else x + delta
+                return total, total
+            return (x, rms_norm(x, *of)) if delta is None else add_and_norm(x, delta, *of)
 
         return run
 
-    def turn(self, attention: nn.Module) -> Turn:
-        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    def turn(self, parts: Parts) -> Turn:
+        norms: Any = [getattr(parts.attention, name, None) for name in ("q_norm", "k_norm")]
+        of_heads = norms[0] is not None and norms[0].weight.numel() == parts.head_size
+        of_all = norms[0] is not None and not of_heads
 
-        def run(q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def run(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+            if of_all:
+                q, k = (
+                    rms_norm(heads.flatten(1), *weight_of(norm)).view_as(heads)
+                    for heads, norm in zip((q, k), norms, strict=True)
+                )
+            if not parts.rotates:
+                return q, k
             q, k = q.unsqueeze(2), k.unsqueeze(2)
-            if q_norm is None or k_norm is None:
-                q, k = rotate(q, k, *angles)
+            if of_heads:
+                q_norm, k_norm = norms
+                _, eps, form = weight_of(q_norm)
+                q, k = norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, eps, form)
             else:
-                q, k = norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+                q, k = rotate(q, k, *angles)
             return q.squeeze(2), k.squeeze(2)
 
         return run
 
-    def gated(self, mlp: nn.Module) -> Gated:
-        return swiglu if is_silu(mlp.act_fn) else Plain().gated(mlp)
+    def gated(self, parts: Parts) -> Gated:
+        return gate_of(parts.act) or Plain().gated(parts)
 
-    def angles(self, cos_A1D: Tensor, sin_A1D: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, cos_A1D: Tensor, sin_A1D: Tensor) -> Angles:
         return cos_A1D, sin_A1D
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def difference(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference of outputs and gradients from plain operations, relative to the largest number of each.
-
-    With a hidden size that fills no tile, and heads with the strides that transformers gives them.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def norm_of(size: int) -> LlamaRMSNorm:
-        made = LlamaRMSNorm(size).to(device, dtype).requires_grad_(False)
-        made.weight.copy_(random(size))
-        return made
-
-    wide, q_norm, k_norm = norm_of(896), norm_of(64), norm_of(64)
-    weight_H, eps = wide.weight, wide.variance_epsilon
-    angle = torch.outer(torch.arange(5.0), torch.arange(1.0, 33.0)).repeat(1, 2)[None]
-    angles = angle.cos().to(device, dtype), angle.sin().to(device, dtype)
-    x, delta, gate, up = random(3, 896), random(3, 896), random(3, 80), random(3, 80)
-    q, k = (random(2, 5, heads, 64).transpose(1, 2) for heads in (6, 2))
-    both_ways: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = [
-        (lambda x: rms_norm(x, weight_H, eps), wide, (x,)),
-        (lambda q, k: rotate(q, k, *angles), lambda q, k: apply_rotary_pos_emb(q, k, *angles), (q, k)),
-        (swiglu, lambda gate, up: nn.functional.silu(gate) * up, (gate, up)),
-    ]
-    pairs = [
-        pair
-        for kernel, plain, given in both_ways
-        for pair in zip(_results(kernel, given), _results(plain, given), strict=True)
-    ]
-    total = x + delta
-    pairs += zip(add_and_norm(x, delta, weight_H, eps), (total, wide(total)), strict=True)
-    turned = norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, eps)
-    pairs += zip(turned, apply_rotary_pos_emb(q_norm(q), k_norm(k), *angles), strict=True)
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
-
-
-def _results(run: Callable[..., Any], given: tuple[Tensor, ...]) -> list[Tensor]:
-    """Outputs, and the gradients of the inputs from a gradient of their own."""
-    inputs = [x.detach().requires_grad_() for x in given]
-    outputs = run(*inputs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, [x.detach().cos() for x in outputs])]

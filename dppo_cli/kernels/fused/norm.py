@@ -1,8 +1,8 @@
 """RMSNorm (arXiv 1910.07467), y = w x / sqrt(mean(x^2) + eps), in one kernel each way.
 
-Sums are those of transformers' modules: float32, rounded where these round. The normalised value is rounded before it
-is multiplied with the weight, and so is the product. In the backward pass, with g the gradient of y times w, rounded,
-and r = 1 / sqrt(mean(x^2) + eps),
+Sums are those of transformers' modules: float32, rounded where these round. In most families the normalised value is
+rounded before it is multiplied with the weight, and so is the product; see `Form`. In the backward pass, with g the
+gradient of y times w, rounded if the value is, and r = 1 / sqrt(mean(x^2) + eps),
     gradient of x = r g - r^3 x mean(g x).
 
 Kernels are compiled without fused multiplications and additions, so that all versions of Triton round alike.
@@ -12,6 +12,7 @@ Shapes: N rows of H numbers (the hidden size, or that of a head).
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from torch import Tensor
 
 TILE = 4096
 """Numbers of a program: one long row, or several short ones."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a family multiplies a normalised value with a weight: `rounds` it first, adds `offset` to the weight."""
+
+    rounds: bool = True
+    offset: float = 0.0
+
+
+LLAMA, OLMO, GEMMA = Form(), Form(rounds=False), Form(rounds=False, offset=1.0)
 
 
 @triton.jit
@@ -40,13 +52,15 @@ def norm_forward(
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
     KEEPS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None]
     inside = (row < rows - first) & (column < SIZE)
     kind = out_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32) + OFFSET
     x = tl.load(x_ptr + first * x_stride + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         delta = tl.load(delta_ptr + first * delta_stride + row * delta_stride + column, mask=inside, other=0.0)
@@ -56,7 +70,9 @@ def norm_forward(
     scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / SIZE + eps)
     if KEEPS:
         tl.store(scale_ptr + first + row, scale, mask=row < rows - first)
-    normal = (x * scale).to(kind).to(tl.float32)
+    normal = x * scale
+    if ROUNDS:
+        normal = normal.to(kind).to(tl.float32)
     tl.store(out_ptr + first * SIZE + row * SIZE + column, (weight * normal).to(kind), mask=inside)
 
 
@@ -73,44 +89,49 @@ def norm_backward(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None]
     inside = (row < rows - first) & (column < SIZE)
     kind = out_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32) + OFFSET
     grad = tl.load(grad_ptr + first * grad_stride + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + first * x_stride + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + first + row, mask=row < rows - first, other=0.0)
-    grad = (grad * weight).to(kind).to(tl.float32)
+    grad = grad * weight
+    if ROUNDS:
+        grad = grad.to(kind).to(tl.float32)
     slope = tl.sum(grad * x, 1, keep_dims=True) / SIZE * scale * scale * scale
     tl.store(out_ptr + first * SIZE + row * SIZE + column, (scale * grad - x * slope).to(kind), mask=inside)
 
 
-def norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, form: Form = LLAMA) -> Tensor:
     """RMSNorm of x [..., H] in 16 bits with a frozen weight of the same type: it gets no gradient."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Norm.apply(x, weight_H, eps)  # type: ignore[no-untyped-call,no-any-return]
-    return _forward(x, None, weight_H, eps, keeps=False)[1]
+        return _Norm.apply(x, weight_H, eps, form)  # type: ignore[no-untyped-call,no-any-return]
+    return _forward(x, None, weight_H, eps, form, keeps=False)[1]
 
 
-def add_and_norm(x: Tensor, delta: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_and_norm(x: Tensor, delta: Tensor, weight_H: Tensor, eps: float, form: Form = LLAMA) -> tuple[Tensor, Tensor]:
     """x + delta, rounded, and its RMSNorm, [..., H] each; without gradient."""
-    total, out, _ = _forward(x, delta, weight_H, eps, keeps=False)
+    total, out, _ = _forward(x, delta, weight_H, eps, form, keeps=False)
     assert total is not None
     return total, out
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        _, out, scale_N = _forward(x, None, weight_H, eps, keeps=True)
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, form: Form) -> Tensor:
+        _, out, scale_N = _forward(x, None, weight_H, eps, form, keeps=True)
         ctx.save_for_backward(x, scale_N, weight_H)
+        ctx.form = form
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, scale_N, weight_H = ctx.saved_tensors
         x_NH, grad_NH = in_rows(x), in_rows(grad)
         out = x.new_empty(x.shape)
@@ -119,14 +140,16 @@ class _Norm(torch.autograd.Function):
             norm_backward[grid](
                 *(grad_NH, x_NH, scale_N, weight_H, out, len(x_NH), grad_NH.stride(0), x_NH.stride(0)),
                 **sizes,
+                ROUNDS=ctx.form.rounds,
+                OFFSET=ctx.form.offset,
                 num_warps=warps,
                 enable_fp_fusion=False,
             )
-        return out, None, None
+        return out, None, None, None
 
 
 def _forward(
-    x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float, keeps: bool
+    x: Tensor, delta: Tensor | None, weight_H: Tensor, eps: float, form: Form, keeps: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """The sum with `delta`, the norm, and with `keeps` the float32 [N] that x was multiplied with."""
     x_NH = in_rows(x)
@@ -142,6 +165,8 @@ def _forward(
             **sizes,
             ADDS=delta is not None,
             KEEPS=keeps,
+            ROUNDS=form.rounds,
+            OFFSET=form.offset,
             num_warps=warps,
             enable_fp_fusion=False,
         )

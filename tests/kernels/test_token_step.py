@@ -5,11 +5,23 @@ import copy
 import make
 import pytest
 import tiny
+import tiny_models
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from dppo_cli.kernels.llama import _norm, is_built_like_llama
+from dppo_cli.kernels.layer_parts import is_known
+from dppo_cli.kernels.token_step import _norm
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.rollout.decoder import Decoder, compact
 
@@ -29,7 +41,16 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**{**SIZES, "num_key_value_heads": 4, "hidden_act": "gelu"}),
+    # See tiny_models for what is peculiar to these.
+    **{name: tiny_models.FAMILIES[name] for name in ("phi3", "smollm3", "olmo2")},
+    "gemma3": Gemma3TextConfig(**{**tiny_models.GEMMA3.to_dict(), "sliding_window": 64}),
 }
+WINDOWS: dict[str, PretrainedConfig] = {
+    "gemma3 with a window": tiny_models.GEMMA3,
+    "mistral with a window": MistralConfig(**SIZES, sliding_window=6),
+    "qwen2 with a window": Qwen2Config(**SIZES, sliding_window=6, use_sliding_window=True, max_window_layers=1),
+}
+"""Of 6 positions, in all layers or in some."""
 EVEN = ((5, 6, 7), (8, 9, 10))
 PADDED = ((5, 6, 7, 8, 9), (10, 11))
 
@@ -77,17 +98,17 @@ def test_a_step_is_that_of_transformers(family, token_ids, dtype):
     "config",
     [
         *(tiny.CONFIGS[name] for name in ("gpt2", "gemma2", "cohere2")),
-        MistralConfig(**SIZES, sliding_window=6),
-        Qwen2Config(**SIZES, sliding_window=6, use_sliding_window=True, max_window_layers=1),
+        *WINDOWS.values(),
+        Gemma3TextConfig(**{**tiny_models.GEMMA3.to_dict(), "sliding_window": 64, "attn_logit_softcapping": 5.0}),
     ],
-    ids=["gpt2", "gemma2", "cohere2", "mistral with a window", "qwen2 with a window"],
+    ids=["gpt2", "gemma2", "cohere2", *WINDOWS, "gemma3 with a soft cap"],
 )
 def test_other_models_go_through_transformers(config):
     assert decoder(model(config), EVEN).short_cut is None
 
 
 def test_another_attention_than_torchs_goes_through_transformers():
-    assert not is_built_like_llama(model(FAMILIES["llama"], attn_implementation="eager"))
+    assert not is_known(model(FAMILIES["llama"], attn_implementation="eager"))
 
 
 @torch.no_grad()
@@ -104,17 +125,22 @@ def test_an_adapter_that_is_not_merged_takes_part(train_config):
     assert (base_H - expected_H).abs().max() > 0.01, "the adapter has an effect here"
 
 
+NORMS = {"llama": LlamaRMSNorm, "olmo2": Olmo2RMSNorm, "gemma3": Gemma3RMSNorm}
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-3, 1.0, 1e4])
-def test_the_norm_is_that_of_transformers(scale):
+@pytest.mark.parametrize("family", list(NORMS))
+def test_the_norm_is_that_of_transformers(family, scale):
     """Against float64; at a scale of 1e-3 eps has as much to say as x."""
     generator = torch.Generator().manual_seed(0)
-    module = LlamaRMSNorm(576, eps=1e-6)
+    module = NORMS[family](576, eps=1e-6)
     module.weight.data.normal_(1, 0.3, generator=generator)
     x = scale * torch.randn(8, 1, 576, generator=generator)
-    exact = copy.deepcopy(module).double()
+    weight = copy.deepcopy(module).double().weight + (family == "gemma3")
     variance = x.double().square().mean(-1, keepdim=True)
-    expected = exact.weight * x.double() / (variance + module.variance_epsilon).sqrt()
+    expected = weight * x.double() / (variance + 1e-6).sqrt()
     found = _norm(module)(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, module(x), rtol=1e-6, atol=0)
     assert _norm(module.to(torch.bfloat16)) is module, "transformers rounds between the steps there"
