@@ -6,17 +6,22 @@ with output o and log-sum-exp l of its scores; together they are, exactly,
 Going back, each part gets the gradient of the whole from o and l of the whole, because a score's probability is
 exp(score - l) in either (arXiv 2205.14135, appendix B.4); what both ask of a query, key or value is added up.
 
+In layers with a window that some sequence passes, where a response's keys begin depends on the query. There each
+response is one attention, to copies of the keys of its prompt that its first token sees, and to its own.
+
 Shapes: S tokens of the row, Q query heads, K key heads, D head size; T tokens of a segment.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dppo_cli.kernels.segment_kernels import Kernel, Pairs, choose_kernel
 
 
 @dataclass(frozen=True)
@@ -54,77 +59,115 @@ class Segments:
             return None
         return Pairs(_ends([n for _, n in answered]), _ends([n for n, _ in answered]), causal=False)
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of a prompt with a response to it."""
+        return max(prompt + max(of, default=0) for prompt, of in zip(self.prompts, self.responses, strict=True))
 
-@dataclass(frozen=True)
-class Pairs:
-    """Where the queries of each attention end that is computed by itself, and where its keys; both begin with 0."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    causal: bool
+    def seen_through(self, window: int) -> "Windowed":
+        if window not in self._windowed:
+            self._windowed[window] = Windowed(self, window)
+        return self._windowed[window]
 
     @cached_property
-    def slices(self) -> list[tuple[slice, slice]]:
-        return [(slice(*q), slice(*k)) for q, k in zip(pairwise(self.queries), pairwise(self.keys), strict=True)]
-
-    @cached_property
-    def longest(self) -> tuple[int, int]:
-        """Queries and keys."""
-        return tuple(max(b - a for a, b in pairwise(ends)) for ends in (self.queries, self.keys))  # type: ignore[return-value]
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Both ends, int32."""
-        if device not in self._copies:
-            self._copies[device] = tuple(  # type: ignore[assignment]
-                torch.tensor(ends, dtype=torch.int32, device=device) for ends in (self.queries, self.keys)
-            )
-        return self._copies[device]
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+    def _windowed(self) -> dict[int, "Windowed"]:
         return {}
 
 
-class Kernel(Protocol):
-    """Attention of `pairs`, without gradient, and its backward pass. Queries [T, Q, D], keys and values [T, K, D]."""
+class Windowed:
+    """Where the keys of each segment are if every response has copies of those of its prompt that a window shows.
 
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """Output [T, Q, D], log-sum-exp of the scores [Q, T], and what `backward` wants besides."""
-        ...
+    `pairs`: of each segment with these keys, which are `keys_X` of the row's. `own_S`: which of them are not copies.
+    `copies`: of each prompt, where the copied keys are in the row, and where the copies are, [responses, tokens].
+    """
 
-    @staticmethod
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, from output and log-sum-exp of the whole attention that the pairs are part of."""
-        ...
+    def __init__(self, segments: Segments, window: int) -> None:
+        parts, own, ends = [], [], [0]
+        self.copies: list[tuple[slice, Tensor]] = []
+        start = 0
+
+        def add(first: int, count: int) -> Tensor:
+            parts.append(torch.arange(first, first + count))
+            ends[-1] += count
+            return torch.arange(ends[-1] - count, ends[-1])
+
+        def end() -> None:
+            ends.append(ends[-1])
+
+        for prompt in segments.prompts:
+            own.append(add(start, prompt))
+            end()
+            start += prompt
+        prompts_end = 0
+        for prompt, responses in zip(segments.prompts, segments.responses, strict=True):
+            prompts_end += prompt
+            tail = min(prompt, window - 1)
+            copies = []
+            for response in responses:
+                copies.append(add(prompts_end - tail, tail))
+                own.append(add(start, response))
+                end()
+                start += response
+            if copies and tail:
+                self.copies.append((slice(prompts_end - tail, prompts_end), torch.stack(copies)))
+        self.pairs = Pairs(segments.own.queries, (0, *ends[:-1]), causal=True, window=window)
+        self.keys_X, self.own_S = torch.cat(parts), torch.cat(own)
+
+    def to(self, device: torch.device) -> "Windowed":
+        if self.keys_X.device != device:
+            self.keys_X, self.own_S = self.keys_X.to(device), self.own_S.to(device)
+            self.copies = [(of, at.to(device)) for of, at in self.copies]
+        return self
+
+    def summed(self, grad_XKD: Tensor) -> Tensor:
+        """[S, K, D]: of each key of the row, what is asked of it and of its copies; in a fixed order."""
+        total_SKD = grad_XKD.index_select(0, self.own_S)
+        for of, at in self.copies:
+            total_SKD[of] += grad_XKD.index_select(0, at.flatten()).unflatten(0, at.shape).sum(0)
+        return total_SKD
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, kernel: type[Kernel] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float,
+    kernel: type[Kernel] | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention over a row of segments: queries [S, Q, D], keys and values [S, K, D], output [S, Q, D].
 
-    `scale` is that of the scores q k^T. Query head i reads key head i // (Q // K).
+    `scale` is that of the scores q k^T. Query head i reads key head i // (Q // K). `window`: how many positions of its
+    sequence a token sees, its own among them; None: all.
     """
-    return _Attention.apply(q, k, v, segments, scale, kernel or choose_kernel(q))  # type: ignore[no-untyped-call,no-any-return]
+    if window is not None and window >= segments.longest:
+        window = None
+    kernel = kernel or choose_kernel(q, k.shape[1], window)
+    if window is None:
+        return _Attention.apply(q, k, v, segments, scale, kernel)  # type: ignore[no-untyped-call,no-any-return]
+    through = segments.seen_through(window).to(q.device)
+    return _WindowAttention.apply(q, k, v, through, scale, kernel)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def choose_kernel(q: Tensor) -> type[Kernel]:
-    """torch's flash attention, where the device, the precision and the size of a head allow."""
-    if q.device.type == "cpu":
-        return FlashOnCPU
-    if q.device.type == "cuda" and has_flash(q.dtype, q.shape[-1]):
-        return FlashOnCUDA
-    return Plain
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, through: Windowed, scale: float, kernel: type[Kernel]
+    ) -> Tensor:
+        keys, values = (x.index_select(0, through.keys_X) for x in (k, v))
+        out, lse, rest = kernel.forward(q, keys, values, through.pairs, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.of = through, scale, kernel, rest
+        return out
 
-
-def has_flash(dtype: torch.dtype, size: int) -> bool:
-    """Whether torch's flash attention runs on this CUDA device; on AMD's it was not tried."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return False
-    return dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        through, scale, kernel, rest = ctx.of
+        keys, values = (x.index_select(0, through.keys_X) for x in (k, v))
+        grad_q, grad_k, grad_v = kernel.backward(grad, q, keys, values, out, lse, through.pairs, scale, *rest)
+        return grad_q, through.summed(grad_k), through.summed(grad_v), None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -163,107 +206,6 @@ class _Attention(torch.autograd.Function):
             grad_k[seen] += more_k
             grad_v[seen] += more_v
         return grad_q, grad_k, grad_v, None, None, None
-
-
-class FlashOnCPU:
-    """torch's flash attention for CPUs, one call for each pair. See `Kernel`."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        outs, lses = [], []
-        for of_q, of_k in pairs.slices:
-            one = (x.transpose(0, 1)[None] for x in (q[of_q], k[of_k], v[of_k]))
-            out_1QTD, lse_1QT = run(*one, 0.0, pairs.causal, scale=scale)
-            outs.append(out_1QTD[0].transpose(0, 1))
-            lses.append(lse_1QT[0])
-        return torch.cat(outs), torch.cat(lses, dim=1), ()
-
-    @staticmethod
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        found = []
-        for of_q, of_k in pairs.slices:
-            one = (x.transpose(0, 1)[None] for x in (grad[of_q], q[of_q], k[of_k], v[of_k], out[of_q]))
-            grads = run(*one, lse[None, :, of_q], 0.0, pairs.causal, scale=scale)
-            found.append([x[0].transpose(0, 1) for x in grads])
-        grad_q, grad_k, grad_v = (torch.cat(column) for column in zip(*found, strict=True))
-        return grad_q, grad_k, grad_v
-
-
-class FlashOnCUDA:
-    """torch's flash attention for sequences of different lengths, one call for all pairs. See `Kernel`.
-
-    In 16 bits; deterministic where `torch.use_deterministic_algorithms` asks. Not run on a card yet.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        out, lse_QT, seed, unused, _ = torch.ops.aten._flash_attention_forward(
-            *(q, k, v, *pairs.on(q.device), *pairs.longest), 0.0, pairs.causal, False, scale=scale
-        )
-        assert lse_QT.shape == (q.shape[1], q.shape[0]), f"log-sum-exp {tuple(lse_QT.shape)} of {tuple(q.shape)}"
-        return out, lse_QT, (seed, unused)
-
-    @staticmethod
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            *(grad.contiguous(), q, k, v, out, lse, *pairs.on(q.device), *pairs.longest),
-            *(0.0, pairs.causal, *rest),
-            scale=scale,
-        )
-        return found
-
-
-class Plain:
-    """The same in plain operations, with the scores of one pair at a time. See `Kernel`."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        outs, lses = [], []
-        for of_q, of_k in pairs.slices:
-            q_QTD, k_QUD, v_QUD = _by_head(q.shape[1], q[of_q], k[of_k], v[of_k])
-            scores_QTU = _scores(q_QTD, k_QUD, pairs.causal, scale)
-            lses.append(scores_QTU.logsumexp(-1))
-            outs.append(((scores_QTU - lses[-1][..., None]).exp() @ v_QUD).transpose(0, 1).to(q.dtype))
-        return torch.cat(outs), torch.cat(lses, dim=1), ()
-
-    @staticmethod
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pairs: Pairs, scale: float, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = []
-        heads, shared = q.shape[1], q.shape[1] // k.shape[1]
-        for of_q, of_k in pairs.slices:
-            q_QTD, k_QUD, v_QUD, grad_QTD, out_QTD = _by_head(
-                heads, *(q[of_q], k[of_k], v[of_k], grad[of_q], out[of_q])
-            )
-            p_QTU = (_scores(q_QTD, k_QUD, pairs.causal, scale) - lse[:, of_q, None]).exp_()
-            slope_QTU = grad_QTD @ v_QUD.transpose(1, 2) - (grad_QTD * out_QTD).sum(-1, keepdim=True)
-            slope_QTU.mul_(p_QTU).mul_(scale)
-            of_keys = (slope_QTU.transpose(1, 2) @ q_QTD, p_QTU.transpose(1, 2) @ grad_QTD)
-            grads = (slope_QTU @ k_QUD, *(x.unflatten(0, (-1, shared)).sum(1) for x in of_keys))
-            found.append([x.transpose(0, 1).to(q.dtype) for x in grads])
-        grad_q, grad_k, grad_v = (torch.cat(column) for column in zip(*found, strict=True))
-        return grad_q, grad_k, grad_v
-
-
-def _by_head(heads: int, *tensors: Tensor) -> list[Tensor]:
-    """[T, Q or K, D] each as [Q, T, D], in float32 at least."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [x.to(wide).repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1) for x in tensors]
-
-
-def _scores(q_QTD: Tensor, k_QUD: Tensor, causal: bool, scale: float) -> Tensor:
-    scores_QTU = q_QTD @ k_QUD.transpose(1, 2) * scale
-    if causal:
-        later = torch.ones(scores_QTU.shape[1:], dtype=torch.bool, device=q_QTD.device).triu(1)
-        scores_QTU.masked_fill_(later, -torch.inf)
-    return scores_QTU
 
 
 def _ends(lengths: Sequence[int]) -> tuple[int, ...]:

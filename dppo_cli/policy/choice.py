@@ -6,7 +6,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dppo_cli.kernels.devices import CUDA
-from dppo_cli.kernels.segments import has_flash
+from dppo_cli.kernels.layer_parts import windows_of
+from dppo_cli.kernels.segment_kernels import has_flash
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences, shared_tokens
 from dppo_cli.policy.packed_forward import PackedGroups, can_pack
 from dppo_cli.policy.policy import Policy
@@ -62,4 +63,7 @@ def _has_flash(policy: Policy) -> bool:
     """Whether attention over segments runs without a matrix of all its scores."""
     of = policy.model.config.get_text_config()
     size = getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads
-    return policy.device.type == "cpu" or (policy.device.type == CUDA and has_flash(policy.dtype, size))
+    windows = any(windows_of(policy.model) or ())
+    heads = of.num_attention_heads, of.num_key_value_heads
+    on_cuda = policy.device.type == CUDA
+    return policy.device.type == "cpu" or (on_cuda and has_flash(policy.device, policy.dtype, *heads, size, windows))

@@ -111,8 +111,8 @@ class Row:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model computes the same from a row of segments: its layers are known, and have no window."""
-    return is_known(model) and not any(windows_of(model) or (1,))
+    """Whether the model computes the same from a row of segments: its layers are known."""
+    return is_known(model) and windows_of(model) is not None
 
 
 def attention(
@@ -124,15 +124,17 @@ def attention(
     *,
     segments: Segments | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     kernel: Any = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' own `sdpa`, but for a row of segments: [1, Q or K, S, D] -> [1, S, Q, D]. `kernel`: see attend."""
     if segments is None:
+        more["sliding_window"] = sliding_window
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     assert scaling is not None and query.shape[0] == 1 and not more.get("dropout")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(q, k, v, segments, scaling, kernel)[None], None
+    return attend(q, k, v, segments, scaling, kernel, sliding_window)[None], None
 
 
 # In place of transformers' own, not under another name for the time of a pass: layers that recompute in the backward

@@ -17,7 +17,8 @@ from dppo_cli.commands.planning.recorder import Recorder
 from dppo_cli.commands.planning.shapes import make_shapes, read_source
 from dppo_cli.commands.planning.update import UpdateCost, update_cost
 from dppo_cli.config.sections import Hardware, LoRA, Model
-from dppo_cli.kernels.segments import FlashOnCPU, Segments, attend
+from dppo_cli.kernels.segment_kernels import FlashOnCPU
+from dppo_cli.kernels.segments import Segments, attend
 from dppo_cli.policy.packed_forward import PackedGroups
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from dppo_cli.cli.main import main
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.train import make_learner
-from dppo_cli.kernels.segments import Kernel, Plain, Segments, attend, choose_kernel
+from dppo_cli.kernels.segment_kernels import Kernel, Plain, choose_kernel
+from dppo_cli.kernels.segments import Segments, attend
 from dppo_cli.policy.forward import Forward, WholeSequences
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.packed_forward import PackedGroups, can_pack
@@ -140,7 +141,7 @@ def attention_over_segments_agrees_with_plain_operations(
         tokens = sum(row.prompts) + sum(map(sum, row.responses))
         of = [torch.randn(tokens, n, size, generator=generator).to(device, dtype) for n in (*heads, heads[1])]
         of = [x.requires_grad_() for x in of]
-        assert choose_kernel(of[0]) is kernel
+        assert choose_kernel(of[0], of[1].shape[1]) is kernel
 
         def found(of: list[torch.Tensor], chosen: type[Kernel], row: Segments = row) -> list[torch.Tensor]:
             out = attend(*of, row, 0.1, chosen)

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 from dppo_cli.config.conf_tree import groups
-from dppo_cli.kernels.segments import FlashOnCUDA, Kernel, Plain
+from dppo_cli.kernels.segment_kernels import FlashOnCUDA, Kernel, Plain
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import gpu_cases
 import pytest
 import torch
 
-from dppo_cli.kernels.segments import FlashOnCPU
+from dppo_cli.kernels.segment_kernels import FlashOnCPU
 from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.rollout.local import LocalEngine
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dppo_cli.kernels import segments as module
-from dppo_cli.kernels.segments import FlashOnCPU, FlashOnCUDA, Pairs, Plain, Segments, attend, choose_kernel
+from dppo_cli.kernels import segment_kernels as module
+from dppo_cli.kernels.segment_kernels import CLOSE, FlashOnCPU, FlashOnCUDA, Pairs, Plain, choose_kernel, difference
+from dppo_cli.kernels.segments import Segments, attend
 
 ROWS = {
     "one group": Segments((5,), ((3, 7, 1),)),
@@ -35,23 +36,25 @@ def inputs(row: Segments, queries: int, keys: int, dtype: torch.dtype = torch.fl
     return [x.requires_grad_() for x in made]
 
 
-def mask(row: Segments) -> Tensor:
+def mask(row: Segments, window: int | None = None) -> Tensor:
     """[S, S]: what each token attends to, written down token by token."""
+    window = window or 1000
     segment = [("prompt", p, 0, t) for p, n in enumerate(row.prompts) for t in range(n)]
     segment += [("own", p, r, t) for p, of in enumerate(row.responses) for r, n in enumerate(of) for t in range(n)]
     seen = torch.zeros(len(segment), len(segment), dtype=torch.bool)
     for i, (kind, p, r, t) in enumerate(segment):
         for j, (other, q, s, u) in enumerate(segment):
-            same = kind == other and (p, r) == (q, s) and u <= t
-            seen[i, j] = same or (kind == "own" and other == "prompt" and p == q)
+            same = kind == other and (p, r) == (q, s) and t - window < u <= t
+            before = kind == "own" and other == "prompt" and p == q and row.prompts[p] + t - window < u
+            seen[i, j] = same or before
     return seen
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, row: Segments) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, row: Segments, window: int | None = None) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = torch.einsum("iqd,jqd->qij", q, k) * SCALE
-    return torch.einsum("qij,jqd->iqd", scores.masked_fill(~mask(row), -torch.inf).softmax(-1), v)
+    return torch.einsum("qij,jqd->iqd", scores.masked_fill(~mask(row, window), -torch.inf).softmax(-1), v)
 
 
 def with_gradients(out: Tensor, of: list[Tensor]) -> list[Tensor]:
@@ -59,15 +62,29 @@ def with_gradients(out: Tensor, of: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out * direction).sum(), of)]
 
 
+WINDOWS = (None, 1, 2, 4, 6, 12, 100)
+"""Nothing but the own token, less and more than prompts and responses, and more than all."""
+
+
 @rows
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("queries", "keys"), HEADS)
 @pytest.mark.parametrize("kernel", [FlashOnCPU, Plain])
-def test_output_and_gradients_are_those_of_a_dense_mask(row, queries, keys, kernel):
+def test_output_and_gradients_are_those_of_a_dense_mask(row, queries, keys, kernel, window):
     of = inputs(row, queries, keys)
-    found = with_gradients(attend(*of, row, SCALE, kernel), of)
-    for a, b in zip(found, with_gradients(dense(*of, row), of), strict=True):
+    found = with_gradients(attend(*of, row, SCALE, kernel, window), of)
+    for a, b in zip(found, with_gradients(dense(*of, row, window), of), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-        assert b.abs().max() > 0.1
+        assert b.abs().max() > 0.1 or window == 1
+
+
+def test_a_window_that_no_sequence_passes_is_none(monkeypatch):
+    monkeypatch.setattr(Segments, "seen_through", None)
+    row = ROWS["one group"]
+    of = inputs(row, 4, 2)
+    assert row.longest == 12 and torch.equal(attend(*of, row, SCALE, window=12), attend(*of, row, SCALE))
+    with pytest.raises(TypeError):
+        attend(*of, row, SCALE, window=11)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -127,21 +144,25 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stand-ins for torch's two functions that compute what those do, and keep what they were called with."""
     calls: list[dict[str, Any]] = []
 
-    def pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal) -> Pairs:
+    def pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal, left=None, right=None) -> Pairs:
         assert ends_q.dtype == ends_k.dtype == torch.int32 and dropout == 0.0
-        found = Pairs(tuple(ends_q.tolist()), tuple(ends_k.tolist()), causal)
+        assert (left, right) == (None, None) or (causal and right == 0)
+        window = None if left is None else left + 1
+        found = Pairs(tuple(ends_q.tolist()), tuple(ends_k.tolist()), causal, window)
         # They read beyond neither.
         assert found.queries[-1] == len(q) and found.keys[-1] == len(k) and found.longest == (max_q, max_k)
         return found
 
-    def forward(q, k, v, ends_q, ends_k, max_q, max_k, dropout, causal, debug, *, scale):
-        of = pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal)
+    def forward(q, k, v, ends_q, ends_k, max_q, max_k, dropout, causal, debug, *, scale, **sides):
+        of = pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal, *sides.values())
         out, lse, _ = Plain.forward(q, k, v, of, scale)
         calls.append(dict(forward=of, debug=debug))
         return out, lse, torch.tensor([len(calls)]), torch.tensor([0]), torch.empty(0)
 
-    def backward(grad, q, k, v, out, lse, ends_q, ends_k, max_q, max_k, dropout, causal, seed, unused, *, scale):
-        of = pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal)
+    def backward(
+        grad, q, k, v, out, lse, ends_q, ends_k, max_q, max_k, dropout, causal, seed, unused, *, scale, **sides
+    ):
+        of = pairs(q, k, ends_q, ends_k, max_q, max_k, dropout, causal, *sides.values())
         assert grad.is_contiguous() and lse.is_contiguous() and lse.shape == (q.shape[1], len(q))
         calls.append(dict(backward=of, seed=int(seed)))
         return Plain.backward(grad, q, k, v, out, lse, of, scale)
@@ -163,6 +184,16 @@ def test_two_calls_each_way_on_a_gpu(row, varlen):
     assert varlen == expected + [dict(backward=of, seed=i + 1) for i, of in enumerate(both)]
 
 
+@rows
+def test_one_call_each_way_with_a_window(row, varlen):
+    of = inputs(row, 6, 2)
+    found = with_gradients(attend(*of, row, SCALE, FlashOnCUDA, window=4), of)
+    for a, b in zip(found, with_gradients(dense(*of, row, 4), of), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    pairs = row.seen_through(4).pairs
+    assert pairs.window == 4 and varlen == [dict(forward=pairs, debug=False), dict(backward=pairs, seed=1)]
+
+
 def test_torchs_functions_have_the_arguments_that_are_given():
     forward, backward = (
         getattr(torch.ops.aten, f"_flash_attention_{way}").default._schema for way in ("forward", "backward")
@@ -172,7 +203,9 @@ def test_torchs_functions_have_the_arguments_that_are_given():
     assert [a.name for a in forward.arguments][:10] == [*common, *sizes, "return_debug_mask"]
     given = ["grad_out", *common, "out", "logsumexp", *sizes, "rng_state", "unused"]
     assert [a.name for a in backward.arguments][:14] == given
-    assert all("scale" in [a.name for a in of.arguments if a.kwarg_only] for of in (forward, backward))
+    for of in (forward, backward):
+        named = [a.name for a in of.arguments if a.kwarg_only]
+        assert {"scale", "window_size_left", "window_size_right"} <= set(named)
     assert len(forward.returns) == 5 and len(backward.returns) == 3
 
 
@@ -193,11 +226,49 @@ def test_torchs_functions_have_the_arguments_that_are_given():
 def test_which_kernel(monkeypatch, device, dtype, size, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(5, 4, size))
-    assert choose_kernel(q) is expected  # type: ignore[arg-type]
+    assert choose_kernel(q, 2) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize(("size", "window", "asked"), [(256, None, True), (64, 100, True), (128, None, False)])
+def test_what_was_not_tried_on_a_card_is_tried_there(monkeypatch, size, window, asked, works):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cuda, calls = torch.device("cuda"), []
+    monkeypatch.setattr(module, "_works", lambda *of: calls.append(of) or works)
+    q = SimpleNamespace(device=cuda, dtype=torch.bfloat16, shape=(5, 4, size))
+    assert choose_kernel(q, 2, window) is (FlashOnCUDA if works or not asked else Plain)  # type: ignore[arg-type]
+    assert calls == ([(cuda, torch.bfloat16, 4, 2, size, window is not None)] if asked else [])
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_kernel_that_works_is_found_to(varlen, windows):
+    on_cpu = torch.device("cpu"), torch.bfloat16, 4, 2, 256, windows
+    assert 0 < difference(FlashOnCUDA, *on_cpu) <= CLOSE
+    assert module._works.__wrapped__(*on_cpu)
+    assert 0 < difference(FlashOnCPU, *on_cpu) <= CLOSE
+
+
+@pytest.mark.parametrize("wrong", ["window", "causal", "refuses"])
+def test_a_kernel_that_does_not_work_is_found_out(varlen, monkeypatch, wrong):
+    """One that knows no windows, that begins to count at the first key, that the device has not."""
+    right = torch.ops.aten._flash_attention_forward
+
+    def forward(*of, **named):
+        if wrong == "refuses":
+            raise RuntimeError("FlashAttention backward for head dim > 192 requires A100 or H100")
+        if wrong == "window":
+            named.pop("window_size_left"), named.pop("window_size_right")
+        if wrong == "causal":
+            return right(*of[:8], False, *of[9:], scale=named["scale"])
+        return right(*of, **named)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    assert not module._works.__wrapped__(torch.device("cpu"), torch.bfloat16, 4, 2, 64, windows=True)
 
 
 def test_not_on_amds_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert module.has_flash(torch.bfloat16, 64)
+    of = torch.device("cuda"), torch.bfloat16, 4, 2, 64, False
+    assert module.has_flash(*of)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not module.has_flash(torch.bfloat16, 64)
+    assert not module.has_flash(*of)

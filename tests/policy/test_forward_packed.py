@@ -14,6 +14,7 @@ from test_forward import LENGTHS, micro_batches, pack, responses, run, token_ids
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from dppo_cli.commands.train import make_learner
 from dppo_cli.policy import choice
@@ -23,8 +24,8 @@ from dppo_cli.policy.packed_forward import PackedGroups, can_pack
 from dppo_cli.policy.policy import Policy
 from dppo_cli.types import Group, Sample
 
-PACKED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "olmo2"]
-REFUSED = ["gemma3", "gemma3_vision", "mistral_window", "gemma2", "cohere2"]
+PACKED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "olmo2", "gemma3", "gemma3_vision", "mistral_window"]
+REFUSED = ["gemma2", "cohere2"]
 RECOMPUTING = "hardware.gradient_checkpointing=true"
 
 Make = Callable[..., Policy]
@@ -53,6 +54,8 @@ def in_float64(policy: Policy) -> Policy:
     for module in policy.model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = norm(module.weight, module.variance_epsilon)  # type: ignore[method-assign]
+        if isinstance(module, Gemma3RMSNorm):
+            module.forward = norm(1 + module.weight, module.eps)  # type: ignore[method-assign]
     return policy
 
 
@@ -202,7 +205,7 @@ def test_a_prompt_runs_once_in_each_micro_batch_without_padding(made, words):
 
 @pytest.mark.parametrize("family", [*PACKED, *REFUSED])
 def test_which_models_are_packed_while_recomputing(made, family):
-    """Windows, soft caps and models whose layers are not known run as they did."""
+    """Soft caps and models whose layers are not known run as they did."""
     assert set(PACKED) | set(REFUSED) == set(tiny_models.FAMILIES)
     policy = made(family, RECOMPUTING)
     assert can_pack(policy.model) == (family in PACKED)
@@ -226,7 +229,7 @@ def test_samples_are_packed_where_fewer_tokens_run(made, monkeypatch, prompt, ow
     samples = [(number, prompt, n) for number in prompts for n in own]
     policy = made("llama")
     assert choose_for(policy, prompts, samples, budget) is expected
-    for words, family in (((), "gemma3"), ((RECOMPUTING,), "gemma3"), ((RECOMPUTING,), "llama")):
+    for words, family in (((), "gemma2"), ((RECOMPUTING,), "gemma2"), ((RECOMPUTING,), "llama")):
         other = made(family, *words)
         assert choose_for(other, prompts, samples, budget) is choose_forward(other)
     for device, flash, kind in (("cuda", True, expected), ("cuda", False, SharedPrompts), ("mps", True, SharedPrompts)):
@@ -234,7 +237,9 @@ def test_samples_are_packed_where_fewer_tokens_run(made, monkeypatch, prompt, ow
         monkeypatch.setattr(choice, "has_flash", lambda *of, asked=asked, flash=flash: asked.append(of) or flash)
         there = replace(policy, device=torch.device(device))
         assert choose_for(there, prompts, samples, budget) is kind
-        assert asked == ([(torch.float32, policy.model.config.head_dim)] if device == "cuda" else [])
+        of = policy.model.config
+        heads = of.num_attention_heads, of.num_key_value_heads, of.head_dim
+        assert asked == ([(there.device, torch.float32, *heads, False)] if device == "cuda" else [])
 
 
 def test_what_prompts_begin_with_is_counted_once(made):

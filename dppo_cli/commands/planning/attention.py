@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from dppo_cli.commands.planning.recorder import Recorder, Work
-from dppo_cli.kernels.segments import FlashOnCPU, Pairs
+from dppo_cli.kernels.segment_kernels import FlashOnCPU, Pairs
 from dppo_cli.policy.packed_forward import attention
 
 
@@ -47,9 +47,9 @@ class PairsAlike:
             alike.setdefault((of_q.stop - of_q.start, of_k.stop - of_k.start), []).append((of_q, of_k))
         total = Work()
         for lengths, same in alike.items():
-            key = name, lengths, pairs.causal, q.shape[1:], k.shape[1:], q.dtype
+            key = name, lengths, pairs.causal, pairs.window, q.shape[1:], k.shape[1:], q.dtype
             if key not in self.costs:
-                one = SimpleNamespace(slices=same[:1], causal=pairs.causal)
+                one = SimpleNamespace(slices=same[:1], causal=pairs.causal, seen=pairs.seen)
                 results, work = self.recorder.aside(lambda one=one: run(one))  # type: ignore[misc]
                 # The results of all pairs, each one operation, are counted where they are made.
                 made, count = sum(x.nbytes for x in results), len(results)
