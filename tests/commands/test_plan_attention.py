@@ -1,11 +1,13 @@
 """Attention over segments, of which a plan runs one of those that are alike: the numbers of running all."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import tiny_models
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,15 +28,30 @@ HARDWARE = Hardware("cpu", "float32", 160, 16, False)
 PROMPTS = [prompt for length in (8, 5, 8) for prompt in assumed_prompts(1, length)]
 
 
+def of_llama(folder: Path) -> Path:
+    return tiny.save(folder)
+
+
+def of_gemma(folder: Path) -> Path:
+    """With windows that prompts and responses pass."""
+    return tiny_models.save(folder, "gemma3")
+
+
+@pytest.mark.parametrize("family", [of_llama, of_gemma])
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_costs_what_it_costs_pair_by_pair(
-    quantization: str | None, checkpointing: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Callable[[Path], Path],
+    quantization: str | None,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exactly, in every number."""
     monkeypatch.setattr(update, "choose_for", lambda *_: PackedGroups)
-    source = read_source(Model(str(tiny.save(tmp_path / "m")), None, None))
+    source = read_source(Model(str(family(tmp_path / "m")), None, None))
 
     def cost(on_cpu: bool) -> UpdateCost:
         hardware = replace(HARDWARE, gradient_checkpointing=checkpointing)

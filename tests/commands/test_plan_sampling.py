@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_models
 import torch
 from transformers import LlamaConfig
 
@@ -73,6 +74,15 @@ def test_slots_are_counted_instead_where_steps_are_static(tmp_path: Path) -> Non
     # Two prompts' states are there beside the slots.
     assert static.prefill_peak - static.cache > 2 * 10 * POSITION
     assert (static.token, static.logits) == (plain.token, plain.logits)
+
+
+@pytest.mark.parametrize("window", [6, 64])
+def test_slots_keep_what_a_window_has_left_behind(tmp_path: Path, window: int) -> None:
+    shapes = shapes_of(tiny_models.save(tmp_path / "m", "gemma3", sliding_window=window))
+    static = cost(shapes, 2, 4, 8, room=Room(3, 16, 8, 24))
+    assert static.slots == (3 * 16 + 8 * 24) * POSITION
+    assert static.slots <= static.cache < 1.2 * static.slots
+    assert static.read == POSITION * (2 * 10 + 8 * 4)
 
 
 def test_all_slots_are_filled_although_the_last_prompt_has_samples_left(tmp_path: Path) -> None:
