@@ -58,6 +58,8 @@ GEMMA3 = Gemma3TextConfig(
     rope_parameters=GEMMA3_ROPE,
     tie_word_embeddings=True,
 )
+SAMPLED_FROM_GEMMA3 = (2, 12, 31, 35, 54, 61, 63, 64, 67, 68, 95)
+"""Tokens that are sampled now and then. Most are not at all, because its embeddings are scaled."""
 VISION = SiglipVisionConfig(
     hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import make
+import tiny_models
 import torch
 
 from dppo_cli.commands.schemas import TrainConfig
@@ -32,7 +33,8 @@ def policy(config: TrainConfig, device: str, dtype: str) -> Policy:
     # A CPU may have no bfloat16, which is a warning.
     of = load_policy(config.model, hardware, warn=lambda _: None, adapter=config.adapter)
     make.move_adapter(of, 0.05)
-    return replace(of, eos_ids=(1, 5, 6))
+    gemma3 = of.model.config.model_type == "gemma3_text"
+    return replace(of, eos_ids=(1, *(tiny_models.SAMPLED_FROM_GEMMA3 if gemma3 else (5, 6))))
 
 
 def generated(engine: LocalEngine, num_logprobs: int, temperature: float = 0.7) -> list[list[Completion]]:

@@ -136,15 +136,17 @@ def attention_over_segments_agrees_with_plain_operations(
     """The largest error of output and gradients, relative to the largest entry; equal calls give equal bits."""
     worst = 0.0
     rows = (Segments((300, 5, 70, 9), ((130, 1, 257), (64, 64), (2,), ())), Segments((3, 40), ((), ())))
-    for row, heads, size in itertools.product(rows, ((8, 2), (3, 3)), (64, 128)):
+    for row, heads, size, window in itertools.product(rows, ((8, 2), (3, 3)), (64, 128, 256), (None, 100)):
         generator = torch.Generator().manual_seed(0)
         tokens = sum(row.prompts) + sum(map(sum, row.responses))
         of = [torch.randn(tokens, n, size, generator=generator).to(device, dtype) for n in (*heads, heads[1])]
         of = [x.requires_grad_() for x in of]
-        assert choose_kernel(of[0], of[1].shape[1]) is kernel
+        assert choose_kernel(of[0], of[1].shape[1], window) is kernel
 
-        def found(of: list[torch.Tensor], chosen: type[Kernel], row: Segments = row) -> list[torch.Tensor]:
-            out = attend(*of, row, 0.1, chosen)
+        def found(
+            of: list[torch.Tensor], chosen: type[Kernel], row: Segments = row, window: int | None = window
+        ) -> list[torch.Tensor]:
+            out = attend(*of, row, 0.1, chosen, window)
             return [out.detach(), *torch.autograd.grad((out * torch.cos(out.detach())).sum(), of)]
 
         torch.use_deterministic_algorithms(True)

@@ -3,6 +3,7 @@
 import decode_cases
 import make
 import pytest
+import tiny_models
 import torch
 
 from dppo_cli.kernels import beside
@@ -46,6 +47,14 @@ def test_places_change_hands(train_config) -> None:
     wanted = Wanted(make.prompts(of, decode_cases.TEXTS), 4, how, 0, ())
     room = room_for(wanted, decode_cases.SLOTS, decode_cases.SMALL)
     assert room.prompts == decode_cases.SLOTS < len(wanted.prompts)
+
+
+@pytest.mark.parametrize("family", ["phi3", "smollm3", "olmo2", "gemma3", "mistral_window"])
+def test_more_families(train_config, tmp_path, family: str) -> None:
+    folder = tiny_models.save(tmp_path / family, family)
+    of = decode_cases.policy(train_config(f"model.path={folder}"), "cpu", "float32")
+    decode_cases.graphs_and_calls(of, 4)
+    assert decode_cases.slots_and_sub_batches(of) < 1e-4
 
 
 def test_slots_and_sub_batches(train_config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,15 @@ pytestmark = [
     pytest.mark.usefixtures("work"),
 ]
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral")
+MORE_FAMILIES = ("phi3", "smollm3", "olmo2", "gemma3", "mistral_window")
+"""Whose layers differ from those of Llama, or have windows."""
 EMBEDDED = Path("embedded:arithmetic_1m")
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: tiny_models.save(root / family, family) for family in FAMILIES}
+    return {family: tiny_models.save(root / family, family) for family in {*FAMILIES, *MORE_FAMILIES}}
 
 
 @pytest.mark.parametrize("adapter", groups()["adapter"])
@@ -90,6 +92,16 @@ def test_packed_updates_agree_with_whole_sequences(
     print(f"{model} {adapter} {dtype}: packed {apart:.2g}, whole sequences' own {own:.2g}")
 
 
+@pytest.mark.parametrize("words", [(), ("hardware.gradient_checkpointing=true",)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_packed_updates_of_more_families(
+    family: str, words: tuple[str, ...], families: dict[str, Path], train_config
+) -> None:
+    config = train_config(*gpu_cases.UNMASKED, *words, f"model.path={families[family]}")
+    apart, own = gpu_cases.packed_updates_agree_with_whole_sequences(config, "cuda", "bfloat16")
+    print(f"{family}: packed {apart:.2g}, whole sequences' own {own:.2g}")
+
+
 @pytest.mark.parametrize(("dtype", "kernel"), [(torch.bfloat16, FlashOnCUDA), (torch.float32, Plain)])
 def test_attention_over_segments_agrees_with_plain_operations(dtype: torch.dtype, kernel: type[Kernel]) -> None:
     print(gpu_cases.attention_over_segments_agrees_with_plain_operations("cuda", dtype, kernel))
@@ -105,6 +117,12 @@ def test_fused_kernels_are_as_exact_as_plain_operations(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("model", ["llama3", "qwen3"])
 def test_fused_modules_agree_with_plain_ones(model: str, adapter: str, words: tuple[str, ...], train_config) -> None:
     config = train_config(f"adapter={adapter}", *words, model=model)
+    print(fused_cases.modules_agree_with_plain_ones(config, "cuda", "bfloat16"))
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_fused_modules_of_more_families(family: str, families: dict[str, Path], train_config) -> None:
+    config = train_config(f"model.path={families[family]}")
     print(fused_cases.modules_agree_with_plain_ones(config, "cuda", "bfloat16"))
 
 

@@ -15,7 +15,7 @@ from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.static import StaticSequences, prefill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "gemma3", "mistral_window")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,9 @@ def test_slots_give_what_sub_batches_give(config_of, family: str, dtype: str, mo
     assert apart < most
 
 
-HEADS = [(8, 4, 128), (2, 7, 64), (4, 1, 64), (8, 2, 128)]
-"""Key heads, query heads of each, their size: of Llama 3.1 8B, Qwen 2.5 0.5B, one query head each, Qwen 3 1.7B."""
+HEADS = [(8, 4, 128), (2, 7, 64), (4, 1, 64), (8, 2, 128), (8, 3, 128), (1, 4, 256), (4, 2, 256)]
+"""Key heads, query heads of each, their size: of Llama 3.1 8B, Qwen 2.5 0.5B, one query head each, Qwen 3 1.7B,
+Phi-4-mini, Gemma 3 1B and 4B."""
 
 
 @pytest.mark.parametrize(("key_heads", "query_heads", "size"), HEADS)
