@@ -9,7 +9,7 @@ Shapes: S slots, T the most tokens of a response, G samples per prompt.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -21,6 +21,7 @@ from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.record import report_of
 from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import OnHost, Prefilled, StaticSequences, prefill, sent
+from dppo_cli.rollout.stop_strings import StopStrings
 from dppo_cli.types import Prompt
 
 
@@ -60,6 +61,7 @@ class Occupant:
     sample: int
     since: int  # the first block that it takes part in, where it is
     steps: int = 0
+    tokens: list[int] = field(default_factory=list)  # that the host has seen, where it looks for stop strings
 
 
 @dataclass
@@ -76,7 +78,8 @@ class Blocks:
     """One call: `groups()` once. `opened` makes the slots, from the states of prompts, which tell their shapes.
 
     `room`: places and slots that this call takes. A prompt keeps its place until the last of its samples has ended; if
-    no place is free, the next prompts wait, and slots may be empty meanwhile.
+    no place is free, the next prompts wait, and slots may be empty meanwhile. `stops`: texts that end a response, too;
+    the device does not know of them, and goes on until the host has seen one.
     """
 
     def __init__(
@@ -88,9 +91,12 @@ class Blocks:
         pad_id: int,
         graphs: Graphs,
         opened: Callable[[Prefilled], StaticSequences],
+        stops: StopStrings | None = None,
     ) -> None:
         self.sampler, self.wanted, self.pace, self.pad_id = sampler, wanted, pace, pad_id
-        self.graphs, self.opened = graphs, opened
+        self.graphs, self.opened, self.stops = graphs, opened, stops
+        # Of a sequence that changed its slot, the looks that were on their way tell nothing.
+        self.recent = 0 if stops is None else (pace.ahead + 2) * pace.steps
         self.device = sampler.head.weight_VH.device
         self.most = wanted.sampling.max_new_tokens
         self.occupants: list[Occupant | None] = [None] * room.slots
@@ -172,7 +178,7 @@ class Blocks:
             self.graphs((rows, width, sequences.options), step)
         for occupant in live:
             occupant.steps += steps
-        self.looks.append((self.count, sequences.ends()))
+        self.looks.append((self.count, sequences.ends(self.recent)))
         self.count += 1
         return True
 
@@ -197,9 +203,14 @@ class Blocks:
         """Take out what had ended when the oldest block that was not looked at ended."""
         block, ends = self.looks.popleft()
         assert self.sequences is not None
-        (tokens_S,) = ends.read()
-        for slot, (occupant, tokens) in enumerate(zip(self.occupants, tokens_S.tolist(), strict=False)):
-            if occupant is None or tokens < 0 or block < occupant.since:
+        tokens_S, *seen = (told.tolist() for told in ends.read())
+        for slot, (occupant, tokens) in enumerate(zip(self.occupants, tokens_S, strict=False)):
+            if occupant is None or block < occupant.since:
+                continue
+            if self.stops is not None:
+                written_S, last_ST = seen
+                tokens = self._stopped(occupant, written_S[slot], last_ST[slot]) or tokens
+            if tokens < 0:
                 continue
             self.occupants[slot] = None
             samples = self.found[occupant.number]
@@ -207,6 +218,15 @@ class Blocks:
             if len(samples) == self.wanted.group:
                 self.complete.append(occupant.number)
                 self.places.append(self.place_of.pop(occupant.number))
+
+    def _stopped(self, occupant: Occupant, written: int, last: Sequence[int]) -> int | None:
+        """How many tokens it has with the one that completes a stop string, of `written`, of which `last` are last."""
+        assert self.stops is not None
+        before = len(occupant.tokens)
+        new = written - before
+        assert new <= len(last)
+        occupant.tokens += last[len(last) - new :]
+        return self.stops.first_end(occupant.tokens, before)
 
     def _sampled(self, recorded: OnHost) -> Sampled:
         columns = recorded.read()

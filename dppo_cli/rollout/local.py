@@ -133,7 +133,7 @@ class LocalEngine:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
             seeds = [derive_seed(seed, number) for number in range(len(prompts))]
             wanted = Wanted(prompts, group, sampling, num_logprobs, seeds)
-            refills = self.refilling is not None and refuses(sampler.model, sampling) is None
+            refills = self.refilling is not None and refuses(sampler.model) is None
             sampled = self._refilled if refills else self._in_parts
             for number, responses in sampled(sampler, wanted):
                 yield number, [self._completion(*response, sampling.stop) for response in responses]
@@ -141,7 +141,8 @@ class LocalEngine:
 
     def _refilled(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
         assert self.refilling is not None
-        groups = self.refilling.sample(sampler, wanted)
+        stop = wanted.sampling.stop
+        groups = self.refilling.sample(sampler, wanted, self._stop_strings(stop) if stop else None)
         while True:
             # Left at each group, as inference mode is: whoever takes it runs in a mode of its own.
             with sampler.mode():

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.graphs import Graphs
 from dppo_cli.kernels.layer_parts import is_known, windows_of
@@ -21,6 +20,7 @@ from dppo_cli.rollout.copies import Sampler
 from dppo_cli.rollout.frequencies import are_fixed, check_length
 from dppo_cli.rollout.sampling import Sampled, Wanted
 from dppo_cli.rollout.static import Prefilled, StaticSequences
+from dppo_cli.rollout.stop_strings import StopStrings
 
 ON_CUDA = Pace(steps=8, ahead=1)
 KEPT = 0.1
@@ -32,12 +32,11 @@ sample, so there can be as many as slots, but places for all of them would take 
 `refilled` in benchmarks/gpu_decode.py, a place for each slot instead saves 2% of the steps at most (simulated)."""
 
 
-def refuses(model: PreTrainedModel, sampling: Sampling | None = None) -> str | None:
-    """Why `Refilling` cannot sample from a model, or with these options; None if it can."""
+def refuses(model: PreTrainedModel) -> str | None:
+    """Why `Refilling` cannot sample from a model; None if it can."""
     if not is_known(model) or windows_of(model) is None or not are_fixed(model):
         return "there are no static steps for layers of this kind"
-    # They are looked for on the host, at every step.
-    return "there are stop strings" if sampling is not None and sampling.stop else None
+    return None
 
 
 def room_for(wanted: Wanted, slots: int, pace: Pace) -> Room:
@@ -72,7 +71,9 @@ class Refilling:
 
     # Of a generator torch ends the mode at each yield.
     @torch.inference_mode()
-    def sample(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
+    def sample(
+        self, sampler: Sampler, wanted: Wanted, stops: StopStrings | None = None
+    ) -> Iterator[tuple[int, list[Sampled]]]:
         """Each prompt's number and its responses, when they have all ended.
 
         Raises ModelError for responses whose log-probs could not be those of training.
@@ -83,7 +84,8 @@ class Refilling:
         opened = partial(self._opened, sampler, wanted, room)
         stay = False
         try:
-            yield from Blocks(sampler, wanted, self.pace, room, self.policy.pad_id, self.graphs, opened).groups()
+            blocks = Blocks(sampler, wanted, self.pace, room, self.policy.pad_id, self.graphs, opened, stops)
+            yield from blocks.groups()
             stay = self._may_stay()
         finally:
             if not stay:

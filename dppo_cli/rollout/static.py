@@ -167,9 +167,16 @@ class StaticSequences:
         for column, one in zip(self.columns, new, strict=True):
             column.flatten(0, 1).index_copy_(0, at_R, one)
 
-    def ends(self) -> "OnHost":
-        """int64 [S]: how many tokens the sequence in each slot has if it has ended, else -1; on their way."""
-        return OnHost([torch.where(self.writing_S, -1, self.step_S)])
+    def ends(self, recent: int = 0) -> "OnHost":
+        """int64 [S]: how many tokens the sequence in each slot has if it has ended, else -1; on their way.
+
+        With `recent` also how many it has, and the last ones, int64 [S, recent]; before its first they mean nothing.
+        """
+        told = [torch.where(self.writing_S, -1, self.step_S)]
+        if recent:
+            at_ST = self.step_S[:, None] - torch.arange(recent, 0, -1, device=self.step_S.device)
+            told += [self.step_S, self.columns[0].gather(1, at_ST.clamp(min=0))]
+        return OnHost(told)
 
     def recorded(self, slot: int, tokens: int) -> list[Tensor]:
         """Of a sequence that has ended, its tokens and what was recorded of each. A slot may be put to use after it."""

@@ -33,6 +33,15 @@ class StopStrings:
             ended_A[a] = self.in_text(self.tokenizer.decode(tails_AT[a].tolist()))
         return ended_A
 
+    def first_end(self, tokens: list[int], start: int) -> int | None:
+        """How many tokens a sequence has when it first completes one of the strings, with a token from `start` on."""
+        for count in range(start + 1, len(tokens) + 1):
+            last = min(tokens[count - 1], len(self.completes_V) - 1)
+            tail = tokens[max(0, count - self.tail) : count]
+            if self.completes_V[last] and self.in_text(self.tokenizer.decode(tail)):
+                return count
+        return None
+
     def in_text(self, text: str | list[str]) -> bool:
         return any(string in text for string in self.strings)
 

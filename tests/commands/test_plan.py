@@ -88,7 +88,7 @@ STAY = "slots and graphs of sampling, which stay"
 
 
 def test_slots_stay_on_a_gpu_if_they_are_small_and_of_the_policy_itself() -> None:
-    """Not those of a copy, whose weights are elsewhere each time, nor those of stop strings, which have none."""
+    """Not those of a copy, whose weights are elsewhere each time."""
     words = ("prompt_tokens=8", "sampling.max_new_tokens=32", "batch.prompts_per_step=4", "batch.prompts_per_update=4")
     phases = report(machine(24, "cuda"), *words)["phases"]
     sampling = phases["sampling"]
@@ -98,7 +98,6 @@ def test_slots_stay_on_a_gpu_if_they_are_small_and_of_the_policy_itself() -> Non
     assert all(STAY not in phases[name] for name in ("loading", "sampling", "sampling, prompts"))
     others = (
         (machine(24, "cuda"), ("rollout.weights=merged",)),
-        (machine(24, "cuda"), ("sampling.stop=[x]",)),
         (machine(9 * sampling["KV cache of sampling"], "cuda"), ()),
     )
     for of, more in others:

@@ -103,6 +103,18 @@ def test_every_way_of_drawing(policy, how, pace):
     check_equal(sampled(policy, prompts, 3, how, pace=pace), generate(policy, prompts, 3, how))
 
 
+@paces
+@pytest.mark.parametrize("slots", [1, 2, 5, 12])
+@pytest.mark.parametrize("stop", [("F", "Vj", "LE"), ("+",), ("LE",), ("no such text",)], ids=str)
+def test_texts_that_end_a_response(policy, stop, slots, pace):
+    """The host sees them blocks later, when their slot may have moved, or be that of another sequence."""
+    prompts, how = make.prompts(policy, (*make.MIXED, "2+2=", "b")), replace(sampling(30), stop=list(stop))
+    plain = generate(policy, prompts, 4, how)
+    stopped = [c for c in make.flat(plain) if c.status is Status.FINISHED and c.token_ids_T[-1] not in policy.eos_ids]
+    assert bool(stopped) == (stop != ("no such text",))
+    check_equal(sampled(policy, prompts, 4, how, slots=slots, pace=pace), plain)
+
+
 @pytest.mark.parametrize("texts", [("3+4=", "a - "), make.ALIKE, ("x",)], ids=["equal lengths", "one beginning", "one"])
 def test_all_kinds_of_prompts(policy, texts):
     prompts = make.prompts(policy, texts)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import tiny_models
 from engines import generate, opened, sampling
-from refills import check_equal, refilled, sampled
+from refills import check_equal, refilled
 
 from dppo_cli.errors import ModelError
 from dppo_cli.rollout import local
@@ -44,14 +44,6 @@ def test_other_models_are_sampled_from_sub_batch_by_sub_batch(train_config, monk
         )
         found = in_order(engine.generate(prompts, 2, sampling(6), 0, seed=3))
     check_equal(found, generate(of, prompts, 2, sampling(6)))
-
-
-def test_so_are_responses_that_end_at_stop_strings(policy, monkeypatch):
-    how = replace(sampling(12), stop=["a", "7"])
-    assert refuses(policy.model, how) == "there are stop strings" and refuses(policy.model, sampling()) is None
-    monkeypatch.setattr(Refilling, "sample", make.fail)
-    prompts = make.prompts(policy)
-    check_equal(sampled(policy, prompts, 2, how), generate(policy, prompts, 2, how))
 
 
 def test_frequencies_that_follow_the_longest_sequence_are_refused(train_config, tmp_path, monkeypatch):

@@ -133,6 +133,18 @@ def test_slots_that_no_sequence_had_yet_write_to_themselves(train_config):
     assert made.hidden_SH.isfinite().all() and (made.ends().read()[0] == 1).all()
 
 
+@torch.inference_mode()
+def test_the_last_tokens_of_each_slot(train_config):
+    made, _ = sequences(make.policy(train_config(), adapter_scale=0.1))
+    for _ in range(5):
+        made.step(6, 8)
+    ends_S, written_S, last_ST = made.ends(3).read()
+    assert ends_S.tolist() == made.ends().read()[0].tolist() and last_ST.shape == (6, 3)
+    for slot, written in enumerate(written_S.tolist()):
+        shown = min(3, written)
+        assert last_ST[slot, 3 - shown :].tolist() == made.recorded(slot, written)[0][-shown:].tolist()
+
+
 def test_what_is_read_is_what_it_was_then():
     state = torch.arange(3)
     on_its_way = OnHost([state, state[1:]])

@@ -68,6 +68,16 @@ def test_only_tokens_with_the_last_character_are_looked_at():
     assert stops.ended(torch.tensor(ids), torch.tensor([3, 1])).tolist() == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("text", "start", "expected"),
+    [("xabx", 0, 3), ("xabx", 2, 3), ("xabx", 3, None), ("ab7", 0, 2), ("ab7", 2, 3), ("xx", 0, None), ("", 0, None)],
+)
+def test_where_a_sequence_first_ends(text, start, expected):
+    ids = [tiny.CHARACTERS.index(c) + 3 for c in text]
+    assert StopStrings(["ab", "7"], tiny.tokenizer()).first_end(ids, start) == expected
+    assert StopStrings(["ab"], tiny.tokenizer()).first_end([*ids, 5000], len(ids)) is None, "beyond the tokenizer"
+
+
 @pytest.mark.parametrize(("text", "expected"), [("a;b.c", "a"), ("ab.c;", "ab"), ("abc", "abc"), (";", ""), ("", "")])
 def test_the_text_before_the_first(text, expected):
     assert before_first(text, [".", ";"]) == expected

@@ -96,7 +96,7 @@ class Planner:
         concurrent, room = len(prompts.step) * training.group, None
         if isinstance(config.rollout, LocalRollout):
             concurrent = config.rollout.concurrent_sequences
-            if not self.machine.on_cpu and refuses(shapes.policy.model, config.sampling) is None:
+            if not self.machine.on_cpu and refuses(shapes.policy.model) is None:
                 rooms = [room_for(wanted, concurrent, ON_CUDA) for wanted in (training, evaluation)]
                 room = rooms[0].with_room_for(rooms[1])
         products = Products(weights.copied, self.machine.decoded_for if room is not None else 0)
