@@ -1,5 +1,6 @@
 """What gpu.py measures: a policy with random weights in the shapes of Llama 3.1 8B, made on the device in seconds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.build import build
@@ -28,13 +29,14 @@ NO_END = (-1,)
 class Size:
     """Shapes of a model, and the lengths and numbers of sequences that are measured with it."""
 
-    model: dict[str, int]
+    model: dict[str, Any]
     prompt: int
     new: int  # of the update and the whole step
     decoded: int  # of the decoding steps
     rows: tuple[int, ...]
     prompts: int = 8
     group: int = 8
+    config: Callable[..., PretrainedConfig] = LlamaConfig
 
     @property
     def layer_parameters(self) -> int:
@@ -42,17 +44,17 @@ class Size:
         of = self.model
         heads = of["num_attention_heads"] + of["num_key_value_heads"]
         attention = 2 * of["hidden_size"] * heads * of["head_dim"]
-        return of["num_hidden_layers"] * (attention + 3 * of["hidden_size"] * of["intermediate_size"])
+        return int(of["num_hidden_layers"] * (attention + 3 * of["hidden_size"] * of["intermediate_size"]))
 
     @property
     def head_parameters(self) -> int:
-        return self.model["hidden_size"] * self.model["vocab_size"]
+        return int(self.model["hidden_size"] * self.model["vocab_size"])
 
     @property
     def cache_bytes(self) -> int:
         """Keys and values of a token, in 16 bits."""
         of = self.model
-        return 4 * of["num_hidden_layers"] * of["num_key_value_heads"] * of["head_dim"]
+        return int(4 * of["num_hidden_layers"] * of["num_key_value_heads"] * of["head_dim"])
 
 
 LLAMA_8B = Size(
@@ -111,7 +113,7 @@ def plain_model(size: Size, device: torch.device, dtype: torch.dtype) -> PreTrai
     """Normal weights of deviation 0.02; a larger last norm leaves the next token a few nats of entropy."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**size.model, initializer_range=0.02), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(size.config(**size.model, initializer_range=0.02), dtype=dtype)
     model.model.norm.weight.fill_(4.0)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
     return model.requires_grad_(False).eval()  # type: ignore[no-any-return]

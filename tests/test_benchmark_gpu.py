@@ -44,6 +44,11 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
         "update, QLoRA, nothing recomputed, 2 x 2 x (8 + 8)",
         "gpu_16gb, sampling 16 sequences of 40",
         "gpu_16gb, update of 2 such sequences",
+        *(
+            f"{family}, bf16 + LoRA, {of}"
+            for family in ("Gemma 3 1B", "Phi-4-mini")
+            for of in ("4 rows", "update, 2 x 2 x (8 + 8)", "update, prompts first, 2 x 2 x (8 + 8)")
+        ),
         "whole step, TRL",
     ]
     assert rows["whole step, TRL"]["not_run"] == "No module named 'trl'"
@@ -51,6 +56,16 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     assert update["tokens_per_s"] == pytest.approx(2 * 2 * 8 / update["seconds"])
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("no GPU (") and "| whole step, TRL | not_run No module named 'trl' |" in text
+
+
+def test_other_families_have_the_shapes_of_their_models(script: Any) -> None:
+    """1.00 and 3.84 billion parameters, as their YAML files say, with the embedding once."""
+    sizes = script("gpu_families").SIZES
+    billions = [(of.layer_parameters + of.head_parameters) / 1e9 for of, _ in sizes.values()]
+    assert billions == pytest.approx([1.0, 3.84], abs=0.01)
+    gemma, phi = (of.config(**of.model) for of, _ in sizes.values())
+    assert gemma.layer_types.count("full_attention") == 4 and gemma.head_dim == 256
+    assert phi.rope_parameters["partial_rotary_factor"] == 0.75
 
 
 @pytest.mark.filterwarnings("ignore")
