@@ -276,6 +276,16 @@ def test_a_kernel_that_is_off_is_not_used_and_that_is_said(name, family, monkeyp
     assert not any(type(m) in layers.KINDS.values() for m in of.modules())
 
 
+def test_all_families_where_there_is_no_model(monkeypatch):
+    comparison = interpreted.kernels("comparison")
+    families = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "gemma3_text")
+    assert tuple(kind.model_type for kind in comparison.CONFIGS) == families
+    assert 0 <= comparison.difference_in_all_families(CPU, BFLOAT16) <= comparison.CLOSE
+    right = layers.geglu
+    monkeypatch.setattr(layers, "geglu", lambda *of: 1.1 * right(*of))
+    assert comparison.difference_in_all_families(CPU, BFLOAT16) > comparison.CLOSE
+
+
 # What the kernels take of a GPU
 
 

@@ -156,16 +156,16 @@ def kernels() -> Iterator[Row]:
         text = f"{why}: norms, gates, rotations, 4-bit products and attention take several kernels each"
         yield Row("kernels", WARNING, text, "pip install triton")
         return
-    from dppo_cli.kernels.fused import adapter_up, attention, layers, nf4_product
+    from dppo_cli.kernels.fused import adapter_up, attention, comparison, nf4_product
 
-    parts: tuple[tuple[str, Any], ...] = (
-        ("norms, gates and rotations", layers),
-        ("4-bit products", nf4_product),
-        ("attention of decoding steps", attention),
-        ("the adapter of several layers", adapter_up),
+    parts = (
+        ("norms, gates and rotations", comparison.difference_in_all_families, comparison.CLOSE),
+        ("4-bit products", nf4_product.difference, nf4_product.CLOSE),
+        ("attention of decoding steps", attention.difference, attention.CLOSE),
+        ("the adapter of several layers", adapter_up.difference, adapter_up.CLOSE),
     )
-    for name, made in parts:
-        why = refused(partial(made.difference, device, dtype), made.CLOSE)
+    for name, difference, close in parts:
+        why = refused(partial(difference, device, dtype), close)
         if why is not None:
             yield Row("kernels", WARNING, f"{name}: those in Triton do not work here: {why}", "pip install -U triton")
             return

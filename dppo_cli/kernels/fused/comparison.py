@@ -6,6 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
@@ -14,6 +25,10 @@ from dppo_cli.kernels.layer_parts import NORMS
 
 CLOSE = 0.02
 """Differences from plain operations that are rounding in 16 bits, relative to the largest number."""
+CONFIGS: tuple[Any, ...] = (
+    *(LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config),
+    *(Phi3Config, SmolLM3Config, Olmo2Config, Gemma3TextConfig),
+)
 HIDDEN, HEAD = 896, 64
 """A hidden size that fills no tile, and a size of heads."""
 
@@ -68,6 +83,22 @@ def difference(model: nn.Module, device: torch.device, dtype: torch.dtype) -> fl
         found = layers.norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, eps, form)
         pairs += zip(found, plain_rotation(q_norm(q), k_norm(k), *angles), strict=True)
     return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+
+
+def difference_in_all_families(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a small random model of each, where there is no other."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+        "pad_token_id": 0,
+    }
+    models = [
+        AutoModelForCausalLM.from_config(kind(**sizes, num_attention_heads=4, num_key_value_heads=2))
+        for kind in CONFIGS
+    ]
+    return max(difference(model, device, dtype) for model in models)
 
 
 def _results(run: Callable[..., Any], given: tuple[Tensor, ...]) -> list[Tensor]:
