@@ -158,9 +158,9 @@ def halves(products: Projections) -> Projections:
 
 def with_fixed_frequencies(rotary: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """A rotary embedding without the look at how long the longest sequence is, for which the host would wait."""
-    if getattr(rotary, "rope_type", None) != "longrope":
-        return rotary
-    return partial(inspect.unwrap(type(rotary).forward), rotary)
+    kinds: Any = getattr(rotary, "rope_type", None)
+    looks = "longrope" in (kinds.values() if isinstance(kinds, dict) else (kinds,))
+    return partial(inspect.unwrap(type(rotary).forward), rotary) if looks else rotary
 
 
 def operations(last_norm: nn.Module) -> Operations:
