@@ -84,13 +84,18 @@ def parts_of(layer: Any, config: Any) -> Parts:
         o_proj=attention.o_proj,
         gate_up=gate_up,
         down_proj=mlp.down_proj,
-        act=mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn,
+        act=act_of(mlp),
         head_size=size,
         scale=attention.scaling,
         # SmolLM3 has layers without rotation.
         rotates=bool(getattr(attention, "use_rope", True)),
         angles=getattr(attention, "layer_type", None) if type(layer) is Gemma3DecoderLayer else None,
     )
+
+
+def act_of(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """The activation of the gate."""
+    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn  # type: ignore[no-any-return]
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None] | None:

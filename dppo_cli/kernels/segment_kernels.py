@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dppo_cli.kernels.probe import refused
+from dppo_cli.kernels.devices import CUDA
+from dppo_cli.kernels.probe import apart, refused
 
 CLOSE = 0.02
 """Differences from plain operations that are rounding in 16 bits, relative to the largest number."""
@@ -82,26 +83,28 @@ def choose_kernel(q: Tensor, key_heads: int, window: int | None = None) -> type[
     """torch's flash attention, where the device, the precision and the size of a head allow."""
     if q.device.type == "cpu":
         return FlashOnCPU
-    if q.device.type == "cuda" and has_flash(q.device, q.dtype, q.shape[1], key_heads, q.shape[2], window is not None):
+    if q.device.type == CUDA and why_not_flash(q.dtype, q.shape[1], key_heads, q.shape[2], window is not None) is None:
         return FlashOnCUDA
     return Plain
 
 
-def has_flash(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int, windows: bool) -> bool:
-    """Whether torch's flash attention runs on this CUDA device; on AMD's it was not tried.
+def why_not_flash(dtype: torch.dtype, heads: int, key_heads: int, size: int, windows: bool) -> str | None:
+    """Why torch's flash attention is not used on the CUDA device: empty where it is not made for it, else in words.
 
-    With windows, or large heads, it is compared with plain operations before it is used.
+    With windows, or large heads, it is compared with plain operations before it is used. On AMD's cards it was not
+    tried.
     """
     if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return False
+        return ""
     if dtype not in (torch.bfloat16, torch.float16) or size % 8 != 0 or size > 256:
-        return False
-    return (size <= TRIED and not windows) or _works(device, dtype, heads, key_heads, size, windows)
+        return ""
+    return _refused(dtype, heads, key_heads, size, windows) if windows or size > TRIED else None
 
 
 @cache
-def _works(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int, windows: bool) -> bool:
-    return refused(lambda: difference(FlashOnCUDA, device, dtype, heads, key_heads, size, windows), CLOSE) is None
+def _refused(dtype: torch.dtype, heads: int, key_heads: int, size: int, windows: bool) -> str | None:
+    of = torch.device(CUDA), dtype, heads, key_heads, size, windows
+    return refused(lambda: difference(FlashOnCUDA, *of), CLOSE)
 
 
 @torch.no_grad()
@@ -126,14 +129,13 @@ def difference(
         out, lse, rest = of.forward(q, k, v, pairs, size**-0.5)
         return [out, lse, *of.backward(grad, q, k, v, out, lse, pairs, size**-0.5, *rest)]
 
-    apart = 0.0
+    both: list[tuple[Tensor, Tensor]] = []
     for pairs in tried:
         # A gradient and queries, keys and values.
         tokens = [(pairs.queries[-1], heads)] * 2 + [(pairs.keys[-1], key_heads)] * 2
         given = [random(*shape) for shape in tokens]
-        both = zip(results(kernel, pairs, given), results(Plain, pairs, [x.float() for x in given]), strict=True)
-        apart = max(apart, *(float((a.float() - b).abs().max() / b.abs().max()) for a, b in both))
-    return apart
+        both += zip(results(kernel, pairs, given), results(Plain, pairs, [x.float() for x in given]), strict=True)
+    return apart(both)
 
 
 class FlashOnCPU:
@@ -195,16 +197,20 @@ class FlashOnCUDA:
 
 
 class Plain:
-    """The same in plain operations, with the scores of one pair at a time. See `Kernel`."""
+    """The same in plain operations, with the scores of one pair at a time. See `Kernel`.
+
+    Without autocast, which would round its factors, and in one of the two passes alone.
+    """
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         outs, lses = [], []
-        for of_q, of_k in pairs.slices:
-            q_QTD, k_QUD, v_QUD = _by_head(q.shape[1], q[of_q], k[of_k], v[of_k])
-            scores_QTU = _scores(q_QTD, k_QUD, pairs, of_q, of_k, scale)
-            lses.append(scores_QTU.logsumexp(-1))
-            outs.append(((scores_QTU - lses[-1][..., None]).exp() @ v_QUD).transpose(0, 1).to(q.dtype))
+        with torch.autocast(q.device.type, enabled=False):
+            for of_q, of_k in pairs.slices:
+                q_QTD, k_QUD, v_QUD = _by_head(q.shape[1], q[of_q], k[of_k], v[of_k])
+                scores_QTU = _scores(q_QTD, k_QUD, pairs, of_q, of_k, scale)
+                lses.append(scores_QTU.logsumexp(-1))
+                outs.append(((scores_QTU - lses[-1][..., None]).exp() @ v_QUD).transpose(0, 1).to(q.dtype))
         return torch.cat(outs), torch.cat(lses, dim=1), ()
 
     @staticmethod

@@ -13,6 +13,7 @@ Shapes: A sequences, X positions written so far, H hidden size, K key heads, Q q
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,6 +60,25 @@ class Operations(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What a step calls in a layer, in this order. `angles`, `window`: those of its attention."""
+
+    first_norm: AddAndNorm
+    qkv: Projections
+    turn: Turn
+    attend: Attend
+    o_proj: Projections
+    second_norm: AddAndNorm
+    gate_and_up: Projections
+    gated: Gated
+    down_proj: Projections
+    head_size: int
+    scale: float
+    angles: str | None
+    window: int | None
+
+
 class TokenStep:
     """Made once per sub-batch, called once per token. Reads the norms' weights when made, all others in each call.
 
@@ -80,19 +100,27 @@ class TokenStep:
         windows = windows or [None] * len(parts)
         self.layers = []
         of_delta = None
-        for layer, window in zip(parts, windows, strict=True):
-            products = (
-                split(project(*layer.qkv), layer.qkv_sizes),
-                project(layer.o_proj),
-                halves(project(*layer.gate_up)),
-                project(layer.down_proj),
+        for part, window in zip(parts, windows, strict=True):
+            before_attention, after_attention, before_mlp, after_mlp = part.norms
+            self.layers.append(
+                Layer(
+                    first_norm=of.add_and_norm(before_attention, of_delta),
+                    qkv=split(project(*part.qkv), part.qkv_sizes),
+                    turn=of.turn(part),
+                    attend=attend(window),
+                    o_proj=project(part.o_proj),
+                    second_norm=of.add_and_norm(before_mlp, after_attention),
+                    gate_and_up=halves(project(*part.gate_up)),
+                    gated=of.gated(part),
+                    down_proj=project(part.down_proj),
+                    head_size=part.head_size,
+                    scale=part.scale,
+                    angles=part.angles,
+                    window=window,
+                )
             )
-            before_attention, after_attention, before_mlp, after_mlp = layer.norms
-            norms = of.add_and_norm(before_attention, of_delta), of.add_and_norm(before_mlp, after_attention)
-            between = norms, of.turn(layer), of.gated(layer)
-            self.layers.append((layer.scale, layer.head_size, layer.angles, window, attend(window), products, between))
             of_delta = after_mlp
-        self.kinds = {layer.angles for layer in parts}
+        self.kinds = {layer.angles for layer in self.layers}
         self.last_norm = of.add_and_norm(base.norm, of_delta)
 
     def __call__(
@@ -115,19 +143,19 @@ class TokenStep:
         unseen = {window: _unseen(mask_AX, x_A1H.dtype) for window, mask_AX in (masks or {}).items()}
         rows = len(token_A)
         delta_A1H = None  # what the layer before adds
-        for (scale, size, kind, window, attend, products, between), states in zip(self.layers, cache, strict=True):
-            (qkv, o_proj, gate_and_up, down_proj), ((first_norm, second_norm), turn, gated) = products, between
-            x_A1H, normal_A1H = first_norm(x_A1H, delta_A1H)
-            q, k, v = qkv(normal_A1H)
-            q, k = turn(q.view(rows, -1, size), k.view(rows, -1, size), of_kind[kind])
+        for layer, states in zip(self.layers, cache, strict=True):
+            size, unseen_A11X = layer.head_size, unseen.get(layer.window)
+            x_A1H, normal_A1H = layer.first_norm(x_A1H, delta_A1H)
+            q, k, v = layer.qkv(normal_A1H)
+            q, k = layer.turn(q.view(rows, -1, size), k.view(rows, -1, size), of_kind[layer.angles])
             v = v.view(rows, -1, 1, size)
             keys_AKXD, values_AKXD = states.update(k.unsqueeze(2), v)
             # The query heads of a key head take the dimension of positions: one pass over the keys is enough for all.
             q_AKQD = q.view(rows, v.shape[1], -1, size)
-            found = attend(q_AKQD, keys_AKXD, values_AKXD, attn_mask=unseen.get(window), scale=scale)
-            x_A1H, normal_A1H = second_norm(x_A1H, o_proj(found.reshape(rows, 1, -1))[0])
-            gate, up = gate_and_up(normal_A1H)
-            delta_A1H = down_proj(gated(gate, up))[0]
+            found = layer.attend(q_AKQD, keys_AKXD, values_AKXD, attn_mask=unseen_A11X, scale=layer.scale)
+            x_A1H, normal_A1H = layer.second_norm(x_A1H, layer.o_proj(found.reshape(rows, 1, -1))[0])
+            gate, up = layer.gate_and_up(normal_A1H)
+            delta_A1H = layer.down_proj(layer.gated(gate, up))[0]
         return self.last_norm(x_A1H, delta_A1H)[1]
 
 

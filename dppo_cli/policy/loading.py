@@ -29,6 +29,7 @@ from dppo_cli.kernels.fuse import fuse
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.adapter import add_adapter, load_adapter, start_from
+from dppo_cli.policy.choice import warn_of_padding
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.gguf import GGUFFile, find_gguf
 from dppo_cli.policy.location import resolve_path, unavailable
@@ -104,6 +105,8 @@ def load_policy(
         model.enable_input_require_grads()
     make_lean(model, device)
     fuse(model, device, dtype, warn)
+    if adapter is not None and saved_adapter is None:
+        warn_of_padding(model, device, dtype, warn)
     _remove_base_dropout(model)
     # Train mode has two uses left: dropout on the adapter, and checkpointing, which transformers ties to it.
     dropout = 0.0 if adapter is None else adapter.dropout

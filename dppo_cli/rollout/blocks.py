@@ -59,7 +59,7 @@ class Occupant:
 
     number: int
     sample: int
-    since: int  # the first block that it takes part in, where it is
+    slot: int
     steps: int = 0
     tokens: list[int] = field(default_factory=list)  # that the host has seen, where it looks for stop strings
 
@@ -95,8 +95,7 @@ class Blocks:
     ) -> None:
         self.sampler, self.wanted, self.pace, self.pad_id = sampler, wanted, pace, pad_id
         self.graphs, self.opened, self.stops = graphs, opened, stops
-        # Of a sequence that changed its slot, the looks that were on their way tell nothing.
-        self.recent = 0 if stops is None else (pace.ahead + 2) * pace.steps
+        self.recent = 0 if stops is None else pace.steps
         self.device = sampler.head.weight_VH.device
         self.most = wanted.sampling.max_new_tokens
         self.occupants: list[Occupant | None] = [None] * room.slots
@@ -105,8 +104,7 @@ class Blocks:
         self.places = deque(range(room.prompts))  # that are free
         self.place_of: dict[int, int] = {}
         self.sequences: StaticSequences | None = None
-        self.count = 0
-        self.looks: deque[tuple[int, OnHost]] = deque()
+        self.looks: deque[tuple[list[Occupant | None], OnHost]] = deque()
         self.found: list[dict[int, OnHost]] = [{} for _ in wanted.prompts]
         self.complete: deque[int] = deque()
 
@@ -133,7 +131,7 @@ class Blocks:
             slots, places, uniforms = [], [], []
             while free and self.waiting:
                 first, slot = self.waiting[0], free.popleft()
-                self.occupants[slot] = Occupant(first.number, first.sample, since=self.count)
+                self.occupants[slot] = Occupant(first.number, first.sample, slot)
                 slots.append(slot)
                 places.append(first.place)
                 uniforms.append(first.uniform_TG[:, first.sample])
@@ -178,8 +176,7 @@ class Blocks:
             self.graphs((rows, width, sequences.options), step)
         for occupant in live:
             occupant.steps += steps
-        self.looks.append((self.count, sequences.ends(self.recent)))
-        self.count += 1
+        self.looks.append((list(self.occupants), sequences.ends(self.recent)))
         return True
 
     def _compacted(self, live: int, longest: int) -> int:
@@ -194,27 +191,26 @@ class Blocks:
             for source, target in zip(beyond, free, strict=True):
                 occupant = self.occupants[source]
                 assert occupant is not None
-                # Looks that are on their way tell of another sequence under its new slot.
-                occupant.since = self.count
+                occupant.slot = target
                 self.occupants[target], self.occupants[source] = occupant, None
         return rows
 
     def _look(self) -> None:
         """Take out what had ended when the oldest block that was not looked at ended."""
-        block, ends = self.looks.popleft()
+        occupants, ends = self.looks.popleft()
         assert self.sequences is not None
         tokens_S, *seen = (told.tolist() for told in ends.read())
-        for slot, (occupant, tokens) in enumerate(zip(self.occupants, tokens_S, strict=False)):
-            if occupant is None or block < occupant.since:
+        for slot, (occupant, tokens) in enumerate(zip(occupants, tokens_S, strict=False)):
+            if occupant is None or self.occupants[occupant.slot] is not occupant:
                 continue
             if self.stops is not None:
                 written_S, last_ST = seen
                 tokens = self._stopped(occupant, written_S[slot], last_ST[slot]) or tokens
             if tokens < 0:
                 continue
-            self.occupants[slot] = None
+            self.occupants[occupant.slot] = None
             samples = self.found[occupant.number]
-            samples[occupant.sample] = OnHost(self.sequences.recorded(slot, tokens))
+            samples[occupant.sample] = OnHost(self.sequences.recorded(occupant.slot, tokens))
             if len(samples) == self.wanted.group:
                 self.complete.append(occupant.number)
                 self.places.append(self.place_of.pop(occupant.number))

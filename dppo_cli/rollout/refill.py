@@ -34,9 +34,9 @@ sample, so there can be as many as slots, but places for all of them would take 
 
 def refuses(model: PreTrainedModel) -> str | None:
     """Why `Refilling` cannot sample from a model; None if it can."""
-    if not is_known(model) or windows_of(model) is None or not are_fixed(model):
-        return "there are no static steps for layers of this kind"
-    return None
+    if not is_known(model) or windows_of(model) is None:
+        return "there are no static steps for this model"
+    return None if are_fixed(model) else "its rotary frequencies depend on the longest sequence"
 
 
 def room_for(wanted: Wanted, slots: int, pace: Pace) -> Room:

@@ -4,6 +4,7 @@ import fused_cases
 import gpu_cases
 import interpreted
 import pytest
+import tiny_models
 import torch
 
 swiglu = interpreted.kernels("gated")
@@ -37,6 +38,14 @@ def test_modules(model: str, train_config, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: "")
     with pytest.raises(AssertionError, match="the model has the kernels"):
         fused_cases.modules_agree_with_plain_ones(train_config(model=model), "cpu", "bfloat16", (2, 5))
+
+
+@pytest.mark.parametrize("family", ["phi3", "smollm3", "olmo2", "gemma3"])
+def test_modules_of_more_families(family: str, train_config, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dppo_cli.kernels.fuse.without_triton", lambda *_: None)
+    monkeypatch.setattr(layers, "DEVICES", ("cpu",))
+    config = train_config(f"model.path={tiny_models.save(tmp_path / family, family)}")
+    assert fused_cases.modules_agree_with_plain_ones(config, "cpu", "bfloat16", (2, 5)) < 0.001
 
 
 @pytest.mark.parametrize("model", ["llama3", "qwen3"])

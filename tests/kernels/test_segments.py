@@ -99,6 +99,16 @@ def test_in_16_bits_only_the_results_are_rounded(dtype):
         torch.testing.assert_close(a.double(), b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+def test_plain_operations_are_not_rounded_by_autocast():
+    """Which is on in a forward pass, and off in a backward pass."""
+    row = ROWS["groups of different sizes"]
+    of = [(3 * x).detach().requires_grad_() for x in inputs(row, 6, 2, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(*of, row, SCALE, Plain)
+    for a, b in zip(with_gradients(out, of), with_gradients(dense(*of, row), of), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_large_scores_do_not_overflow():
     row = ROWS["one group"]
     of = [(100 * x).detach().requires_grad_() for x in inputs(row, 4, 2)]
@@ -234,23 +244,25 @@ def test_which_kernel(monkeypatch, device, dtype, size, capability, expected):
 def test_what_was_not_tried_on_a_card_is_tried_there(monkeypatch, size, window, asked, works):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cuda, calls = torch.device("cuda"), []
-    monkeypatch.setattr(module, "_works", lambda *of: calls.append(of) or works)
+    monkeypatch.setattr(module, "_refused", lambda *of: calls.append(of) or (None if works else "it is off"))
     q = SimpleNamespace(device=cuda, dtype=torch.bfloat16, shape=(5, 4, size))
     assert choose_kernel(q, 2, window) is (FlashOnCUDA if works or not asked else Plain)  # type: ignore[arg-type]
-    assert calls == ([(cuda, torch.bfloat16, 4, 2, size, window is not None)] if asked else [])
+    assert calls == ([(torch.bfloat16, 4, 2, size, window is not None)] if asked else [])
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_a_kernel_that_works_is_found_to(varlen, windows):
-    on_cpu = torch.device("cpu"), torch.bfloat16, 4, 2, 256, windows
-    assert 0 < difference(FlashOnCUDA, *on_cpu) <= CLOSE
-    assert module._works.__wrapped__(*on_cpu)
-    assert 0 < difference(FlashOnCPU, *on_cpu) <= CLOSE
+def test_a_kernel_that_works_is_found_to(varlen, monkeypatch, windows):
+    of = torch.bfloat16, 8, 4, 256, windows
+    for kernel in (FlashOnCUDA, FlashOnCPU):
+        assert 0 < difference(kernel, torch.device("cpu"), *of) <= CLOSE
+    monkeypatch.setattr(module, "CUDA", "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module._refused.__wrapped__(*of) is None, "what it is compared with is not rounded"
 
 
-@pytest.mark.parametrize("wrong", ["window", "causal", "refuses"])
+@pytest.mark.parametrize("wrong", ["window", "causal", "refuses", "nothing but NaN"])
 def test_a_kernel_that_does_not_work_is_found_out(varlen, monkeypatch, wrong):
-    """One that knows no windows, that begins to count at the first key, that the device has not."""
+    """One that knows no windows, that sees what comes later, that the device has not."""
     right = torch.ops.aten._flash_attention_forward
 
     def forward(*of, **named):
@@ -258,17 +270,21 @@ def test_a_kernel_that_does_not_work_is_found_out(varlen, monkeypatch, wrong):
             raise RuntimeError("FlashAttention backward for head dim > 192 requires A100 or H100")
         if wrong == "window":
             named.pop("window_size_left"), named.pop("window_size_right")
+        if wrong == "nothing but NaN":
+            return tuple(x * float("nan") if x.is_floating_point() else x for x in right(*of, **named))
         if wrong == "causal":
             return right(*of[:8], False, *of[9:], scale=named["scale"])
         return right(*of, **named)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
-    assert not module._works.__wrapped__(torch.device("cpu"), torch.bfloat16, 4, 2, 64, windows=True)
+    monkeypatch.setattr(module, "CUDA", "cpu")
+    why = module._refused.__wrapped__(torch.bfloat16, 4, 2, 64, windows=True)
+    assert "A100" in why if wrong == "refuses" else "its results are" in why
 
 
 def test_not_on_amds_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    of = torch.device("cuda"), torch.bfloat16, 4, 2, 64, False
-    assert module.has_flash(*of)
+    of = torch.bfloat16, 4, 2, 64, False
+    assert module.why_not_flash(*of) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not module.has_flash(*of)
+    assert module.why_not_flash(*of) == ""

@@ -106,7 +106,7 @@ def trained(
     token_ids = [prompt.token_ids for prompt in prompts]
     samples = [Sample(i, c, 1.0, c.mu) for i, row in enumerate(completions) for c in row]
     batch = Batch.pack(samples, token_ids, policy.pad_id, policy.device)
-    kind = WholeSequences if whole else choose_forward(policy)
+    kind = WholeSequences if whole else choose_forward(policy, 90)
     forward = kind(policy, dict(enumerate(token_ids)), budget=64)
     states_NH = forward.predicting_states(batch)
     logp_N = token_log_probs(policy.head.at(TEMPERATURE), states_NH, batch.token_N, chunk_size=64)[0]

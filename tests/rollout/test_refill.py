@@ -19,6 +19,7 @@ from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.kernels import slots
 from dppo_cli.kernels.slots import Room
 from dppo_cli.rollout import refill
+from dppo_cli.rollout.blocks import Pace
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.refill import ON_CUDA, Refilling, room_for
@@ -113,6 +114,16 @@ def test_texts_that_end_a_response(policy, stop, slots, pace):
     stopped = [c for c in make.flat(plain) if c.status is Status.FINISHED and c.token_ids_T[-1] not in policy.eos_ids]
     assert bool(stopped) == (stop != ("no such text",))
     check_equal(sampled(policy, prompts, 4, how, slots=slots, pace=pace), plain)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stop_strings_of_sequences_that_move_again_and_again(policy, seed):
+    """Through every number of rows, each block from one slot to another; what was seen of them is not lost."""
+    of = several_ends(policy, range(5, 30))
+    prompts, how = make.prompts(of, (*make.MIXED, "2+2=", "b")), replace(sampling(30), stop=["no such text"])
+    pace = Pace(steps=1, ahead=1, rows=tuple(range(1, 33)), width=8)
+    found = sampled(of, prompts, 8, how, slots=32, pace=pace, seed=seed)
+    check_equal(found, sampled(of, prompts, 8, sampling(30), slots=32, pace=pace, seed=seed))
 
 
 @pytest.mark.parametrize("texts", [("3+4=", "a - "), make.ALIKE, ("x",)], ids=["equal lengths", "one beginning", "one"])

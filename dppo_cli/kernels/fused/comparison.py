@@ -21,7 +21,8 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from dppo_cli.kernels.fused import layers
-from dppo_cli.kernels.layer_parts import NORMS
+from dppo_cli.kernels.layer_parts import NORMS, act_of
+from dppo_cli.kernels.probe import apart
 
 CLOSE = 0.02
 """Differences from plain operations that are rounding in 16 bits, relative to the largest number."""
@@ -44,7 +45,7 @@ def difference(model: nn.Module, device: torch.device, dtype: torch.dtype) -> fl
     layer: Any = next(module for module in model.modules() if type(module) in NORMS)
     kind: Any = type(next(getattr(layer, name) for name in NORMS[type(layer)] if name is not None))
     plain_rotation = getattr(sys.modules[type(layer.self_attn).__module__], layers.ROTATION)
-    act = layers.act_of(layer.mlp)
+    act = act_of(layer.mlp)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -82,7 +83,7 @@ def difference(model: nn.Module, device: torch.device, dtype: torch.dtype) -> fl
         _, eps, form = layers.weight_of(q_norm)
         found = layers.norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, eps, form)
         pairs += zip(found, plain_rotation(q_norm(q), k_norm(k), *angles), strict=True)
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+    return apart(pairs)
 
 
 def difference_in_all_families(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,7 +99,7 @@ def difference_in_all_families(device: torch.device, dtype: torch.dtype) -> floa
         AutoModelForCausalLM.from_config(kind(**sizes, num_attention_heads=4, num_key_value_heads=2))
         for kind in CONFIGS
     ]
-    return max(difference(model, device, dtype) for model in models)
+    return float(torch.tensor([difference(model, device, dtype) for model in models]).max())
 
 
 def _results(run: Callable[..., Any], given: tuple[Tensor, ...]) -> list[Tensor]:

@@ -30,7 +30,7 @@ from dppo_cli.kernels.fused.norm import add_and_norm as add_and_norm
 from dppo_cli.kernels.fused.norm import rms_norm as rms_norm
 from dppo_cli.kernels.fused.rotary import norm_and_rotate as norm_and_rotate
 from dppo_cli.kernels.fused.rotary import rotate as rotate
-from dppo_cli.kernels.layer_parts import Parts
+from dppo_cli.kernels.layer_parts import Parts, act_of
 from dppo_cli.kernels.token_step import AddAndNorm, Angles, Gated, Operations, Plain, Turn
 
 DEVICES: tuple[str, ...] = (CUDA,)
@@ -68,6 +68,9 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight):
             return super().forward(x)  # type: ignore[no-any-return]
+        if x.dim() == 4 and x.transpose(1, 2).is_contiguous():
+            # Heads before positions, as Gemma 3 norms them; as rows they would be copied.
+            return rms_norm(x.transpose(1, 2), *weight_of(self)).transpose(1, 2)
         return rms_norm(x, *weight_of(self))
 
     def operations(self) -> Operations | None:
@@ -84,10 +87,6 @@ class _MLP(nn.Module):
         if hasattr(parts, "gate_up_proj"):
             return parts.down_proj(gated(*parts.gate_up_proj(x).chunk(2, dim=-1)))  # type: ignore[no-any-return]
         return parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x)))  # type: ignore[no-any-return]
-
-
-def act_of(mlp: Any) -> Any:
-    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
 
 
 def gate_of(act: Any) -> Gated | None:
@@ -168,31 +167,37 @@ class Fused:
         return run
 
     def turn(self, parts: Parts) -> Turn:
-        norms: Any = [getattr(parts.attention, name, None) for name in ("q_norm", "k_norm")]
-        of_heads = norms[0] is not None and norms[0].weight.numel() == parts.head_size
-        of_all = norms[0] is not None and not of_heads
+        if not parts.rotates:
+            return lambda q, k, angles: (q, k)  # SmolLM3, which has no norms of them
+        q_norm, k_norm = (getattr(parts.attention, name, None) for name in ("q_norm", "k_norm"))
+        if q_norm is None or k_norm is None:
+            return _each_position(rotate)
+        (q_weight, eps, form), (k_weight, _, _) = weight_of(q_norm), weight_of(k_norm)
+        if q_weight.numel() == parts.head_size:
 
-        def run(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-            if of_all:
-                q, k = (
-                    rms_norm(heads.flatten(1), *weight_of(norm)).view_as(heads)
-                    for heads, norm in zip((q, k), norms, strict=True)
-                )
-            if not parts.rotates:
-                return q, k
-            q, k = q.unsqueeze(2), k.unsqueeze(2)
-            if of_heads:
-                q_norm, k_norm = norms
-                _, eps, form = weight_of(q_norm)
-                q, k = norm_and_rotate(q, k, *angles, q_norm.weight, k_norm.weight, eps, form)
-            else:
-                q, k = rotate(q, k, *angles)
-            return q.squeeze(2), k.squeeze(2)
+            def of_each_head(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+                return norm_and_rotate(q, k, cos, sin, q_weight, k_weight, eps, form)
 
-        return run
+            return _each_position(of_each_head)
+
+        def of_all_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = (rms_norm(x.flatten(1), w, eps, form).view_as(x) for x, w in ((q, q_weight), (k, k_weight)))
+            return rotate(q, k, cos, sin)
+
+        return _each_position(of_all_heads)
 
     def gated(self, parts: Parts) -> Gated:
         return gate_of(parts.act) or Plain().gated(parts)
 
     def angles(self, cos_A1D: Tensor, sin_A1D: Tensor) -> Angles:
         return cos_A1D, sin_A1D
+
+
+def _each_position(run: Callable[..., tuple[Tensor, Tensor]]) -> Turn:
+    """Heads [A, heads, D] as those of one position each, [A, heads, 1, D]."""
+
+    def turn(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        q, k = run(q.unsqueeze(2), k.unsqueeze(2), *angles)
+        return q.squeeze(2), k.squeeze(2)
+
+    return turn

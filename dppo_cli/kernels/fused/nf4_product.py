@@ -15,6 +15,7 @@ from dppo_cli.kernels.four_bits import MOST_ROWS as MOST_ROWS
 from dppo_cli.kernels.four_bits import biases_of, scales_of
 from dppo_cli.kernels.fused.nf4 import Tiling, choose, nf4_product, words_of
 from dppo_cli.kernels.joined import joined
+from dppo_cli.kernels.probe import apart
 
 MOST_LAYERS = 3
 """That read one input."""
@@ -113,8 +114,6 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
         b = b_Or[:192] if i == 0 else b_Or[192:]
         plain.append(base.double() + 0.5 * (low[:, 8 * i : 8 * i + 8].double() @ b.double().t()))
     expected = torch.cat(plain, dim=1)
-    apart = 0.0
-    for splits in (1, 2):
-        found = torch.cat(Nf4Product(layers, b_Or, [0.5, 0.5])(x, low, Tiling(splits=splits)), dim=1)
-        apart = max(apart, float((found.double() - expected).abs().max() / expected.abs().max()))
-    return apart
+    product = Nf4Product(layers, b_Or, [0.5, 0.5])
+    tried = (product(x, low, Tiling(splits=splits)) for splits in (1, 2))
+    return apart((torch.cat(found, dim=1), expected) for found in tried)
