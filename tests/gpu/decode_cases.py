@@ -92,7 +92,7 @@ def slots_and_sub_batches(of: Policy) -> float:
     pairs = [(a, b, _equal_tokens(a, b)) for a, b in zip(ours, plain, strict=True)]
     equal, tokens = sum(n for _, _, n in pairs), sum(len(a.token_ids_T) for a in ours)
     assert equal >= tokens * (0.9 if of.dtype == torch.float32 else 0.2), f"{equal} of {tokens} tokens"
-    return max(float((a.mu.logp_N[:n] - b.mu.logp_N[:n]).abs().max()) for a, b, n in pairs if n)
+    return float(torch.stack([(a.mu.logp_N[:n] - b.mu.logp_N[:n]).abs().max() for a, b, n in pairs if n]).max())
 
 
 def _equal_tokens(a: Completion, b: Completion) -> int:

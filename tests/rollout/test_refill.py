@@ -39,10 +39,12 @@ def families(tmp_path_factory) -> dict:
 # What it samples
 
 
-@pytest.mark.parametrize("num_logprobs", [0, 4, WHOLE_VOCABULARY])
+@pytest.mark.parametrize(
+    ("family", "num_logprobs"),
+    [*((family, 4) for family in FAMILIES), *(("llama", n) for n in (0, WHOLE_VOCABULARY)), ("qwen3", 0)],
+)
 @paces
 @merging
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(train_config, families, family, merge, pace, num_logprobs):
     config = train_config()
     config = replace(config, model=replace(config.model, path=str(families[family])))
