@@ -94,9 +94,9 @@ def why_not_flash(dtype: torch.dtype, heads: int, key_heads: int, size: int, win
     With windows, or large heads, it is compared with plain operations before it is used. On AMD's cards it was not
     tried.
     """
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
-        return ""
     if dtype not in (torch.bfloat16, torch.float16) or size % 8 != 0 or size > 256:
+        return ""
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
         return ""
     return _refused(dtype, heads, key_heads, size, windows) if windows or size > TRIED else None
 
