@@ -7,6 +7,7 @@ from pathlib import Path
 
 import make
 import pytest
+import tiny_models
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.sections import LoRA, Model
@@ -37,3 +38,20 @@ def load(train_config: Callable[..., TrainConfig]) -> Callable[..., Policy]:
         return load_policy(model, replace(config.hardware, **hardware), warn=warn, adapter=adapter)
 
     return loaded
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: tiny_models.save(root / family, family) for family in tiny_models.FAMILIES}
+
+
+@pytest.fixture
+def made(train_config: Callable[..., TrainConfig], folders: dict[str, Path]) -> Callable[..., Policy]:
+    """`made("qwen3", "adapter=qlora")`: a policy whose adapter has an effect."""
+
+    def policy(family: str, *words: str) -> Policy:
+        config = train_config(*words)
+        return make.policy(replace(config, model=replace(config.model, path=str(folders[family]))), adapter_scale=0.1)
+
+    return policy

@@ -72,12 +72,6 @@ Load = Callable[..., Policy]
 EMBEDDED = {"arithmetic_1m", "long_tail_2k"}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    return {family: tiny_models.save(root / family, family) for family in tiny_models.FAMILIES}
-
-
 @pytest.fixture
 def adapter(train_config: Callable[..., TrainConfig]) -> LoRA:
     return train_config().adapter
