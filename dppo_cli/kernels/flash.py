@@ -49,12 +49,13 @@ class FlashOverSlots:
     def __init__(self, rows: int, longest: int, device: torch.device) -> None:
         self.longest = longest
         self.q_start = torch.arange(2 * rows + 1, dtype=torch.int32, device=device)
-        self.k_start = self.used = self.q_start[:0]
+        self.k_start = self.used = self.empty = self.q_start[:0]
 
     def look(self, prompt_R: Tensor, own_R: Tensor, prompt_used_R: Tensor, own_used_R: Tensor) -> None:
         # One call for both: as many sequences as there are rows, twice, and the end of the last, which is not read.
         self.k_start = torch.cat([prompt_R, own_R, own_R[:1]]).int()
         self.used = torch.cat([prompt_used_R, own_used_R]).int()
+        self.empty = self.used == 0
 
     def __call__(
         self, q_RKQD: Tensor, keys_MKD: Tensor, values_MKD: Tensor, attn_mask: Tensor | None, scale: float
@@ -76,7 +77,7 @@ class FlashOverSlots:
             seqused_k=self.used,
         )[:2]
         # The kernel says of an empty stretch that its log-sum-exp is infinite.
-        lse = lse.masked_fill(self.used == 0, -torch.inf)
+        lse = lse.masked_fill(self.empty, -torch.inf)
         return merged(found, lse).reshape(q_RKQD.shape)
 
 

@@ -99,9 +99,9 @@ def act_of(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None] | None:
-    """How many positions the attention of each layer sees, the token's own among them; None: all.
+    """How many positions the attention of each layer sees, the token's own among them; None for one that sees all.
 
-    None for all where a layer keeps something else than keys and values.
+    None instead of the list where a layer keeps something else than keys and values.
     """
     found: list[int | None] = []
     for layer in DynamicCache(config=model.config).layers:

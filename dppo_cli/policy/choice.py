@@ -77,9 +77,9 @@ def packs_well(model: PreTrainedModel, device: torch.device, dtype: torch.dtype,
 def warn_of_padding(
     model: PreTrainedModel, device: torch.device, dtype: torch.dtype, warn: Callable[[str], None]
 ) -> None:
-    """If updates should be packed on this device, and cannot be."""
+    """`warn` is told if updates should be packed on this device, and cannot be."""
     if device.type == CUDA and can_pack(model):
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", 1)
+        longest: int = model.config.get_text_config().max_position_embeddings
         why = next((why for why in _refusals(model, dtype, longest) if why), None)
         if why is not None:
             warn(NOT_PACKED.format(why))
