@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from measure import Spread, save
 from step import ours, work
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.policy.loading import load_policy

@@ -12,7 +12,7 @@ import torch
 from gpu_model import Size, config, policy
 from measure import BUILD
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.config.sections import Sampling
 from dppo_cli.kernels.devices import empty_cache
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences

@@ -13,7 +13,7 @@ from gpu_steps import BF16, NF4, Bench, groups_of, prompts_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.kernels.graphs import Graphs
 
 TOKENS = 17

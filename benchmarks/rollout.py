@@ -27,7 +27,7 @@ from dppo_cli.types import Prompt
 
 
 def main(max_new_tokens: int, rounds: int = 4) -> None:
-    hardware = Hardware("cpu", "float32", 2048, 256, False)
+    hardware = Hardware("cpu", "float32", 2048, 256, False, 1)
     adapter = LoRA(
         r=16,
         alpha=32,

@@ -22,6 +22,7 @@ ROOMS = [
     {"algorithm"},
     {"kernels"},
     {"config"},
+    {"processes"},
     {"world"},
     {"types"},
     {"errors"},

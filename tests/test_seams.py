@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import read_lines, train
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.train import train as loop
 from dppo_cli.policy.forward import hidden_states, split_by_tokens
 from dppo_cli.policy.policy import Policy

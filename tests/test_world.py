@@ -1,82 +1,75 @@
-"""One process and several: sums, and an update that several processes share."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""One process, and what a launcher's environment says of several."""
 
 import pytest
 import torch
-from helpers import composed
-from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from crews import worlds
 
 from dppo_cli.errors import ConfigError
-from dppo_cli.world import World
+from dppo_cli.world import VARIABLES, World
 
-SCRIPT = """
-import sys
-from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
-import make
-import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
-
-from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
-from dppo_cli.config.build import build
-from dppo_cli.rollout.engine import in_order
-from dppo_cli.world import World
-
-out, config = Path(sys.argv[2]), build(TrainConfig, OmegaConf.load(sys.argv[3]))
-torch.set_num_threads(1)
-world = World.current()
-assert float(world.sum(torch.tensor(world.rank + 1.0))) == (3.0 if world.size == 2 else 1.0)
-policy = make.policy(config, adapter_scale=0.1)
-prompts = make.prompts(policy)
-with config.rollout.load(policy, make.fail) as engine:
-    engine.sync(0)
-    sampled = in_order(engine.generate(prompts, 2, config.sampling, 0, seed=1))
-    groups = make.groups(prompts, sampled, [1.0, -1.0, 0.0, 0.0] * 2)
-if world.is_main:
-    save_file({str(i): p.detach() for i, p in enumerate(policy.parameters)}, out / "start.safetensors")
-share = groups[world.rank :: world.size]
-result = make_learner(policy, config, world).update(share)
-if world.is_main:
-    save_file({str(i): p.detach() for i, p in enumerate(policy.parameters)}, out / f"{world.size}.safetensors")
-"""
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, _ in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_one_process_is_the_main_one_and_sums_nothing() -> None:
-    world = World()
     value = torch.tensor([1.0, 2.0])
-    assert world.is_main and world.sum(value) is value
+    with World.launched("cpu") as world:
+        world.sum([value])
+        assert world == World() and world.is_main and value.tolist() == [1.0, 2.0]
+        assert world.told("something") == "something"
     assert not World(rank=1, size=2).is_main
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-def test_two_processes_train_what_one_trains(train_config, tmp_path: Path) -> None:
-    """Each has some of the groups (one only such without advantage); gradient and divisor are those of all groups."""
-    config = train_config()
-    words = ["model=hf", f"model.path={config.model.path}", "hardware=cpu", "batch=small", "adapter.r=4"]
-    node = composed("train", *words, "sampling.max_new_tokens=8", "optim.lr=0.01", "optim=adamw_small")
-    OmegaConf.save(node, tmp_path / "config.yaml", resolve=True)
-    (tmp_path / "share.py").write_text(SCRIPT)
-    tests = str(Path(__file__).parent)
-    alone = [sys.executable, "share.py", tests, str(tmp_path), "config.yaml"]
-    both = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *alone[1:]]
-    for command in (alone, both):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / f"{size}.safetensors") for size in (1, 2))
-    start = load_file(tmp_path / "start.safetensors")
-    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5)
+def test_a_launcher_that_started_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    with World.launched("cpu") as world:
+        assert world == World()
 
 
-def test_an_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dppo_cli.world.PartialState", lambda **_: torch.device("nonsense"))
-    with pytest.raises(ConfigError, match=r"the environment .* cannot be used: Expected one of cpu, cuda"):
-        World.current()
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"WORLD_SIZE": "two"}, "invalid literal for int"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR expected, but not set"),
+    ],
+)
+def test_an_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, environment, why: str) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"the environment .* cannot be used: .*{why}"), World.launched("cpu"):
+        pytest.fail("it has been used")
+
+
+def test_a_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it can be seen without one."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **more: calls.append((given, more)))
+    world = World(5, 8)
+    assert world.joined("cuda", 1) is world
+    more = {"store": None, "rank": 5, "world_size": 8, "device_id": torch.device("cuda", 1)}
+    assert calls == ["cuda:1", (("nccl",), more)]
+
+
+def test_threads_that_sum_as_processes_do() -> None:
+    """What other tests use in place of processes."""
+    from threading import Thread
+
+    found = {}
+
+    def run(world: World) -> None:
+        values = [torch.tensor([1.0 + world.rank]), torch.tensor(10.0)]
+        world.sum(values)
+        found[world.rank] = [value.tolist() for value in values]
+
+    threads = [Thread(target=run, args=(world,)) for world in worlds(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == {rank: [[6.0], 30.0] for rank in range(3)}

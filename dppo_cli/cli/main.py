@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo_cli import __version__
+from dppo_cli.cli.launcher import check_launcher, speaks
 from dppo_cli.cli.mistakes import FREE, check_words, explain, member
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides = [word for given in overrides for word in both_runs(given)]
         if "--config-dir" not in options:
             check_words(command, overrides)
+        check_launcher(command, sweeps=bool({"-m", "--multirun"} & set(options)))
         return _run_hydra(command, options, [as_hydra_has_it(command, word) for word in overrides])
     except DppoError as error:
         _say(str(error))
@@ -85,7 +87,12 @@ def _forget_relative_folders() -> None:
 
 
 def _say(text: str) -> None:
-    """A line, whatever a value or a name in it holds, and however long that is."""
+    """A line, whatever a value or a name in it holds, and however long that is.
+
+    Of the processes that a launcher has started only the first speaks.
+    """
+    if not speaks():
+        return
     line = visible(text)
     print(f"dppo: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
 

@@ -9,17 +9,21 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dppo_cli.commands.assembly import shared_engine
 from dppo_cli.commands.plain import base_config
+from dppo_cli.commands.replica import WORK
 from dppo_cli.commands.schemas import EvalConfig
 from dppo_cli.commands.trained import find_trained
 from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, RunError
-from dppo_cli.policy.loading import load_policy
+from dppo_cli.policy.loading import load_policy, resolve_device
+from dppo_cli.processes.start import crew_of
 from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import percent, print_table, print_warning, with_interval
 from dppo_cli.training.evaluation import EvalResult, evaluate
 from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Status
+from dppo_cli.world import World
 
 OF_THE_RUN = ("data", "reward", "rollout", "hardware")
 """Sections that are the run's, apart from the keys that the user sets."""
@@ -92,21 +96,28 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
     task = config.data.load(warn)
     with phase("loading the reward"):
         scorer = config.reward.load(warn)
-    with phase("loading the model"):
-        policy = load_policy(config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter)
-    prompts = policy.encode(task.heldout, config.prompt)
-    prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
-    with config.rollout.load(policy, warn) as engine, phase(f"sampling {len(prompts)} problems"):
-        engine.sync(version=0)
-        return evaluate(
-            engine,
-            prompts,
-            scorer,
-            config.sampling,
-            config.samples_per_prompt,
-            config.success_reward,
-            config.seed,
-        )
+    device = resolve_device(config.hardware)[0].type
+    with crew_of(World(), config.hardware.processes, device, WORK, warn) as crew:
+        with phase("loading the model"):
+            crew.begin_all("load", config, adapter)
+            policy = load_policy(
+                config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter
+            )
+            prompts = policy.encode(task.heldout, config.prompt)
+            prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
+            engine = shared_engine(config.rollout.load(policy, warn), crew)
+            crew.ended()
+        with engine, phase(f"sampling {len(prompts)} problems"):
+            engine.sync(version=0)
+            return evaluate(
+                engine,
+                prompts,
+                scorer,
+                config.sampling,
+                config.samples_per_prompt,
+                config.success_reward,
+                config.seed,
+            )
 
 
 def _kept_paths(config: EvalConfig, out: Path, config_yaml: str) -> dict[str, str | None]:

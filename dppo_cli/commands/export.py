@@ -43,7 +43,9 @@ from dppo_cli.training.agreement import Agreement, agreement
 from dppo_cli.training.card import card
 from dppo_cli.training.run_folder import check_disk, check_free
 
-PLAIN_CPU = Hardware("cpu", "float32", tokens_per_micro_batch=8192, head_chunk=256, gradient_checkpointing=False)
+PLAIN_CPU = Hardware(
+    "cpu", "float32", tokens_per_micro_batch=8192, head_chunk=256, gradient_checkpointing=False, processes=1
+)
 """Where an export is compared unless the user says otherwise: exact, and wherever there is memory for the base."""
 
 OF_THE_RUN = ("model", "adapter", "data", "reward", "rollout", "prompt", "sampling", "eval", "seed")

@@ -29,8 +29,9 @@ from dppo_cli.types import Prompt
 
 OF_THE_COMMAND = ("resume", "run_dir", "trust")
 """Keys that say where and whether to go on."""
-MAY_CHANGE = ("steps", "checkpoint", "stop", "samples", "tracker", "console", *OF_THE_COMMAND)
-"""Keys that do not change what a step computes (`steps` only where the learning rate does not depend on it)."""
+MAY_CHANGE = ("steps", "checkpoint", "stop", "samples", "tracker", "console", "hardware.processes", *OF_THE_COMMAND)
+"""Keys and sections that do not change what a step computes, but for rounding (`steps` only where the learning rate
+does not depend on it)."""
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -214,12 +215,16 @@ def check_problems(
 def method_hash(config_yaml: str) -> str:
     """SHA-256 of the part of a config that says what a step computes."""
     flat = _flat(OmegaConf.create(config_yaml))
-    method = {key: value for key, value in flat.items() if key.partition(".")[0] not in MAY_CHANGE}
+    method = {key: value for key, value in flat.items() if not _may_change(key)}
     return sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 
 
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.partition(".")[0] in MAY_CHANGE
+
+
 def _check_may_change(run: str, key: str, old: Any, new: Any) -> None:
-    if key.partition(".")[0] not in MAY_CHANGE:
+    if not _may_change(key):
         raise ConfigError(
             f"{key}={new} cannot replace {key}={old} of the run in {run}: it would be another run. Leave it out to go "
             "on, or start a new run"

@@ -6,7 +6,7 @@ from typing import Any
 
 from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.algorithm.aggregation import Aggregation
-from dppo_cli.algorithm.approx import Approximation
+from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation
 from dppo_cli.algorithm.divergence import Divergence
 from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import Objective
@@ -108,6 +108,15 @@ class TrainConfig:
                 "the one in training, and runs collapse; train with top_p=1 top_k=0 min_p=0"
             )
         self.rollout.check(self.approx.num_logprobs, self.adapter)
+        self.check_processes(self.hardware.processes)
+
+    def check_processes(self, size: int) -> None:
+        """Raise ConfigError for what `size` processes cannot do together."""
+        if size > 1 and self.approx.num_logprobs == WHOLE_VOCABULARY:
+            raise ConfigError(
+                f"approx=full needs the sampler's whole distribution, which the {size} processes would have to send to "
+                "each other; use approx=topk, or one process"
+            )
 
     @property
     def loss(self) -> Loss:

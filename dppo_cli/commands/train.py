@@ -5,6 +5,7 @@ prompts -> completions -> scores -> groups -> updates, `steps` times, between tw
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +13,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from dppo_cli.commands.assembly import make_learner, run_info, shared_engine, shared_learner
 from dppo_cli.commands.problems import encoded_problems
-from dppo_cli.commands.resume import check_problems, find_earlier, method_hash
+from dppo_cli.commands.replica import WORK, work
+from dppo_cli.commands.resume import Earlier, check_problems, find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.saved import as_written
-from dppo_cli.errors import ConfigError
 from dppo_cli.policy.adapter import WEIGHTS
-from dppo_cli.policy.loading import load_policy
-from dppo_cli.policy.policy import Policy
+from dppo_cli.policy.loading import load_policy, resolve_device
+from dppo_cli.processes.crew import Crew
+from dppo_cli.processes.start import crew_of, launched_worker
 from dppo_cli.rollout.collect import Collector, InStepCollector
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.telemetry.console import make_console
 from dppo_cli.telemetry.listeners import Listeners
-from dppo_cli.telemetry.table import print_warning
 from dppo_cli.telemetry.trackers import Tracker, check_installed, chosen
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
@@ -32,7 +34,6 @@ from dppo_cli.training.batches import mini_batches
 from dppo_cli.training.card import card
 from dppo_cli.training.checkpoint import prune, read_checkpoint, sha256_of, write_checkpoint
 from dppo_cli.training.evaluation import Evaluator, Measured, compared, fingerprint
-from dppo_cli.training.learner import Learner
 from dppo_cli.training.memory_use import memory_metrics, peak_memory_gib
 from dppo_cli.training.metrics import PhaseTimer, rollout_metrics, update_metrics
 from dppo_cli.training.nonfinite import update
@@ -43,7 +44,7 @@ from dppo_cli.training.samples import StepSamples
 from dppo_cli.training.state import RunState
 from dppo_cli.training.stopping import Stopping
 from dppo_cli.training.system import system_facts
-from dppo_cli.types import RunInfo, StepReport
+from dppo_cli.types import StepReport
 from dppo_cli.world import World
 
 
@@ -107,30 +108,47 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     Whatever ends a run early, the state after its last finished step is saved, and the error says where.
     """
     started = time.perf_counter()
-    world = World.current()
-    if world.size > 1:
-        raise ConfigError(f"{world.size} processes were started, and training runs in one; start dppo by itself")
-    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
-    early = config.unusual()
-    check_installed(config.tracker)
-    earlier = find_earlier(run_dir, config, config_yaml, early.append)
-    if earlier.summary is not None:
-        return earlier.summary
+    device = resolve_device(config.hardware)[0].type
+    with World.launched(device) as world:
+        if not world.is_main:
+            with suppress(EOFError, OSError, RuntimeError):  # The main process has ended, and said why.
+                work(launched_worker(world), world)
+            return {}
+        config.check_processes(world.size)
+        run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
+        early = config.unusual()
+        check_installed(config.tracker)
+        earlier = find_earlier(run_dir, config, config_yaml, early.append)
+        if earlier.summary is not None:
+            return earlier.summary
+        with crew_of(world, config.hardware.processes, device, WORK, early.append) as crew:
+            return _run(config, config_yaml, run_dir, earlier, early, crew, started)
+
+
+def _run(
+    config: TrainConfig,
+    config_yaml: str,
+    run_dir: Path,
+    earlier: Earlier,
+    early: list[str],
+    crew: Crew,
+    started: float,
+) -> dict[str, Any]:
+    """The run, from what may be there of it already. `early`: warnings from before there is anybody to tell."""
     masked = MaskedTokens(text_of=lambda token: decode([token]))
     console = make_console(config.console, masked, config.eval.every)
     with console.phase("loading the reward"):
         scorer = config.reward.load(lambda text: warn(text))
+    if earlier.checkpoint is not None:
+        # It has the weights; the folder that they started from may be gone.
+        config = replace(config, adapter=replace(config.adapter, path=None))
     with console.phase("loading the model"):
-        policy = load_policy(
-            config.model,
-            config.hardware,
-            warn=early.append,
-            # A checkpoint has the weights; the folder that they started from may be gone.
-            adapter=config.adapter if earlier.checkpoint is None else replace(config.adapter, path=None),
-            seed=config.seed,
-        )
+        crew.begin_all("load", config)
+        policy = load_policy(config.model, config.hardware, warn=early.append, adapter=config.adapter, seed=config.seed)
     train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
-    engine = config.rollout.load(policy, early.append)
+    engine = shared_engine(config.rollout.load(policy, early.append), crew)
+    learner = shared_learner(make_learner(policy, config, lambda text: warn(text), crew.world), crew)
+    crew.ended()  # loading
     collector = InStepCollector(
         engine,
         scorer,
@@ -204,15 +222,14 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     system = config.prompt.system or ""
     samples = StepSamples(
         *(config.samples, config.steps, decode, warn),
-        writes=world.is_main,
         # Values of the environment go into no file.
         whole_prompts=as_written(config_yaml, "prompt.system", system) == system,
     )
     watch = Watch(config.objective.masks and config.batch.updates_per_step > 1, warn)
     trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
-    listeners = Listeners([masked, watch, *trackers, console] if world.is_main else [], warn)
+    listeners = Listeners([masked, watch, *trackers, console], warn)
     state = RunState(
-        make_learner(policy, config, warn, world),
+        learner,
         ORDERS[config.order](train_prompts, config.seed),
         tallies={"masked_tokens": masked, "watch": watch, "samples": samples},
         fingerprint=fingerprint(train_prompts),
@@ -245,6 +262,10 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
             for text in early:
                 # A run that goes on has warned of it before.
                 (listeners.warned if text in state.warnings else warn)(text)
+            crew.warn = warn
+            # The workers begin with the state of this process.
+            crew.begin_all("load_state", *learner.state())
+            crew.ended()
             engine.sync(version=state.step)
             try:
                 if state.before is None:
@@ -266,34 +287,3 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     finally:
         listeners.finished(summary)
     return summary
-
-
-def make_learner(
-    policy: Policy, config: TrainConfig, warn: Callable[[str], None] = print_warning, world: World | None = None
-) -> Learner:
-    return Learner(
-        policy,
-        config.loss,
-        config.aggregation,
-        config.optim,
-        config.hardware,
-        temperature=config.sampling.temperature,
-        max_new_tokens=config.sampling.max_new_tokens,
-        total_updates=config.steps * config.batch.updates_per_step,
-        warn=warn,
-        world=world,
-    )
-
-
-def run_info(run_dir: Path, config: TrainConfig, policy: Policy, engine: RolloutEngine, step: int) -> RunInfo:
-    return RunInfo(
-        run_dir=run_dir,
-        step=step,
-        steps=config.steps,
-        model=config.model.path,
-        parameters=sum(p.numel() for p in policy.model.parameters()),
-        trained_parameters=sum(p.numel() for p in policy.parameters),
-        device=str(policy.device),
-        dtype=str(policy.dtype).removeprefix("torch."),
-        samples_with=engine.samples_with,
-    )

@@ -58,6 +58,7 @@ class Hardware:
     tokens_per_micro_batch: int
     head_chunk: int
     gradient_checkpointing: bool
+    processes: int
 
     def __post_init__(self) -> None:
         check_choice("hardware.device", self.device, ("auto", "cpu", "cuda", "mps"))
@@ -65,6 +66,7 @@ class Hardware:
         rules = {
             "tokens_per_micro_batch >= 1": self.tokens_per_micro_batch >= 1,
             "head_chunk >= 1": self.head_chunk >= 1,
+            "processes >= 1": self.processes >= 1,
         }
         check_rules("hardware", self, rules)
 

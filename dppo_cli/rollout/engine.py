@@ -28,12 +28,21 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        seed: int,
+        first: int = 0,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The number of a prompt and its completions, as soon as they have all ended, so in any order.
 
         Each prompt comes once. Equal calls give equal tokens. Until the iterator is used up or forgotten, neither the
         engine nor the policy is used for anything else.
+
+        `first`: the first prompt's number in the whole of which these are a part. A prompt's random numbers follow from
+        `seed` and its number there.
 
         A list has `samples_per_prompt` completions, or fewer or more where an engine lost some or had some left.
         Log-probs are those of the tempered, untruncated distribution. `num_logprobs`: 0, the K of a top-K report, or

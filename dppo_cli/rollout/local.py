@@ -120,19 +120,23 @@ class LocalEngine:
         self.version = version
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, num_logprobs: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        seed: int,
+        first: int = 0,
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert self.version is not None, "sync the engine before its first use"
-        return self._groups(prompts, samples_per_prompt, sampling, num_logprobs, seed)
+        seeds = [derive_seed(seed, first + number) for number in range(len(prompts))]
+        return self._groups(Wanted(prompts, samples_per_prompt, sampling, num_logprobs, seeds))
 
-    def _groups(
-        self, prompts: Sequence[Prompt], group: int, sampling: Sampling, num_logprobs: int, seed: int
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    def _groups(self, wanted: Wanted) -> Iterator[tuple[int, list[Completion]]]:
+        sampling = wanted.sampling
         return_freed_memory()  # what training has freed, and at the end what sampling has
         with self.copy.filled() if self.copy else self._policy_itself() as sampler:
             sampler = replace(sampler, head=sampler.head.at(sampling.temperature or 1.0))
-            seeds = [derive_seed(seed, number) for number in range(len(prompts))]
-            wanted = Wanted(prompts, group, sampling, num_logprobs, seeds)
             refills = self.refilling is not None and refuses(sampler.model) is None
             sampled = self._refilled if refills else self._in_parts
             for number, responses in sampled(sampler, wanted):

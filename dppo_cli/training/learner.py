@@ -7,7 +7,7 @@ the first of them runs, so the gradient is the same however it is cut.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,30 +25,22 @@ from dppo_cli.policy.choice import choose_for
 from dppo_cli.policy.forward import Forward
 from dppo_cli.policy.head import token_log_probs
 from dppo_cli.policy.policy import Policy
+from dppo_cli.training.batches import samples_of
 from dppo_cli.training.failures import check_finite, is_out_of_memory, named
 from dppo_cli.training.files import as_count
 from dppo_cli.training.optimizer import lr_factor, make_optimizer, moments_of, restored
 from dppo_cli.training.sample_stats import KeptSamples
-from dppo_cli.types import Batch, Group, PolicyReport, Sample, SampleStats, TokenStats
+from dppo_cli.training.trainer import UpdateResult
+from dppo_cli.types import Batch, Group, PolicyReport, Sample
 from dppo_cli.world import World
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """One optimizer step. `stats`: what was seen of its tokens. `num_positions`: tokens and padding that ran."""
-
-    stats: list[TokenStats]
-    kept: list[SampleStats]  # the same of each sample of a group that is kept
-    gradient_norm: float | None  # None: the update was skipped
-    lr: float
-    sequences: int
-    skipped_sequences: int
-    num_positions: int
-    num_padding: int
-
-
 class Learner:
-    """Owns the optimizer. `anchored()` before the updates of a step, `update()` for each mini-batch."""
+    """Trains in this process; see `Trainer`. Owns the optimizer.
+
+    An update has two halves, so that several processes can share it: each has the gradient of its part of the groups,
+    and then all take the same step.
+    """
 
     def __init__(
         self,
@@ -65,7 +57,10 @@ class Learner:
         forward: type[Forward] | None = None,
         world: World | None = None,
     ) -> None:
-        """`temperature`, `max_new_tokens`: of the rollouts. `total_updates`: of the whole run, for the schedule."""
+        """`temperature`, `max_new_tokens`: of the rollouts. `total_updates`: of the whole run, for the schedule.
+
+        `world`: the processes whose gradients a step sums.
+        """
         self.policy, self.loss, self.aggregation, self.optim, self.hardware = policy, loss, aggregation, optim, hardware
         self.head = policy.head.at(temperature)
         self.max_new_tokens = max_new_tokens
@@ -83,8 +78,9 @@ class Learner:
         )
 
     def anchored(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the trainer's own report of the policy as it is now as their anchors (anchor=recompute)."""
-        prompts, samples = _samples(groups)
+        prompts, samples = samples_of(groups)
+        if not samples:
+            return list(groups)
         found: dict[int, PolicyReport] = {}
         with torch.no_grad():
             forward = self._open(prompts, samples)
@@ -96,24 +92,27 @@ class Learner:
         return [replace(group, anchors=[next(anchors) for _ in group.completions]) for group in groups]
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
-        """One optimizer step on `groups`.
+        found = self.gradient(groups, self.divisor(groups))
+        return replace(found, gradient_norm=self.step())
+
+    def gradient(self, groups: Sequence[Group], divisor: float) -> UpdateResult:
+        """The first half of an update: the gradient of the sum of token losses over `divisor`, and what was seen.
 
         Samples with A = 0 get no forward pass where nothing but the advantage gives a gradient: it would be zero. Where
-        memory does not suffice, the update is repeated with micro-batches of half the size. Raises NumericalError, with
-        no weight changed, if a loss or a gradient is not finite.
+        memory does not suffice, it is repeated with micro-batches of half the size. Raises NumericalError if a loss is
+        not finite.
         """
         random_state, device = torch.get_rng_state(), self.policy.device
         of_device = devices.random_state(device)
         try:
             while True:
                 try:
-                    result = self._backward(groups)
-                    break
+                    return self._backward(groups, divisor)
                 except RuntimeError as error:
                     if not is_out_of_memory(error) or self.budget <= 1:
                         raise
                 # Outside the handler, whose exception holds on to the tensors of the failed pass.
-                self.optimizer.zero_grad(set_to_none=False)
+                self.drop_gradient()
                 torch.set_rng_state(random_state)
                 self.budget = max(1, self.budget // 2)
                 devices.set_random_state(device, of_device)
@@ -122,13 +121,33 @@ class Learner:
                     f"out of memory in an update: repeated with hardware.tokens_per_micro_batch={self.budget}, which "
                     "this run uses from here on"
                 )
-            # Never repeated: smaller micro-batches would not help it, and it may have changed some weights.
-            return replace(result, gradient_norm=self._step())
+        except BaseException:
+            self.drop_gradient()
+            raise
+
+    def step(self) -> float:
+        """The second half: a step of the optimizer along the gradients of all processes; returns their sum's norm.
+
+        Never repeated: smaller micro-batches would not help it, and it may have changed some weights.
+        """
+        try:
+            self.world.sum(p.grad for p in self.policy.parameters if p.grad is not None)
+            limit = self.optim.max_grad_norm
+            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, math.inf if limit is None else limit))
+            if not math.isfinite(norm):
+                raise NumericalError(
+                    f"the gradient is {norm}; nothing was updated. Try a lower optim.lr or objective.ratio_cap"
+                )
+            self.optimizer.step()
+            self.schedule.step()
+            return norm
         finally:
-            self.optimizer.zero_grad(set_to_none=False)
+            self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
 
     def skipped(self, groups: Sequence[Group]) -> UpdateResult:
-        """The update that was left out, for the record; the schedule counts it."""
         lr = float(self.schedule.get_last_lr()[0])
         with warnings.catch_warnings():
             # torch expects a step of the optimizer before each one of the schedule.
@@ -137,10 +156,14 @@ class Learner:
         sequences = sum(len(group.completions) for group in groups)
         return UpdateResult([], [], None, lr, sequences, 0, 0, 0)
 
-    def _backward(self, groups: Sequence[Group]) -> UpdateResult:
-        """The gradient of an update, and what was seen on the way."""
-        prompts, samples = _samples(groups)
-        divisor = self._divisor(samples)
+    def divisor(self, groups: Sequence[Group]) -> float:
+        """Of the sum of an update's token losses."""
+        completions = [completion for group in groups for completion in group.completions]
+        num_tokens = sum(completion.mu.logp_N.shape[0] for completion in completions)
+        return self.aggregation.divisor(num_tokens, len(completions), self.max_new_tokens)
+
+    def _backward(self, groups: Sequence[Group], divisor: float) -> UpdateResult:
+        prompts, samples = samples_of(groups)
         # Samples without advantage run last and separately, so that skipping them does not change the other sums.
         useful = [s for s in samples if s.advantage != 0]
         idle = [s for s in samples if s.advantage == 0]
@@ -176,7 +199,6 @@ class Learner:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a resume needs: the adapter and the optimizer's moments as tensors, the schedule's position as JSON."""
         tensors = {f"adapter.{name}": p.detach() for name, p in self._named_parameters()}
         for name, parameter in self._named_parameters():
             moments = moments_of(self.optimizer, parameter)
@@ -184,7 +206,6 @@ class Learner:
         return tensors, {"updates": self.schedule.last_epoch, "budget": self.budget}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Go on from what `state()` gave."""
         moments: dict[int, dict[str, Any]] = {}
         index_of = {name: index for index, (name, _) in enumerate(self._named_parameters())}
         for key, value in tensors.items():
@@ -202,12 +223,6 @@ class Learner:
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
-
-    def _divisor(self, samples: Sequence[Sample]) -> float:
-        """Of the sum of token losses, over all processes."""
-        counts = (sum(s.completion.mu.logp_N.shape[0] for s in samples), len(samples))
-        num_tokens, sequences = self.world.sum(torch.tensor(counts, device=self.policy.device)).tolist()
-        return self.aggregation.divisor(num_tokens, sequences, self.max_new_tokens)
 
     def _log_probs(self, batch: Batch, forward: Forward, visit: Visitor | None) -> tuple[Tensor, Tensor]:
         hidden_NH = forward.predicting_states(batch)
@@ -236,19 +251,6 @@ class Learner:
         logp_N, _ = self._log_probs(batch, forward, keep_top if k else None)
         return PolicyReport(logp_N, torch.cat(ids), torch.cat(values)) if k else PolicyReport(logp_N)
 
-    def _step(self) -> float:
-        for parameter in self.policy.parameters:
-            parameter.grad = None if parameter.grad is None else self.world.sum(parameter.grad)
-        limit = self.optim.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, math.inf if limit is None else limit))
-        if not math.isfinite(norm):
-            raise NumericalError(
-                f"the gradient is {norm}; nothing was updated. Try a lower optim.lr or objective.ratio_cap"
-            )
-        self.optimizer.step()
-        self.schedule.step()
-        return norm
-
     def _open(self, prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Forward:
         """The prompts of `samples`, each once."""
         used = {n: prompts[n] for n in dict.fromkeys(s.prompt for s in samples)}
@@ -273,19 +275,3 @@ class Learner:
 def _lengths(prompts: Sequence[Sequence[int]], samples: Sequence[Sample]) -> list[tuple[int, int, int]]:
     """As `Forward.split` takes them."""
     return [(s.prompt, len(prompts[s.prompt]), len(s.completion.token_ids_T)) for s in samples]
-
-
-def _samples(groups: Sequence[Group]) -> tuple[list[tuple[int, ...]], list[Sample]]:
-    """Token ids of the groups' prompts by number, and every completion with its prompt's number."""
-    prompts = [group.prompt.token_ids for group in groups]
-    samples = [
-        Sample(number, completion, advantage, anchor, group.kept)
-        for number, group in enumerate(groups)
-        for completion, advantage, anchor in zip(
-            group.completions,
-            group.advantages,
-            [c.mu for c in group.completions] if group.anchors is None else group.anchors,
-            strict=True,
-        )
-    ]
-    return prompts, samples

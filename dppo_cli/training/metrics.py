@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dppo_cli.rollout.collect import Collected
-from dppo_cli.training.learner import UpdateResult
+from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Group, Status, TokenStats
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)

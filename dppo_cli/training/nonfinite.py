@@ -5,12 +5,12 @@ from itertools import chain, count
 
 from dppo_cli.errors import NumericalError
 from dppo_cli.training.failures import describe
-from dppo_cli.training.learner import Learner, UpdateResult
 from dppo_cli.training.run_folder import RunFolder
+from dppo_cli.training.trainer import Trainer, UpdateResult
 from dppo_cli.types import Group
 
 
-def update(learner: Learner, groups: Sequence[Group], step: int, folder: RunFolder, on_nonfinite: str) -> UpdateResult:
+def update(learner: Trainer, groups: Sequence[Group], step: int, folder: RunFolder, on_nonfinite: str) -> UpdateResult:
     """One update. A batch that gives a NaN or an infinity is kept, and ends the run or is left out."""
     try:
         return learner.update(groups)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dppo_cli.config.sections import SamplesKept
 from dppo_cli.training.files import as_count
-from dppo_cli.training.learner import UpdateResult
 from dppo_cli.training.run_folder import RunFolder
+from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Completion, Group, SampleStats
 
 DIGITS = 6
@@ -39,14 +39,13 @@ class StepSamples:
         decode: Callable[[Sequence[int]], str],
         warn: Callable[[str], None],
         *,
-        writes: bool = True,
         whole_prompts: bool = True,
     ) -> None:
-        """`steps`: of the run. `decode`: token ids as text, with special tokens. `writes`: only one process does.
+        """`steps`: of the run. `decode`: token ids as text, with special tokens.
 
         `whole_prompts`: prompts as the model gets them; else the problem's own text alone.
         """
-        self.plan, self.steps, self.decode, self.warn, self.writes = plan, steps, decode, warn, writes
+        self.plan, self.steps, self.decode, self.warn = plan, steps, decode, warn
         self.whole_prompts = whole_prompts
         self.stride = 1
         self.sizes: dict[int, int] = {}  # bytes of each file, by step
@@ -67,7 +66,7 @@ class StepSamples:
 
         They are spread over the step, because groups of its first update show no trust region: pi is mu there.
         """
-        if not self.writes or not self._is_due(step):
+        if not self._is_due(step):
             return list(groups)
         teaching = [g for g, group in enumerate(groups) if any(group.advantages)]
         others = [g for g, group in enumerate(groups) if not any(group.advantages)]

@@ -16,8 +16,8 @@ from dppo_cli.errors import RunError
 from dppo_cli.kernels.devices import random_state, set_random_state
 from dppo_cli.training.evaluation import Measured, check_measured
 from dppo_cli.training.files import as_count, as_number
-from dppo_cli.training.learner import Learner
 from dppo_cli.training.order import PromptOrder
+from dppo_cli.training.trainer import Trainer
 
 CENTURY = 100 * 365.25 * 24 * 3600
 """In seconds. No run takes longer."""
@@ -46,7 +46,7 @@ class RunState:
     unfinished step has changed.
     """
 
-    learner: Learner
+    learner: Trainer
     prompts: PromptOrder
     tallies: Mapping[str, Tally]
     fingerprint: str | None = None  # of the problems that `prompts` takes from; None: not known

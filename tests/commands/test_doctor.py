@@ -122,7 +122,7 @@ def test_it_loads_where_torch_does_not(fake_import: Callable[[str, str], None]) 
     code = (
         "from dppo_cli.commands.doctor import DoctorConfig, run_doctor\n"
         "from dppo_cli.config.sections import Hardware\n"
-        "run_doctor(DoctorConfig(Hardware('auto', 'auto', 2048, 256, False), True), '')"
+        "run_doctor(DoctorConfig(Hardware('auto', 'auto', 2048, 256, False, 1), True), '')"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

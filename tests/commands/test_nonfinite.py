@@ -11,8 +11,9 @@ from helpers import read_json, train
 from torch import Tensor
 
 from dppo_cli.training import learner as learner_module
-from dppo_cli.training.learner import Learner, UpdateResult
+from dppo_cli.training.learner import Learner
 from dppo_cli.training.metrics import COST
+from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Group
 
 WORDS = ("steps=4", "eval.every=0", "optim.lr=0.01", "optim.schedule=cosine", "adapter.dropout=0.1")

@@ -25,7 +25,7 @@ from dppo_cli.kernels.segments import Segments, attend
 from dppo_cli.policy.packed_forward import PackedGroups
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
-HARDWARE = Hardware("cpu", "float32", 160, 16, False)
+HARDWARE = Hardware("cpu", "float32", 160, 16, False, 1)
 PROMPTS = [prompt for length in (8, 5, 8) for prompt in assumed_prompts(1, length)]
 
 

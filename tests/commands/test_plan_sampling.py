@@ -20,7 +20,7 @@ from dppo_cli.rollout.refill import ON_CUDA, room_for
 from dppo_cli.rollout.sampling import Wanted
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
-HARDWARE = Hardware("cpu", "float32", 64, 16, False)
+HARDWARE = Hardware("cpu", "float32", 64, 16, False, 1)
 SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 8, [])
 OWN = Products(copied=False, decoded_for=0)
 POSITION = 2 * 2 * 8 * 2 * 4

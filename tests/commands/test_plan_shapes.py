@@ -25,7 +25,7 @@ from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.rollout.sampling import Wanted
 
 ADAPTER = LoRA(4, 8.0, 0.0, "all-linear", None, False, False, None)
-HARDWARE = Hardware("cpu", "float32", 64, 16, False)
+HARDWARE = Hardware("cpu", "float32", 64, 16, False, 1)
 SAMPLING = Sampling(1.0, 1.0, 0, 0.0, 8, [])
 
 

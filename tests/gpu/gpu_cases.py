@@ -14,8 +14,8 @@ from helpers import read_json, read_lines, train
 from safetensors.torch import load_file
 
 from dppo_cli.cli.main import main
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.kernels.probe import apart
 from dppo_cli.kernels.segment_kernels import Kernel, Plain, choose_kernel
 from dppo_cli.kernels.segments import Segments, attend

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.errors import ModelError
 from dppo_cli.policy.adapter import CONFIG, WEIGHTS, read_settings
 from dppo_cli.policy.loading import load_policy

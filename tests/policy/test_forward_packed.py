@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences
 from dppo_cli.policy.packed_forward import PackedGroups
 from dppo_cli.policy.policy import Policy

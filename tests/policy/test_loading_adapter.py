@@ -8,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.errors import ConfigError
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.loading import load_policy

@@ -10,8 +10,9 @@ import make
 from helpers import read_lines
 from safetensors.torch import load, save
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner, train
+from dppo_cli.commands.train import train
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import InStepCollector
 from dppo_cli.telemetry.listeners import Listeners

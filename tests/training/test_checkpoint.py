@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_cases import snapshot, steps_of, write, write_adapter
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.training import checkpoint
 from dppo_cli.training.checkpoint import (

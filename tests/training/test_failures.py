@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from updates import assert_identical, broken, off_policy, parameters, with_budget
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.errors import NumericalError
 from dppo_cli.policy.head import Head
 from dppo_cli.training.failures import check_finite, describe, is_out_of_memory

@@ -23,7 +23,7 @@ from updates import (
 )
 
 from dppo_cli.algorithm.divergence import TotalVariation
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.policy.forward import SharedPrompts, WholeSequences
 from dppo_cli.types import Group
 

@@ -24,7 +24,7 @@ from updates import (
 )
 
 from dppo_cli.algorithm.objective import Objective, TokenLoss, Tokens
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.config import conf_tree
 from dppo_cli.types import TokenStats
 

@@ -16,12 +16,12 @@ from updates import (
     parameters,
 )
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.config.sections import AdamW
 from dppo_cli.errors import NumericalError
-from dppo_cli.training.learner import UpdateResult
 from dppo_cli.training.optimizer import lr_factor
+from dppo_cli.training.trainer import UpdateResult
 
 
 def test_a_large_gradient_is_scaled_to_the_limit(train_config):

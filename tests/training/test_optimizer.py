@@ -4,7 +4,7 @@ import pytest
 import torch
 from updates import assert_identical, off_policy, parameters
 
-from dppo_cli.commands.train import make_learner
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.errors import ConfigError
 from dppo_cli.training.optimizer import make_optimizer
 

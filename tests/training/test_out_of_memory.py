@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from updates import assert_identical, off_policy, parameters, with_budget
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.policy.forward import Forward, SharedPrompts, WholeSequences
 from dppo_cli.policy.head import _TokenLogProbs
 from dppo_cli.policy.packed_forward import PackedGroups

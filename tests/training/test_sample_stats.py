@@ -8,8 +8,8 @@ import pytest
 import torch
 from updates import ADVANTAGES, completions, off_policy, with_budget
 
+from dppo_cli.commands.assembly import make_learner
 from dppo_cli.commands.schemas import TrainConfig
-from dppo_cli.commands.train import make_learner
 from dppo_cli.types import Group, TokenStats
 
 

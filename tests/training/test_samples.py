@@ -14,9 +14,9 @@ from disturbed import contents
 
 from dppo_cli.config.sections import SamplesKept
 from dppo_cli.errors import ConfigError
-from dppo_cli.training.learner import UpdateResult
 from dppo_cli.training.run_folder import RunFolder, sample_steps
 from dppo_cli.training.samples import StepSamples
+from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Completion, Group, PolicyReport, SampleStats, Score, Status, TokenStats
 
 HOSTILE = '\ud800a\udc00 \x00\x1b[31m\u202eabc\u2028\n"\\ \U0001f600'

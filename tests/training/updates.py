@@ -11,7 +11,8 @@ from torch import Tensor
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import in_order
-from dppo_cli.training.learner import Learner, UpdateResult
+from dppo_cli.training.learner import Learner
+from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Completion, Group, PolicyReport
 
 ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 2.0, -1.0, 0.5)

@@ -1,0 +1,26 @@
+"""Processes that a launcher such as torchrun has started, as their environment tells. Imports no torch."""
+
+import os
+
+from dppo_cli.errors import ConfigError
+
+
+def launched() -> int:
+    """How many; 1 if there is no launcher."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() else 1
+
+
+def speaks() -> bool:
+    """Whether this is the process that tells the user what is wrong."""
+    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def check_launcher(command: str, *, sweeps: bool) -> None:
+    """Raise ConfigError for what several processes that a launcher has started cannot share."""
+    if launched() == 1 or (command == "train" and not sweeps):
+        return
+    what, alone = f"dppo {command}", "start it by itself"
+    if sweeps:
+        what, alone = "a sweep (-m)", f"{alone}, with hardware.processes=... for its jobs"
+    raise ConfigError(f"{what} runs in one process, and a launcher has started {launched()} (WORLD_SIZE); {alone}")

@@ -1,0 +1,57 @@
+"""From a run's config to parts of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.policy.policy import Policy
+from dppo_cli.processes.crew import Crew
+from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.rollout.shared import SharedEngine
+from dppo_cli.telemetry.table import print_warning
+from dppo_cli.training.learner import Learner
+from dppo_cli.training.shared import SharedLearner
+from dppo_cli.training.trainer import Trainer
+from dppo_cli.types import RunInfo
+from dppo_cli.world import World
+
+
+def make_learner(
+    policy: Policy, config: TrainConfig, warn: Callable[[str], None] = print_warning, world: World | None = None
+) -> Learner:
+    return Learner(
+        policy,
+        config.loss,
+        config.aggregation,
+        config.optim,
+        config.hardware,
+        temperature=config.sampling.temperature,
+        max_new_tokens=config.sampling.max_new_tokens,
+        total_updates=config.steps * config.batch.updates_per_step,
+        warn=warn,
+        world=world,
+    )
+
+
+def shared_engine(engine: RolloutEngine, crew: Crew) -> RolloutEngine:
+    """The engine of this process, or those of all processes of the crew as one."""
+    return engine if crew.size == 1 else SharedEngine(engine, crew)
+
+
+def shared_learner(learner: Learner, crew: Crew) -> Trainer:
+    """The same of learners."""
+    return learner if crew.size == 1 else SharedLearner(learner, crew)
+
+
+def run_info(run_dir: Path, config: TrainConfig, policy: Policy, engine: RolloutEngine, step: int) -> RunInfo:
+    return RunInfo(
+        run_dir=run_dir,
+        step=step,
+        steps=config.steps,
+        model=config.model.path,
+        parameters=sum(p.numel() for p in policy.model.parameters()),
+        trained_parameters=sum(p.numel() for p in policy.parameters),
+        device=str(policy.device),
+        dtype=str(policy.dtype).removeprefix("torch."),
+        samples_with=engine.samples_with,
+    )

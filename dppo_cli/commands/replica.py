@@ -1,0 +1,65 @@
+"""A worker of `dppo train` or `dppo eval`: it has what the main process has, but for the loop."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from dppo_cli.commands.assembly import make_learner
+from dppo_cli.commands.schemas import EvalConfig, TrainConfig
+from dppo_cli.policy.loading import load_policy
+from dppo_cli.processes.crew import WARNING, serve
+from dppo_cli.processes.line import Line
+from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.training.failures import out_of_memory
+from dppo_cli.training.shared import WorkersLearner
+from dppo_cli.training.stopping import STOPPING
+from dppo_cli.types import Completion, Prompt
+from dppo_cli.world import World
+
+WORK = f"{__name__}:work"
+"""As a worker that is started finds it."""
+OF_LEARNER = ("load_state", "anchors", "gradient", "step", "drop_gradient", "skipped")
+
+
+def work(line: Line, world: World) -> None:
+    """Do what the main process asks for until it closes the line."""
+    # The main process hears signals. It ends a step, saves, and closes the line.
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+
+    def warn(text: str) -> None:
+        with suppress(OSError):  # The main process is gone, which the next message tells.
+            line.send((WARNING, f"process {world.rank + 1} of {world.size}: {text}"))
+
+    def load(config: TrainConfig | EvalConfig, saved_adapter: Path | None = None) -> None:
+        """In training the weights of the adapter come later, with the state of the main process."""
+        policy = load_policy(
+            config.model,
+            config.hardware,
+            warn=warn,
+            adapter=config.adapter,
+            saved_adapter=saved_adapter,
+            seed=config.seed,
+        )
+        engine = closing.enter_context(config.rollout.load(policy, warn))
+
+        def generate(prompts: Sequence[Prompt], *how: Any) -> Iterator[tuple[int, list[Completion]]]:
+            return numbered(engine, prompts, *how)
+
+        methods.update({"sync": engine.sync, "generate": generate})
+        if isinstance(config, TrainConfig):
+            learner = WorkersLearner(make_learner(policy, config, warn, world))
+            methods.update({name: getattr(learner, name) for name in OF_LEARNER})
+
+    methods: dict[str, Callable[..., Any]] = {"load": load}
+    with ExitStack() as closing:
+        serve(line, methods, out_of_memory)
+
+
+def numbered(engine: RolloutEngine, prompts: Sequence[Prompt], *how: Any) -> Iterator[tuple[int, list[Completion]]]:
+    """As `RolloutEngine.generate`, with each prompt's number in the whole call."""
+    *_, first = how
+    for number, completions in engine.generate(prompts, *how) if prompts else ():
+        yield first + number, completions

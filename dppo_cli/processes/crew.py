@@ -1,0 +1,131 @@
+"""The main process and its workers: it alone runs the loop, and asks them for their share of the work.
+
+A worker has what the main process has: policy, sampler and learner. It does what it is asked for and answers, and ends
+when its line is closed, whatever became of the main process.
+"""
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import connection
+from typing import Any
+
+from dppo_cli.errors import DppoError, RunError
+from dppo_cli.processes.line import Line
+from dppo_cli.world import World
+
+Say = Callable[[str, Any], None]
+"""A worker's word to the main process: what kind of message, and the message."""
+PART, DONE, FAILED, WARNING = "part", "done", "failed", "warning"
+
+
+class Crew:
+    """The workers of a main process, by their lines. One request at a time.
+
+    Example: `crew.begin("scale", [(2,), (3,)])` asks two workers for different things, `crew.ended()` waits for both
+    and gives what they returned, in their order.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        lines: Sequence[Line],
+        warn: Callable[[str], None],
+        how_ended: Callable[[int], str] = lambda number: "what it wrote last says why",
+    ) -> None:
+        """`warn` is told what workers warn of. `how_ended`: of a worker that has ended, in words."""
+        self.world, self.lines, self.warn, self.how_ended = world, lines, warn, how_ended
+        # By worker, of the latest request. Before the first there is nothing to wait for.
+        self.answers: dict[int, tuple[str, Any]] = dict.fromkeys(range(len(lines)), (DONE, None))
+
+    @property
+    def size(self) -> int:
+        """Processes, this one included."""
+        return self.world.size
+
+    def begin(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Ask each worker for `name` with arguments of its own, once all have answered to what was asked before."""
+        for _ in self.parts():
+            pass
+        self.answers = {}
+        for number, (line, given) in enumerate(zip(self.lines, arguments, strict=True)):
+            try:
+                line.send((name, given))
+            except OSError:
+                raise self._lost(number) from None
+
+    def begin_all(self, name: str, *arguments: Any) -> None:
+        """Ask all of them for the same."""
+        self.begin(name, [arguments] * len(self.lines))
+
+    def parts(self, patience: float | None = None) -> Iterator[Any]:
+        """What workers give before they have ended: until they have, or nothing has come for so many seconds."""
+        while len(self.answers) < len(self.lines):
+            waiting: dict[Any, int] = {line: n for n, line in enumerate(self.lines) if n not in self.answers}
+            ready: Any = connection.wait(list(waiting), patience)  # Python's signals are heard meanwhile
+            if not ready:
+                return
+            for line in ready:
+                try:
+                    kind, value = line.receive()
+                except (EOFError, OSError):
+                    raise self._lost(waiting[line]) from None
+                if kind == WARNING:
+                    self.warn(value)
+                elif kind == PART:
+                    yield value
+                else:
+                    self.answers[waiting[line]] = (kind, value)
+
+    def ended(self) -> list[Any]:
+        """What the workers return, in their order. Raises what one of them has raised, once all have ended."""
+        for _ in self.parts():
+            pass
+        for number in range(len(self.lines)):
+            kind, value = self.answers[number]
+            if kind == FAILED:
+                raise value
+        return [self.answers[number][1] for number in range(len(self.lines))]
+
+    def _lost(self, number: int) -> RunError:
+        return RunError(f"process {number + 2} of {self.size} has ended: {self.how_ended(number)}")
+
+
+def serve(
+    line: Line,
+    methods: Mapping[str, Callable[..., Any]],
+    in_words: Callable[[Exception], DppoError | None] = lambda error: None,
+) -> None:
+    """A worker's life: do what the main process asks for until its line is closed.
+
+    A method that returns an iterator gives each of its elements at once. An error is the main process's to handle:
+    one of ours, or what `in_words` makes of it. Of others a trace is printed here, where it was raised.
+    """
+    while True:
+        try:
+            name, arguments = line.receive()
+            for message in _answer(methods, name, arguments, in_words):
+                line.send(message)
+        except (EOFError, OSError):  # of the line
+            return
+
+
+def _answer(
+    methods: Mapping[str, Callable[..., Any]],
+    name: str,
+    arguments: tuple[Any, ...],
+    in_words: Callable[[Exception], DppoError | None],
+) -> Iterator[tuple[str, Any]]:
+    """The messages that a request leads to."""
+    try:
+        result = methods[name](*arguments)
+        if isinstance(result, Iterator):
+            for part in result:
+                yield PART, part
+            result = None
+    except Exception as error:
+        told = error if isinstance(error, DppoError) else in_words(error)
+        if told is None:
+            traceback.print_exception(error)
+        yield FAILED, told or RuntimeError(f"{type(error).__name__}: {error}")
+    else:
+        yield DONE, result
