@@ -9,7 +9,13 @@ import pytest
 import yaml
 from helpers import TINY_RUN, read_json
 
+from dppo_cli.cli.main import main
+
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra dppo[sweeps]")
+
+
+OPTUNA_WARNS = pytest.mark.filterwarnings("ignore:The ``declarative_base")
+"""When it is imported."""
 
 
 @pytest.fixture
@@ -17,13 +23,29 @@ def sweep(model: Path, work: Path):
     """`dppo train -m` in a process of its own: its exit status, output and error."""
 
     def run(*overrides: str) -> tuple[int, str, str]:
-        words = [*TINY_RUN, "data.train_problems=32", f"model.path={model}", "run_dir=sweep", "steps=1", *overrides]
-        command = [sys.executable, "-m", "dppo_cli", "train", "-m", *words]
+        command = [sys.executable, "-m", "dppo_cli", *words(model, *overrides)]
         wide = {**os.environ, "COLUMNS": "200"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=wide, check=False)
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture
+def search(model: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The same in this process, for jobs that run in the sweep's own."""
+
+    def run(*overrides: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        status = main(words(model, "hydra/sweeper=optuna", *overrides))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def words(model: Path, *overrides: str) -> list[str]:
+    data = ["data.train_problems=32", f"model.path={model}"]
+    return ["train", "-m", *TINY_RUN, *data, "run_dir=sweep", "steps=1", *overrides]
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -62,14 +84,15 @@ def test_a_users_module_is_found_in_other_processes(sweep, work: Path) -> None:
     assert [row[2:4] for row in rows(output).values()] == [["100.0%", "100.0%"]] * 2
 
 
-def test_optuna_searches_for_the_best_held_out_accuracy(sweep, work: Path) -> None:
+@OPTUNA_WARNS
+def test_optuna_searches_for_the_best_held_out_accuracy(search, work: Path) -> None:
     """Seeds of a random model differ in how many of its answers have a 5 in them."""
     (work / "fives.py").write_text(
         "def f(prompts, completions, **columns):\n    return [float('5' in text) for text in completions]\n"
     )
-    search = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=3"]
-    words = ["hydra.sweeper.n_trials=3", "seed=range(1,9)", "reward=function", "reward.path=fives.py:f"]
-    status, output, error = sweep(*search, *words, "data.eval_problems=32")
+    of = ["hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=3", "hydra.sweeper.n_trials=3"]
+    reward = ["reward=function", "reward.path=fives.py:f", "data.eval_problems=32"]
+    status, output, error = search(*of, "seed=range(1,9)", *reward)
     assert status == 0, error
     accuracy = {row[1]: float(row[3].rstrip("%")) for row in rows(output).values()}
     assert len(rows(output)) == 3
@@ -78,8 +101,9 @@ def test_optuna_searches_for_the_best_held_out_accuracy(sweep, work: Path) -> No
     assert accuracy[f"seed={best['best_params']['seed']}"] == max(accuracy.values()) > min(accuracy.values())
 
 
-def test_a_search_of_which_every_job_fails_ends_in_words(sweep, work: Path) -> None:
-    status, output, error = sweep("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "optim.lr=interval(-2,-1)")
+@OPTUNA_WARNS
+def test_a_search_of_which_every_job_fails_ends_in_words(search, work: Path) -> None:
+    status, output, error = search("hydra.sweeper.n_trials=2", "optim.lr=interval(-2,-1)")
     assert status == 2 and len(rows(output)) == 2
     assert "Traceback" not in error and error.splitlines()[-1].startswith(
         "dppo: 2 of 2 jobs failed; job 0: optim.lr=-1."
