@@ -16,6 +16,7 @@ from rich.table import Table
 from dppo_cli.commands import resume, train
 from dppo_cli.commands.planning.cards import card_of
 from dppo_cli.commands.planning.machine import Machine, find_machine
+from dppo_cli.commands.planning.share import share_of
 from dppo_cli.commands.schemas import PlanConfig
 from dppo_cli.commands.trained import key_of
 from dppo_cli.errors import ConfigError
@@ -68,6 +69,8 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
     from dppo_cli.commands.planning.estimate import Planner
     from dppo_cli.commands.planning.seconds import seconds
 
+    whole = config
+    config, machine = share_of(config, machine)
     planner = Planner(machine, runtime, config.prompt_tokens)
     found = planner.estimate(config)
     other = replace(
@@ -107,12 +110,12 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
             "samples_with": str(found.memory.weights),
         },
         "prompts": {"mean": found.prompts.mean, "longest": found.prompts.longest, "source": found.prompts.source},
-        "batch": batch(config, found),
+        "batch": batch(whole, found),
     }
 
 
 def batch(config: PlanConfig, found: "Estimate") -> dict[str, Any]:
-    """The arithmetic of the batch."""
+    """The arithmetic of the batch. `found`: of one process; what runs at once does in each."""
     plan, tokens = config.batch, config.sampling.max_new_tokens
     samples = plan.prompts_per_step * plan.samples_per_prompt
     updated = plan.prompts_per_update * plan.samples_per_prompt
@@ -127,6 +130,7 @@ def batch(config: PlanConfig, found: "Estimate") -> dict[str, Any]:
         "tokens_per_step": samples * tokens,
         "tokens": samples * tokens * config.steps,
         "steps": config.steps,
+        "processes": config.hardware.processes,
     }
 
 
@@ -147,6 +151,7 @@ def show(report: dict[str, Any]) -> None:
             ("tokens", f"{batch['tokens_per_step']:,} a step at most, {batch['tokens']:,} in {batch['steps']:,} steps"),
             ("prompts", f"{prompts['mean']:.0f} tokens, {prompts['longest']:,} at most ({prompts['source']})"),
             ("samples with", model["samples_with"]),
+            *_processes(batch["processes"], report["device"]),
             ("planned for", f"{report['machine']}, {report['dtype']}"),
         ],
         console,
@@ -170,6 +175,12 @@ def show(report: dict[str, Any]) -> None:
         ("speed", report["speed"]["source"]),
     ]
     print_table("estimate", rows, console)
+
+
+def _processes(count: int, device: str) -> list[tuple[str, str]]:
+    """A row, where there are several."""
+    has = "GPU" if device == "cuda" else "share of the CPU and its memory"
+    return [("processes", f"{count}, each with its own {has}: what follows is of each")] if count > 1 else []
 
 
 def _show_memory(report: dict[str, Any], console: RichConsole) -> None:

@@ -30,6 +30,7 @@ def test_json_is_one_object_with_the_run_in_numbers(capsys: pytest.CaptureFixtur
         "tokens_per_step": 4096,
         "tokens": 20480,
         "steps": 5,
+        "processes": 1,
     }
     assert found["model"]["parameters"] == 935_296
     assert found["prompts"]["source"].startswith("the data's")

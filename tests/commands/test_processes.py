@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_json, read_lines, train_words
+from helpers import read_json, read_lines, train_words, write_rewards
 from safetensors.torch import load_file
 
 from dppo_cli.cli.main import main
@@ -19,7 +19,7 @@ WORDS = ("adapter.dropout=0.1", "anchor=recompute", "approx=topk", "checkpoint.e
 """With all random numbers and reports that there are. Dropout differs between numbers of processes."""
 
 
-def numbers(run: str) -> list[dict[str, Any]]:
+def numbers(run: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
     return [
         {k: v for k, v in row.items() if k not in ("time", "memory")} for row in read_lines(Path(run, "metrics.jsonl"))
@@ -53,26 +53,34 @@ def test_two_processes_give_what_one_gives(work: Path, model: Path) -> None:
     assert read_lines(Path("a/samples.jsonl")) == read_lines(Path("b/samples.jsonl"))
 
 
-def test_a_resume_is_exact_and_may_have_another_number_of_processes(work: Path, model: Path) -> None:
-    words = train_words(model, *WORDS, "hardware.processes=2")
-    assert train(*words, "run_dir=whole", "steps=4") == 0
-    assert train(*words, "run_dir=parts", "steps=2") == 0
+@pytest.fixture(scope="module")
+def whole(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with all that is random, which nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_rewards(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train(*train_words(tiny_models["llama3"], *WORDS, "hardware.processes=2", "run_dir=run", "steps=4")) == 0
+    return folder / "run"
+
+
+def test_a_resume_is_exact_and_may_have_another_number_of_processes(work: Path, model: Path, whole: Path) -> None:
+    assert train(*train_words(model, *WORDS, "hardware.processes=2", "run_dir=parts", "steps=2")) == 0
     assert train("resume=parts", "steps=4") == 0
-    assert numbers("whole") == numbers("parts")
-    whole, parts = (Path(run, "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "parts"))
-    assert whole == parts
+    assert numbers("parts") == numbers(whole)
+    adapter = "adapter/adapter_model.safetensors"
+    assert Path("parts", adapter).read_bytes() == Path(whole, adapter).read_bytes()
     assert train("resume=parts", "steps=5", "hardware.processes=1") == 0
-    assert len(numbers("parts")) == 5 and numbers("parts")[:4] == numbers("whole")
+    assert len(numbers("parts")) == 5 and numbers("parts")[:4] == numbers(whole)
     assert read_json(Path("parts/summary.json"))["resumes"][-1]["changes"]["hardware.processes"] == [2, 1]
 
 
-def test_a_launcher(work: Path, model: Path) -> None:
-    words = train_words(model, *WORDS)
-    assert train(*words, "run_dir=started", "hardware.processes=2") == 0
+def test_a_launcher(work: Path, model: Path, whole: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dppo_cli"]
-    done = subprocess.run([*launcher, "train", *words, "run_dir=launched"], capture_output=True, text=True, check=False)
+    words = train_words(model, *WORDS, "run_dir=run", "steps=2")
+    done = subprocess.run([*launcher, "train", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert numbers("launched") == numbers("started")
+    assert numbers("run") == numbers(whole)[:2], "as if it had been started here"
     assert done.stdout.count("accuracy before") == 1, "one process speaks"
 
 

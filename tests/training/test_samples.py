@@ -36,10 +36,8 @@ def keeper(
     steps: int = 1000,
     decode: Callable[[Sequence[int]], str] = str,
     warn: Callable[[str], None] = make.fail,
-    *,
-    writes: bool = True,
 ) -> StepSamples:
-    return StepSamples(SamplesKept(every, groups, max_mib), steps, decode, warn, writes=writes)
+    return StepSamples(SamplesKept(every, groups, max_mib), steps, decode, warn)
 
 
 def group(*advantages: float, text: str = "") -> Group:
@@ -143,7 +141,7 @@ def test_the_first_the_last_and_every_so_many_steps_are_kept() -> None:
 
     assert steps(keeper(every=10, steps=25)) == [1, 10, 20, 25]
     assert steps(keeper(every=1, steps=25)) == list(range(1, 26))
-    assert steps(keeper(every=0, steps=25)) == steps(keeper(steps=25, writes=False)) == []
+    assert steps(keeper(every=0, steps=25)) == []
 
 
 # Room
