@@ -36,6 +36,8 @@ def test_the_first_screen_names_the_two_commands() -> None:
 @pytest.mark.parametrize("words", COMMANDS + commands(DOCS), ids=" ".join)
 def test_every_command_composes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     program, *rest = words
+    if program in ("torchrun", "accelerate"):
+        program, rest = "dppo", rest[rest.index("dppo_cli") + 1 :]
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         for target in rest:
