@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py 2              # two processes, responses of up to 64 tokens; also 64 and others
 
-The run of step.py with a reward that differs between all samples, so that none is skipped. The two sides alternate, each
-run in processes of its own; its first step is a warm-up and is left out. Memory is the peak of the main process.
+The run of step.py with a reward that differs between all samples, so that none is skipped. The two sides alternate,
+each run in processes of its own; its first step is a warm-up and is left out. Memory is the peak of the main process.
 """
 
 import shutil

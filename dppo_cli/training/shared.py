@@ -37,7 +37,7 @@ class SharedLearner:
         return self.learner.warn
 
     def anchored(self, groups: Sequence[Group]) -> list[Group]:
-        own, *others = self._parts(groups)
+        own, *others = self._parts(groups, every=True)
         self.crew.begin("anchors", [(_of(groups, part), seed) for part, seed in self._with_seeds(others)])
         anchored = list(groups)
         for number, group in zip(own, self.learner.anchored(_of(groups, own)), strict=True):
@@ -48,7 +48,7 @@ class SharedLearner:
         return anchored
 
     def update(self, groups: Sequence[Group]) -> UpdateResult:
-        own, *others = self._parts(groups)
+        own, *others = self._parts(groups, every=self.learner.loss.needs_all_tokens)
         divisor = self.learner.divisor(groups)
         self.crew.begin("gradient", [(_of(groups, part), divisor, seed) for part, seed in self._with_seeds(others)])
         try:
@@ -83,20 +83,13 @@ class SharedLearner:
         """Of this process alone: a run goes back to a state only when it ends."""
         self.learner.load_state(tensors, plain)
 
-    def _parts(self, groups: Sequence[Group]) -> list[list[int]]:
-        """The numbers of each process's groups: about as many tokens for all."""
-        return balanced([self._tokens(group) for group in groups], self.crew.size)
+    def _parts(self, groups: Sequence[Group], *, every: bool) -> list[list[int]]:
+        """The numbers of each process's groups. `every`: samples without advantage run, too."""
+        return balanced([tokens(group, every=every) for group in groups], self.crew.size)
 
     def _with_seeds(self, parts: list[list[int]]) -> list[tuple[list[int], int]]:
         """Each with a seed for dropout. Drawn here, because a checkpoint has the random state of this process alone."""
         return list(zip(parts, torch.randint(2**62, (len(parts),)).tolist(), strict=True))
-
-    def _tokens(self, group: Group) -> int:
-        """That run through the model: of the samples that have a gradient, and of the prompt once."""
-        all_run = self.learner.loss.needs_all_tokens
-        samples = zip(group.completions, group.advantages, strict=True)
-        of_samples = sum(len(c.token_ids_T) for c, advantage in samples if all_run or advantage != 0)
-        return of_samples + len(group.prompt.token_ids) if of_samples else 0
 
 
 class WorkersLearner:
@@ -128,6 +121,13 @@ class WorkersLearner:
 
     def skipped(self) -> None:
         self.learner.skipped([])
+
+
+def tokens(group: Group, *, every: bool) -> int:
+    """That run through the model: of the samples that have a gradient, or of all, and of the prompt once."""
+    samples = zip(group.completions, group.advantages, strict=True)
+    of_samples = sum(len(c.token_ids_T) for c, advantage in samples if every or advantage != 0)
+    return of_samples + len(group.prompt.token_ids) if of_samples else 0
 
 
 def balanced(loads: Sequence[int], parts: int) -> list[list[int]]:

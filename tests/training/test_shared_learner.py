@@ -17,7 +17,7 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.errors import NumericalError, RunError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.training.learner import Learner
-from dppo_cli.training.shared import SharedLearner, WorkersLearner, balanced
+from dppo_cli.training.shared import SharedLearner, WorkersLearner, balanced, tokens
 from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Group, TokenStats
 
@@ -244,16 +244,11 @@ def test_loads_are_balanced() -> None:
 
 
 def test_the_load_of_a_group_is_what_runs(train_config) -> None:
-    config = train_config()
-    policy, groups = off_policy(config, [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 2.0])
-    all_run = make_learner(policy, train_config("kl_to_reference=0.1"))
-
-    def loads(learner: Learner, of: Sequence[Group]) -> list[int]:
-        with crews.crew() as alone:
-            return [SharedLearner(learner, alone)._tokens(group) for group in of]
-
+    _, groups = off_policy(train_config(), [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 2.0])
     prompts = [len(group.prompt.token_ids) for group in groups]
     of_samples = [[len(c.token_ids_T) for c in group.completions] for group in groups]
     expected = [prompts[0] + of_samples[0][0], 0, prompts[2] + sum(of_samples[2]), prompts[3] + of_samples[3][1]]
-    assert loads(make_learner(policy, config), groups) == expected
-    assert loads(all_run, groups) == [p + sum(s) for p, s in zip(prompts, of_samples, strict=True)]
+    assert [tokens(group, every=False) for group in groups] == expected
+    assert [tokens(group, every=True) for group in groups] == [
+        p + sum(s) for p, s in zip(prompts, of_samples, strict=True)
+    ]
