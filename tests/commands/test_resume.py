@@ -38,7 +38,7 @@ CHOSEN = (
 STOPS = [
     (4, Learner, "update", False, 0),  # in the last update of step 1: nothing is kept
     (7, Learner, "update", False, 1),  # in the third of four updates of step 2
-    (2, Learner, "_step", True, 1),  # weights and moments of step 2 have changed twice
+    (2, Learner, "step", True, 1),  # weights and moments of step 2 have changed twice
     (1, evaluation, "evaluate", False, 1),  # in the evaluation after step 2
     (3, LocalEngine, "generate", False, 2),  # step 2, its evaluation, and in the rollout of step 3
     (2, RunFolder, "log", True, 3),  # step 3, and the line of step 4, which is not finished

@@ -14,7 +14,6 @@ from dppo_cli.telemetry import trackers
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.trackers import Tracker, flat
 from dppo_cli.types import EvalReport, RunInfo, StepReport
-from dppo_cli.world import World
 
 CONFIG = "seed: 1\nrun_dir: null\nsampling:\n  temperature: 0.5\n  stop: [x, z]\nmodel:\n  path: ${oc.env:MY_MODEL}\n"
 EVALUATION = EvalReport(0, "held_out", 0.25, 0.125, (0.0, 0.5), [])
@@ -23,7 +22,6 @@ EVALUATION = EvalReport(0, "held_out", 0.25, 0.125, (0.0, 0.5), [])
 @pytest.fixture
 def run(tmp_path: Path) -> RunInfo:
     """A run as it starts, in a folder that has its config."""
-    World.current()
     folder = tmp_path / "runs/monday"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG)
