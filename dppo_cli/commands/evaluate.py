@@ -98,14 +98,20 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
         scorer = config.reward.load(warn)
     device = resolve_device(config.hardware)[0].type
     with crew_of(World(), config.hardware.processes, device, WORK, warn) as crew:
+        crew.warned = warned = list[str]()
+
+        def warn_of(text: str) -> None:
+            warned.append(text)
+            warn(text)
+
         with phase("loading the model"):
             crew.begin_all("load", config, adapter)
             policy = load_policy(
-                config.model, config.hardware, warn=warn, adapter=config.adapter, saved_adapter=adapter
+                config.model, config.hardware, warn=warn_of, adapter=config.adapter, saved_adapter=adapter
             )
             prompts = policy.encode(task.heldout, config.prompt)
             prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
-            engine = shared_engine(config.rollout.load(policy, warn), crew)
+            engine = shared_engine(config.rollout.load(policy, warn_of), crew)
             crew.ended()
         with engine, phase(f"sampling {len(prompts)} problems"):
             engine.sync(version=0)

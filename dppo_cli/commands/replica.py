@@ -31,7 +31,7 @@ def work(line: Line, world: World) -> None:
 
     def warn(text: str) -> None:
         with suppress(OSError):  # The main process is gone, which the next message tells.
-            line.send((WARNING, f"process {world.rank + 1} of {world.size}: {text}"))
+            line.send((WARNING, text))
 
     def load(config: TrainConfig | EvalConfig, saved_adapter: Path | None = None) -> None:
         """In training the weights of the adapter come later, with the state of the main process."""

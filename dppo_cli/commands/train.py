@@ -143,6 +143,7 @@ def _run(
         # It has the weights; the folder that they started from may be gone.
         config = replace(config, adapter=replace(config.adapter, path=None))
     with console.phase("loading the model"):
+        crew.warned = early
         crew.begin_all("load", config)
         policy = load_policy(config.model, config.hardware, warn=early.append, adapter=config.adapter, seed=config.seed)
     train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
@@ -262,7 +263,7 @@ def _run(
             for text in early:
                 # A run that goes on has warned of it before.
                 (listeners.warned if text in state.warnings else warn)(text)
-            crew.warn = warn
+            crew.warn, crew.warned = warn, state.warnings
             # The workers begin with the state of this process.
             crew.begin_all("load_state", *learner.state())
             crew.ended()

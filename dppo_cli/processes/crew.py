@@ -5,7 +5,7 @@ when its line is closed, whatever became of the main process.
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -32,8 +32,10 @@ class Crew:
         warn: Callable[[str], None],
         how_ended: Callable[[int], str] = lambda number: "what it wrote last says why",
     ) -> None:
-        """`warn` is told what workers warn of. `how_ended`: of a worker that has ended, in words."""
+        """`warn` is told what workers warn of, the same once. `how_ended`: of a worker that has ended, in words."""
         self.world, self.lines, self.warn, self.how_ended = world, lines, warn, how_ended
+        self.warned: Container[str] = ()  # what the main process has warned of itself
+        self.told: set[str] = set()
         # By worker, of the latest request. Before the first there is nothing to wait for.
         self.answers: dict[int, tuple[str, Any]] = dict.fromkeys(range(len(lines)), (DONE, None))
 
@@ -70,7 +72,7 @@ class Crew:
                 except (EOFError, OSError):
                     raise self._lost(waiting[line]) from None
                 if kind == WARNING:
-                    self.warn(value)
+                    self._pass_on(value, waiting[line])
                 elif kind == PART:
                     yield value
                 else:
@@ -85,6 +87,12 @@ class Crew:
             if kind == FAILED:
                 raise value
         return [self.answers[number][1] for number in range(len(self.lines))]
+
+    def _pass_on(self, warning: str, number: int) -> None:
+        """Most are about what all processes have, and each of them warns of it."""
+        if warning not in self.told and warning not in self.warned:
+            self.told.add(warning)
+            self.warn(f"process {number + 2} of {self.size}: {warning}")
 
     def _lost(self, number: int) -> RunError:
         return RunError(f"process {number + 2} of {self.size} has ended: {self.how_ended(number)}")

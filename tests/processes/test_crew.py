@@ -91,20 +91,24 @@ def test_errors_that_can_be_put_in_words(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err == ""
 
 
-def test_warnings_come_beside_the_answer() -> None:
+def test_warnings_come_beside_the_answer_and_the_same_once() -> None:
     heard: list[str] = []
 
     def table(line: Line) -> dict[str, Any]:
         def work() -> Iterator[str]:
+            line.send((WARNING, "no Triton"))
             line.send((WARNING, "low on memory"))
             yield "part"
 
         return {"work": work}
 
-    with crew(table, warn=heard.append) as workers:
-        workers.begin_all("work")
-        assert list(workers.parts()) == ["part"] and heard == ["low on memory"]
-        assert workers.ended() == [None]
+    with crew(table, table, warn=heard.append) as workers:
+        workers.warned = ["no Triton"]  # the main process has none either
+        for _ in range(2):
+            workers.begin_all("work")
+            assert list(workers.parts()) == ["part"] * 2
+            assert workers.ended() == [None] * 2
+    assert len(heard) == 1 and heard[0] in [f"process {n} of 3: low on memory" for n in (2, 3)]
 
 
 def test_a_request_that_a_worker_does_not_know() -> None:
