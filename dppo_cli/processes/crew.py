@@ -13,9 +13,8 @@ from dppo_cli.errors import DppoError, RunError
 from dppo_cli.processes.line import Line
 from dppo_cli.world import World
 
-Say = Callable[[str, Any], None]
-"""A worker's word to the main process: what kind of message, and the message."""
 PART, DONE, FAILED, WARNING = "part", "done", "failed", "warning"
+"""What a worker says to the main process: each with a value, an error or a text."""
 
 
 class Crew:

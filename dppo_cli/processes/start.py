@@ -20,6 +20,8 @@ from dppo_cli.world import World
 
 PATIENCE = 10.0
 """Seconds that a worker has to end after its line was closed, before it is killed."""
+A_CORE = 4
+"""Processes on a core. More than one is slower, and good for a try."""
 ENDING = 2.0
 """Seconds from the end of a process's lines to that of the process itself."""
 
@@ -30,8 +32,7 @@ def crew_of(
     """The crew of the main process: `world`, if a launcher has started one; else `processes` on this machine.
 
     `device`: its kind. `work`: MODULE:FUNCTION of the life of a worker that is started here; it is called with its line
-    and world. Raises ConfigError for more processes
-    than GPUs, and for two numbers of processes.
+    and world. Raises ConfigError for more processes than GPUs, and for two numbers of processes.
     """
     size = max(world.size, processes)
     if world.size > 1 and processes not in (1, world.size):
@@ -42,10 +43,11 @@ def crew_of(
         raise ConfigError(f"hardware.device={device} is one GPU, and each of {size} processes needs one")
     if world.size > 1:
         return _launched(world, warn)
-    if device == "cuda" and size > torch.cuda.device_count():
-        raise ConfigError(
-            f"hardware.processes={size}, and torch sees {torch.cuda.device_count()} GPUs here: each process needs one"
-        )
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    if device == "cuda" and size > gpus:
+        raise ConfigError(f"hardware.processes={size}, and torch sees {gpus} GPUs here: each process needs one")
+    if device == "cpu" and size > A_CORE * cores:
+        raise ConfigError(f"hardware.processes={size} is more than {A_CORE} for each of the {cores} cores here")
     return nullcontext(Crew(world, [], warn)) if size == 1 else _started(size, device, work, warn)
 
 
@@ -95,7 +97,8 @@ def _started(size: int, device: str, work: str, warn: Callable[[str], None]) -> 
             ours, theirs = socket.socketpair()
             lines.append(Line(Connection(ours.detach())))
             undo.callback(lines[-1].close)
-            command = [sys.executable, "-m", worker.__name__, work, str(theirs.fileno())]
+            # -P: nothing from the working folder, where a file may be called like a library.
+            command = [sys.executable, "-P", "-m", worker.__name__, work, str(theirs.fileno())]
             # In a session of its own: Ctrl-C is for the main process, and a worker whose line is closed ends by itself.
             started.append(
                 subprocess.Popen(

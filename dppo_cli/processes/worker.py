@@ -5,7 +5,9 @@ It meets the others, and calls the function with its line and its world.
 
 import importlib
 import logging
+import os
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,14 +29,13 @@ def main(work: str, descriptor: str) -> None:
     module, _, function = work.partition(":")
     live = getattr(importlib.import_module(module), function)
     line = Line(Connection(int(descriptor)))
-    line.send("here")
-    try:
+    with suppress(EOFError, OSError):  # The main process has ended.
+        line.send("here")
         rank, size, device, port = line.receive()
-    except EOFError:
-        return
-    world = World(rank, size).joined(device, rank, store(port, size))
-    live(line, world)
-    world.leave()
+        live(line, World(rank, size).joined(device, rank, store(port, size)))
+    sys.stdout.flush()
+    # Without leaving its world, which may wait for a process that is gone.
+    os._exit(0)
 
 
 if __name__ == "__main__":

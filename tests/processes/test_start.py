@@ -125,6 +125,9 @@ def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
     expected = "hardware.processes=4, and torch sees 2 GPUs here: each process needs one"
     assert refused(World(), 4, "cuda") == expected
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    expected = "hardware.processes=9 is more than 4 for each of the 2 cores here"
+    assert refused(World(), 9, "cpu") == expected
     expected = "hardware.processes=4, but the launcher has started 2; leave one of them out"
     assert refused(World(0, 2), 4, "cuda") == expected
     expected = "hardware.device=mps is one GPU, and each of 2 processes needs one"
