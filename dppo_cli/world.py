@@ -1,9 +1,11 @@
 """One process, or several that train one policy together."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -48,55 +50,93 @@ class World:
                 f"used: {str(error).splitlines()[0]}"
             ) from None
 
-    def joined(self, device: str, local: int, store: Any = None) -> "World":
-        """This world, once all of it have come. `local`: number of the GPU. `store`: torch's, by which they find
-        each other; None: as the environment says."""
-        here = torch.device(device, local) if device == "cuda" else None
-        failed: list[BaseException] = []
+    def joined(self, device: str, local: int, store: Any = None, check: Callable[[], None] = lambda: None) -> "World":
+        """This world, once all of it have come.
 
-        def join() -> None:
-            backend = "gloo" if here is None else "nccl"
-            try:
-                distributed.init_process_group(
-                    backend, store=store, rank=self.rank, world_size=self.size, device_id=here
-                )
-            except BaseException as error:
-                failed.append(error)
-
+        `local`: number of this process on its machine. `store`: torch's, by which they find each other; None: as the
+        environment says. `check` is called while this process waits, and may raise what ends the waiting.
+        """
+        here = torch.device(device, local % torch.cuda.device_count()) if device == "cuda" else None
+        backend = "gloo" if here is None else "cpu:gloo,cuda:nccl"
         if here is not None:
             torch.cuda.set_device(here)
-        # In a thread: Python hears no signal while torch waits, and some may never come.
-        joining = Thread(target=join, daemon=True)
-        joining.start()
-        joining.join()
-        if failed:
-            raise failed[0]
+        join = partial(
+            distributed.init_process_group,
+            backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            device_id=here,
+        )
+        _beside(join, check)
         return self
 
     def leave(self) -> None:
-        """No sums any more. A process that ends without it may abort."""
-        if self.size > 1:
-            distributed.destroy_process_group()
+        """No sums any more. The others may be gone, for which NCCL would wait."""
+        if self.size > 1 and distributed.is_initialized():
+            started = time.monotonic()
+
+            def check() -> None:
+                if time.monotonic() > started + PATIENCE:
+                    raise TimeoutError
+
+            with suppress(TimeoutError, RuntimeError):
+                _beside(distributed.destroy_process_group, check)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that runs the loop, writes the run folder and speaks to the user."""
         return self.rank == 0
 
-    def sum(self, values: Iterable[Tensor]) -> None:
-        """Replace each element of each tensor by its sum over all processes, in all of them."""
-        if self.size > 1:
-            for work in [distributed.all_reduce(value, async_op=True) for value in values]:
-                work.wait()
+    def sum(self, values: Iterable[Tensor], check: Callable[[], None] = lambda: None) -> None:
+        """Replace each element of each tensor by its sum over all processes, in all of them.
 
-    def told(self, value: Any) -> Any:
-        """What the main process has as `value`, in all of them."""
+        `check` is called while this process waits. Where it raises, no sums are possible any more.
+        """
         if self.size == 1:
-            return value
+            return
+        try:
+            for work in [distributed.all_reduce(value, async_op=True) for value in values]:
+                while not work.is_completed():
+                    check()
+                    time.sleep(POLL)
+                work.wait()
+        except BaseException:
+            # A sum that never ends would hold the GPU, and whatever waits for it.
+            if torch.cuda.is_available() and distributed.is_initialized():
+                distributed.distributed_c10d._abort_process_group()
+            raise
+
+    def broadcast(self, value: Any) -> Any:
+        """What the main process has as `value`, in all of them."""
         values = [value]
-        distributed.broadcast_object_list(values)
+        if self.size > 1:
+            distributed.broadcast_object_list(values)
         return values[0]
 
 
+def _beside(work: Callable[[], object], check: Callable[[], None]) -> None:
+    """Do it in a thread: Python hears no signal while torch waits, and those it waits for may never come."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+        check()
+    if failed:
+        raise failed[0]
+
+
+PATIENCE = 10.0
+"""Seconds to wait for others that may be gone."""
+POLL = 1e-4
+"""Seconds from one look at a sum to the next."""
 VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 """Of the environment, and what holds without: which process this is, of how many, and which on its machine."""

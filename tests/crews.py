@@ -74,7 +74,7 @@ class ThreadWorld(World):
 
     sums: Sums | None = None
 
-    def sum(self, values: Any) -> None:
+    def sum(self, values: Any, check: Callable[[], None] = lambda: None) -> None:
         assert self.sums is not None
         self.sums.sum(self.rank, list(values))
 

@@ -19,7 +19,7 @@ def test_one_process_is_the_main_one_and_sums_nothing() -> None:
     with World.launched("cpu") as world:
         world.sum([value])
         assert world == World() and world.is_main and value.tolist() == [1.0, 2.0]
-        assert world.told("something") == "something"
+        assert world.broadcast("something") == "something"
     assert not World(rank=1, size=2).is_main
 
 
@@ -47,13 +47,14 @@ def test_an_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, env
 
 def test_a_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it can be seen without one."""
-    calls = []
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **more: calls.append((given, more)))
     world = World(5, 8)
-    assert world.joined("cuda", 1) is world
+    assert world.joined("cuda", 5) is world
     more = {"store": None, "rank": 5, "world_size": 8, "device_id": torch.device("cuda", 1)}
-    assert calls == ["cuda:1", (("nccl",), more)]
+    assert calls == ["cuda:1", (("cpu:gloo,cuda:nccl",), more)]
 
 
 def test_threads_that_sum_as_processes_do() -> None:

@@ -11,9 +11,10 @@ def launched() -> int:
     return int(size) if size.isdecimal() else 1
 
 
-def speaks() -> bool:
-    """Whether this is the process that tells the user what is wrong."""
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+def speaker() -> str:
+    """What the messages of this process begin with: its number, where it is not the main one of several."""
+    rank = os.environ.get("RANK", "0")
+    return "" if launched() == 1 or rank == "0" else f"process {rank} (from 0) of {launched()}: "
 
 
 def check_launcher(command: str, *, sweeps: bool) -> None:

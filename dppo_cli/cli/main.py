@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dppo_cli import __version__
-from dppo_cli.cli.launcher import check_launcher, speaks
+from dppo_cli.cli.launcher import check_launcher, speaker
 from dppo_cli.cli.mistakes import FREE, check_words, explain, member
 from dppo_cli.cli.sweep import RECORD, exit_status, failures, read_records, remove_if_empty, show
 from dppo_cli.cli.table import COMMANDS
@@ -87,13 +87,8 @@ def _forget_relative_folders() -> None:
 
 
 def _say(text: str) -> None:
-    """A line, whatever a value or a name in it holds, and however long that is.
-
-    Of the processes that a launcher has started only the first speaks.
-    """
-    if not speaks():
-        return
-    line = visible(text)
+    """A line, whatever a value or a name in it holds, and however long that is."""
+    line = visible(f"{speaker()}{text}")
     print(f"dppo: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + '...'}", file=sys.stderr)
 
 

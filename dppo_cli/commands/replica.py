@@ -1,8 +1,8 @@
 """A worker of `dppo train` or `dppo eval`: it has what the main process has, but for the loop."""
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from dppo_cli.commands.schemas import EvalConfig, TrainConfig
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.processes.crew import WARNING, serve
 from dppo_cli.processes.line import Line
+from dppo_cli.processes.worker import hear_no_signals, join
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.training.failures import out_of_memory
 from dppo_cli.training.shared import WorkersLearner
-from dppo_cli.training.stopping import STOPPING
 from dppo_cli.types import Completion, Prompt
 from dppo_cli.world import World
 
@@ -25,13 +25,10 @@ OF_LEARNER = ("load_state", "anchors", "gradient", "step", "drop_gradient", "ski
 
 def work(line: Line, world: World) -> None:
     """Do what the main process asks for until it closes the line."""
-    # The main process hears signals. It ends a step, saves, and closes the line.
-    for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
+    hear_no_signals()
 
     def warn(text: str) -> None:
-        with suppress(OSError):  # The main process is gone, which the next message tells.
-            line.send((WARNING, text))
+        line.send((WARNING, text))
 
     def load(config: TrainConfig | EvalConfig, saved_adapter: Path | None = None) -> None:
         """In training the weights of the adapter come later, with the state of the main process."""
@@ -53,7 +50,7 @@ def work(line: Line, world: World) -> None:
             learner = WorkersLearner(make_learner(policy, config, warn, world))
             methods.update({name: getattr(learner, name) for name in OF_LEARNER})
 
-    methods: dict[str, Callable[..., Any]] = {"load": load}
+    methods: dict[str, Callable[..., Any]] = {"join": partial(join, world), "load": load}
     with ExitStack() as closing:
         serve(line, methods, out_of_memory)
 

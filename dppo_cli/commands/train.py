@@ -5,7 +5,6 @@ prompts -> completions -> scores -> groups -> updates, `steps` times, between tw
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,8 +110,7 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     device = resolve_device(config.hardware)[0].type
     with World.launched(device) as world:
         if not world.is_main:
-            with suppress(EOFError, OSError, RuntimeError):  # The main process has ended, and said why.
-                work(launched_worker(world), world)
+            work(launched_worker(world), world)
             return {}
         config.check_processes(world.size)
         run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
@@ -150,6 +148,11 @@ def _run(
     engine = shared_engine(config.rollout.load(policy, early.append), crew)
     learner = shared_learner(make_learner(policy, config, lambda text: warn(text), crew.world), crew)
     crew.ended()  # loading
+    if crew.size > config.batch.prompts_per_update:
+        early.append(
+            f"{crew.size} processes share the batch.prompts_per_update={config.batch.prompts_per_update} groups of an "
+            "update: some have nothing to do"
+        )
     collector = InStepCollector(
         engine,
         scorer,

@@ -80,6 +80,8 @@ def read_config(path: Path, trust: bool = False) -> tuple[DictConfig, bool]:
         raise RunError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     if not isinstance(node, DictConfig) or not node:
         raise RunError(f"{path} is not a config: it holds no keys")
+    if isinstance(hardware := node.get("hardware"), DictConfig) and "processes" not in hardware:
+        hardware["processes"] = 1  # of a run from before there were several
     trusted = trust or is_ours(text)
     if not trusted and (found := next(filter(INTERPOLATION.search, _texts(OmegaConf.to_container(node))), None)):
         raise RunError(

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from dppo_cli.config.sections import Hardware, LoRA, Model
 from dppo_cli.errors import ConfigError, ModelError
-from dppo_cli.kernels.devices import MPS, set_up
+from dppo_cli.kernels.devices import CUDA, MPS, set_up
 from dppo_cli.kernels.fuse import fuse
 from dppo_cli.kernels.low_rank import make_lean
 from dppo_cli.kernels.products import emulates_bfloat16
@@ -168,7 +168,8 @@ def _load_model(
         "dtype": dtype,
         **of,
         "use_safetensors": True,
-        "device_map": {"": device},
+        # By its number: weights are loaded in threads, and each has a current GPU of its own.
+        "device_map": {"": torch.cuda.current_device() if device.type == CUDA else device},
         "output_loading_info": True,
     }
     if quantization == "nf4":

@@ -15,6 +15,8 @@ from dppo_cli.world import World
 
 PART, DONE, FAILED, WARNING = "part", "done", "failed", "warning"
 """What a worker says to the main process: each with a value, an error or a text."""
+ENDING = 2.0
+"""Seconds from the first sign that a process ends to its end."""
 
 
 class Crew:
@@ -48,11 +50,8 @@ class Crew:
         for _ in self.parts():
             pass
         self.answers = {}
-        for number, (line, given) in enumerate(zip(self.lines, arguments, strict=True)):
-            try:
-                line.send((name, given))
-            except OSError:
-                raise self._lost(number) from None
+        for line, given in zip(self.lines, arguments, strict=True):
+            line.send((name, given))
 
     def begin_all(self, name: str, *arguments: Any) -> None:
         """Ask all of them for the same."""
@@ -79,13 +78,16 @@ class Crew:
 
     def ended(self) -> list[Any]:
         """What the workers return, in their order. Raises what one of them has raised, once all have ended."""
-        for _ in self.parts():
+        self.check(None)
+        return [self.answers[number][1] for number in range(len(self.lines))]
+
+    def check(self, patience: float | None = 0) -> None:
+        """Raise what a worker has raised, or that one has ended; wait for that as `parts` does, and drop parts."""
+        for _ in self.parts(patience):
             pass
-        for number in range(len(self.lines)):
-            kind, value = self.answers[number]
+        for _, (kind, value) in sorted(self.answers.items()):
             if kind == FAILED:
                 raise value
-        return [self.answers[number][1] for number in range(len(self.lines))]
 
     def _pass_on(self, warning: str, number: int) -> None:
         """Most are about what all processes have, and each of them warns of it."""
@@ -110,17 +112,17 @@ def serve(
     while True:
         try:
             name, arguments = line.receive()
-            for message in _answer(methods, name, arguments, in_words):
-                line.send(message)
+            for kind, value in _answer(methods, name, arguments):
+                if kind != FAILED:
+                    line.send((kind, value))
+                elif not line.has_something():  # else the main process has ended, and has said why
+                    line.send((FAILED, _told(value, in_words)))
         except (EOFError, OSError):  # of the line
             return
 
 
 def _answer(
-    methods: Mapping[str, Callable[..., Any]],
-    name: str,
-    arguments: tuple[Any, ...],
-    in_words: Callable[[Exception], DppoError | None],
+    methods: Mapping[str, Callable[..., Any]], name: str, arguments: tuple[Any, ...]
 ) -> Iterator[tuple[str, Any]]:
     """The messages that a request leads to."""
     try:
@@ -130,9 +132,13 @@ def _answer(
                 yield PART, part
             result = None
     except Exception as error:
-        told = error if isinstance(error, DppoError) else in_words(error)
-        if told is None:
-            traceback.print_exception(error)
-        yield FAILED, told or RuntimeError(f"{type(error).__name__}: {error}")
+        yield FAILED, error
     else:
         yield DONE, result
+
+
+def _told(error: Exception, in_words: Callable[[Exception], DppoError | None]) -> Exception:
+    told = error if isinstance(error, DppoError) else in_words(error)
+    if told is None:
+        traceback.print_exception(error)
+    return told or RuntimeError(f"{type(error).__name__}: {error}")

@@ -6,24 +6,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
 import torch
 
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.processes import worker
-from dppo_cli.processes.crew import Crew
+from dppo_cli.processes.crew import ENDING, Crew
 from dppo_cli.processes.line import Line
 from dppo_cli.world import World
 
 PATIENCE = 10.0
-"""Seconds that a worker has to end after its line was closed, before it is killed."""
+"""Seconds that workers have to end after their lines were closed, before they are killed."""
 A_CORE = 4
 """Processes on a core. More than one is slower, and good for a try."""
-ENDING = 2.0
-"""Seconds from the end of a process's lines to that of the process itself."""
+CONNECTING = 60.0
+"""Seconds that the processes of a launcher have to reach the main one, once all of them are there."""
 
 
 def crew_of(
@@ -52,23 +55,57 @@ def crew_of(
 
 
 def launched_worker(world: World) -> Line:
-    """The line of a worker that a launcher has started."""
-    address, key = world.told(None)
-    return Line(Client(address, authkey=key))
+    """The line of a worker that a launcher has started. Raises RunError if the main process cannot be reached."""
+    try:
+        address, key = world.broadcast(None)
+    except RuntimeError:
+        raise RunError("the main process has ended") from None
+    try:
+        line = Line(Client(address, authkey=key))
+    except (OSError, EOFError, AuthenticationError) as error:
+        host, port = address
+        raise RunError(f"the main process cannot be reached at {host}, port {port}: {error}") from None
+    line.send(world.rank)
+    return line
 
 
 @contextmanager
 def _launched(world: World, warn: Callable[[str], None]) -> Iterator[Crew]:
-    local = os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
-    host = "127.0.0.1" if local else os.environ.get("MASTER_ADDR", "127.0.0.1")
-    key = secrets.token_bytes(32)
     with ExitStack() as undo:
-        with Listener(("127.0.0.1" if local else "", 0), backlog=world.size, authkey=key) as listener:
-            world.told(((host, listener.address[1]), key))
-            lines = [Line(listener.accept()) for _ in range(1, world.size)]
+        lines = _connected(world)
         for line in lines:
             undo.callback(line.close)
         yield Crew(world, lines, warn)
+
+
+def _connected(world: World) -> list[Line]:
+    """The lines of all workers, in the order of their ranks."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") == str(world.size)
+    host = "127.0.0.1" if local else os.environ.get("MASTER_ADDR", "127.0.0.1")
+    key = secrets.token_bytes(32)
+    found: dict[int, Line] = {}
+    workers = range(1, world.size)
+    with Listener(("127.0.0.1" if local else "", 0), backlog=world.size, authkey=key) as listener:
+
+        def accept() -> None:
+            while len(found) < len(workers):
+                # Whoever does not know the key is left out.
+                with suppress(EOFError, OSError, AuthenticationError):
+                    line = Line(listener.accept())
+                    found[line.receive()] = line
+
+        world.broadcast(((host, listener.address[1]), key))
+        threading.Thread(target=accept, daemon=True).start()
+        ends = time.monotonic() + CONNECTING
+        while len(found) < len(workers):
+            if time.monotonic() > ends:
+                missing = ", ".join(str(rank + 1) for rank in workers if rank not in found)
+                raise RunError(
+                    f"no connection from process {missing} of {world.size} within {CONNECTING:g} seconds; processes "
+                    f"must reach {host} at any port"
+                )
+            time.sleep(0.02)
+    return [found[rank] for rank in workers]
 
 
 @contextmanager
@@ -81,24 +118,26 @@ def _started(size: int, device: str, work: str, warn: Callable[[str], None]) -> 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
     def how_ended(number: int) -> str:
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired, ValueError):
             status = started[number].wait(ENDING)
             if status < 0:
                 return signal.Signals(-status).name
         return "what it wrote last says why"
 
     with ExitStack() as undo:
+        world = World(0, size)
+        undo.callback(world.leave)  # once the others are gone
         undo.callback(_end, started)
         if device == "cpu":
             environment["OMP_NUM_THREADS"] = str(share)
             undo.callback(torch.set_num_threads, threads)
             torch.set_num_threads(share)
-        for _ in range(1, size):
+        for rank in range(1, size):
             ours, theirs = socket.socketpair()
             lines.append(Line(Connection(ours.detach())))
             undo.callback(lines[-1].close)
             # -P: nothing from the working folder, where a file may be called like a library.
-            command = [sys.executable, "-P", "-m", worker.__name__, work, str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", worker.__name__, work, str(theirs.fileno()), str(rank), str(size)]
             # In a session of its own: Ctrl-C is for the main process, and a worker whose line is closed ends by itself.
             started.append(
                 subprocess.Popen(
@@ -110,24 +149,25 @@ def _started(size: int, device: str, work: str, warn: Callable[[str], None]) -> 
                 )
             )
             theirs.close()
-        for number, line in enumerate(lines):
-            try:
-                line.receive()
-            except (EOFError, OSError):
-                raise RunError(f"process {number + 2} of {size} could not be started: {how_ended(number)}") from None
+        crew = Crew(world, lines, warn, how_ended)
         store = worker.store(0, size)
-        for rank, line in enumerate(lines, 1):
-            line.send((rank, size, device, store.port))
-        world = World(0, size).joined(device, 0, store)
-        undo.callback(world.leave)
-        yield Crew(world, lines, warn, how_ended)
+        crew.begin_all("join", device, store.port)
+        try:
+            world.joined(device, 0, store, crew.check)
+        except RuntimeError as error:
+            with suppress(RuntimeError):
+                crew.check(ENDING)  # One that has ended says more.
+            raise RunError(f"the {size} processes cannot reach each other: {str(error).splitlines()[0]}") from None
+        crew.ended()
+        yield crew
 
 
 def _end(started: list["subprocess.Popen[bytes]"]) -> None:
     """Wait for those whose lines are closed, and kill what does not end."""
+    ends = time.monotonic() + PATIENCE
     for process in started:
         try:
-            process.wait(PATIENCE)
+            process.wait(max(0.0, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,13 +1,14 @@
-"""A worker that the main process has started: `python -m dppo_cli.processes.worker MODULE:FUNCTION DESCRIPTOR`.
+"""A worker that the main process has started.
 
-It meets the others, and calls the function with its line and its world.
+`python -m dppo_cli.processes.worker MODULE:FUNCTION DESCRIPTOR RANK SIZE` calls the function with a line and a world,
+which it has to join when it is asked to.
 """
 
 import importlib
 import logging
 import os
+import signal
 import sys
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,16 +24,25 @@ def store(port: int, size: int) -> Any:
     return distributed.TCPStore("127.0.0.1", port, size, is_master=port == 0, wait_for_workers=False)
 
 
-def main(work: str, descriptor: str) -> None:
+def join(world: World, device: str, port: int) -> None:
+    """Meet the others, at the port of the main process's store."""
+    world.joined(device, world.rank, store(port, world.size))
+
+
+def hear_no_signals() -> None:
+    """The main process hears them. It ends a step, saves, and closes the line."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def main(work: str, descriptor: str, rank: str, size: str) -> None:
+    hear_no_signals()
     # Hydra does so in the main process: libraries log at their import what concerns nobody.
     logging.getLogger().addHandler(logging.NullHandler())
     module, _, function = work.partition(":")
     live = getattr(importlib.import_module(module), function)
-    line = Line(Connection(int(descriptor)))
-    with suppress(EOFError, OSError):  # The main process has ended.
-        line.send("here")
-        rank, size, device, port = line.receive()
-        live(line, World(rank, size).joined(device, rank, store(port, size)))
+    live(Line(Connection(int(descriptor))), World(int(rank), int(size)))
     sys.stdout.flush()
     # Without leaving its world, which may wait for a process that is gone.
     os._exit(0)

@@ -125,13 +125,14 @@ class Learner:
             self.drop_gradient()
             raise
 
-    def step(self) -> float:
+    def step(self, check: Callable[[], None] = lambda: None) -> float:
         """The second half: a step of the optimizer along the gradients of all processes; returns their sum's norm.
 
-        Never repeated: smaller micro-batches would not help it, and it may have changed some weights.
+        Never repeated: smaller micro-batches would not help it, and it may have changed some weights. `check`: see
+        `World.sum`.
         """
         try:
-            self.world.sum(p.grad for p in self.policy.parameters if p.grad is not None)
+            self.world.sum([p.grad for p in self.policy.parameters if p.grad is not None], check)
             limit = self.optim.max_grad_norm
             norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, math.inf if limit is None else limit))
             if not math.isfinite(norm):

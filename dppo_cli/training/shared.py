@@ -9,14 +9,11 @@ from torch import Tensor
 
 from dppo_cli.errors import NumericalError
 from dppo_cli.policy.policy import Policy
-from dppo_cli.processes.crew import Crew
+from dppo_cli.processes.crew import ENDING, Crew
 from dppo_cli.training.batches import samples_of
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.trainer import UpdateResult
 from dppo_cli.types import Completion, Group, PolicyReport, SampleStats, TokenStats
-
-ENDING = 2.0
-"""Seconds in which a process that ends closes all that it has open."""
 
 
 class SharedLearner:
@@ -50,13 +47,15 @@ class SharedLearner:
     def update(self, groups: Sequence[Group]) -> UpdateResult:
         own, *others = self._parts(groups, every=self.learner.loss.needs_all_tokens)
         divisor = self.learner.divisor(groups)
-        self.crew.begin("gradient", [(_of(groups, part), divisor, seed) for part, seed in self._with_seeds(others)])
+        how = (divisor, self.learner.budget)
+        self.crew.begin("gradient", [(_of(groups, part), seed, *how) for part, seed in self._with_seeds(others)])
         try:
             results = [self.learner.gradient(_of(groups, own), divisor)]
-            answers = zip(self.crew.ended(), others, strict=True)
-            results += [_of_main(answer, _of(groups, part)) for answer, part in answers]
+            for (result, kept, budget), part in zip(self.crew.ended(), others, strict=True):
+                results.append(_of_main(result, kept, _of(groups, part)))
+                self.learner.budget = min(self.learner.budget, budget)
             self.crew.begin_all("step")
-            norm = self.learner.step()
+            norm = self.learner.step(self.crew.check)
             self.crew.ended()
         except NumericalError:
             self.learner.drop_gradient()
@@ -65,8 +64,7 @@ class SharedLearner:
             raise
         except RuntimeError:
             # A sum fails if a process of it ends, and its line tells it in words.
-            for _ in self.crew.parts(ENDING):
-                pass
+            self.crew.check(ENDING)
             raise
         return replace(_joined(results), gradient_norm=norm)
 
@@ -80,7 +78,7 @@ class SharedLearner:
         return self.learner.state()
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Of this process alone: a run goes back to a state only when it ends."""
+        """Of this process alone. Workers get a state before their first update; a run goes back to one when it ends."""
         self.learner.load_state(tensors, plain)
 
     def _parts(self, groups: Sequence[Group], *, every: bool) -> list[list[int]]:
@@ -105,13 +103,16 @@ class WorkersLearner:
         torch.manual_seed(seed)
         return [group.anchors for group in self.learner.anchored(groups)]
 
-    def gradient(self, groups: Sequence[Group], divisor: float, seed: int) -> tuple[UpdateResult, list[int]]:
-        """With the numbers of its kept samples among all of the groups'."""
+    def gradient(
+        self, groups: Sequence[Group], seed: int, divisor: float, budget: int
+    ) -> tuple[UpdateResult, list[int], int]:
+        """With the numbers of its kept samples among all of the groups', and what `budget` has come to."""
         torch.manual_seed(seed)
+        self.learner.budget = budget
         result = self.learner.gradient(groups, divisor)
         number = {id(completion): n for n, completion in enumerate(_completions(groups))}
         of_kept = [number[id(stats.completion)] for stats in result.kept]
-        return result, of_kept
+        return result, of_kept, self.learner.budget
 
     def step(self) -> None:
         self.learner.step()
@@ -156,9 +157,8 @@ def _completions(groups: Sequence[Group]) -> list[Completion]:
     return [sample.completion for sample in samples_of(groups)[1]]
 
 
-def _of_main(answer: tuple[UpdateResult, list[int]], groups: Sequence[Group]) -> UpdateResult:
+def _of_main(result: UpdateResult, numbers: Sequence[int], groups: Sequence[Group]) -> UpdateResult:
     """A worker's result with the completions of this process in it, which others know by their identity."""
-    result, numbers = answer
     completions = _completions(groups)
     kept = zip(result.kept, numbers, strict=True)
     return replace(result, kept=[replace(stats, completion=completions[number]) for stats, number in kept])

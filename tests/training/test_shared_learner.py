@@ -116,9 +116,9 @@ def test_dropout_follows_from_the_state_of_the_main_process(train_config) -> Non
             seeds.append(seed)
             return [None] * len(groups)
 
-        def gradient(groups: Sequence[Group], divisor: float, seed: int) -> tuple[UpdateResult, list[int]]:
+        def gradient(groups: Sequence[Group], seed: int, *how: float) -> tuple[UpdateResult, list[int], float]:
             seeds.append(seed)
-            return nothing, []
+            return nothing, [], how[-1]
 
         return {"anchors": anchors, "gradient": gradient, "step": lambda: None}
 
@@ -197,6 +197,7 @@ def test_memory_that_runs_out_in_a_worker(train_config, monkeypatch: pytest.Monk
         learner.update(groups)
         for a, b in zip(parameters(policies[0]), parameters(policy), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        assert learner.state()[1]["budget"] == 40, "all go on with it, after a resume, too"
     assert len(told) == 1 and "repeated with hardware.tokens_per_micro_batch=40" in told[0]
 
 
@@ -204,7 +205,7 @@ def test_a_worker_that_ends_during_a_sum(train_config, monkeypatch: pytest.Monke
     config = train_config()
     _, groups = off_policy(config)
 
-    def step(self: Learner) -> float:
+    def step(self: Learner, check: Any = None) -> float:
         if self.world.rank == 1:
             raise SystemExit
         raise RuntimeError("Connection closed by peer")
