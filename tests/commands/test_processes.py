@@ -46,6 +46,8 @@ def test_two_processes_give_what_one_gives(work: Path, model: Path) -> None:
     ]
     assert samples[0] == samples[1]
     summary = read_json(Path("two/summary.json"))
+    idle = "2 processes share the batch.prompts_per_update=1 groups of an update: some have nothing to do"
+    assert idle in summary["warnings"] and len(summary["warnings"]) == len(set(summary["warnings"]))
     assert summary["system"]["sampled from"].endswith("; in 2 processes")
     assert summary["eval_before"] == read_json(Path("one/summary.json"))["eval_before"]
 

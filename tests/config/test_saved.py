@@ -37,6 +37,17 @@ def raw(node: DictConfig) -> object:
 # Writing
 
 
+def test_a_run_from_before_there_were_several_processes_had_one(tmp_path: Path) -> None:
+    old = tmp_path / "config.yaml"
+    old.write_text(sign("hardware:\n  device: cpu\nseed: 1\n"))
+    node, trusted = read_config(old)
+    assert trusted and node == {"hardware": {"device": "cpu", "processes": 1}, "seed": 1}
+    old.write_text(sign("hardware:\n  processes: 3\n"))
+    assert read_config(old)[0].hardware.processes == 3
+    old.write_text(sign("model: x\n"))
+    assert "hardware" not in read_config(old)[0]
+
+
 def test_values_are_written_resolved() -> None:
     back = written(a=1, b="${a}", c={"d": "${b}0", "e": ["${a}", {"f": "${c.d}"}]}, g="${c}", h=None, i=1e-3)
     c = {"d": "10", "e": [1, {"f": "10"}]}
