@@ -14,7 +14,7 @@ def launched() -> int:
 def speaker() -> str:
     """What the messages of this process begin with: its number, where it is not the main one of several."""
     rank = os.environ.get("RANK", "0")
-    return "" if launched() == 1 or rank == "0" else f"process {rank} (from 0) of {launched()}: "
+    return f"process {int(rank) + 1} of {launched()}: " if launched() > 1 and rank.isdecimal() and int(rank) else ""
 
 
 def check_launcher(command: str, *, sweeps: bool) -> None:

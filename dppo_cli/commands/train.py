@@ -110,7 +110,8 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     device = resolve_device(config.hardware)[0].type
     with World.launched(device) as world:
         if not world.is_main:
-            work(launched_worker(world), world)
+            if (line := launched_worker(world)) is not None:
+                work(line, world)
             return {}
         config.check_processes(world.size)
         run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")

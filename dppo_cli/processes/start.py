@@ -54,12 +54,15 @@ def crew_of(
     return nullcontext(Crew(world, [], warn)) if size == 1 else _started(size, device, work, warn)
 
 
-def launched_worker(world: World) -> Line:
-    """The line of a worker that a launcher has started. Raises RunError if the main process cannot be reached."""
+def launched_worker(world: World) -> Line | None:
+    """The line of a worker that a launcher has started; None if the main process has ended, and so has said why.
+
+    Raises RunError if the main process cannot be reached.
+    """
     try:
         address, key = world.broadcast(None)
     except RuntimeError:
-        raise RunError("the main process has ended") from None
+        return None
     try:
         line = Line(Client(address, authkey=key))
     except (OSError, EOFError, AuthenticationError) as error:
@@ -94,7 +97,10 @@ def _connected(world: World) -> list[Line]:
                     line = Line(listener.accept())
                     found[line.receive()] = line
 
-        world.broadcast(((host, listener.address[1]), key))
+        try:
+            world.broadcast(((host, listener.address[1]), key))
+        except RuntimeError as error:
+            raise _apart(world.size, error) from None
         threading.Thread(target=accept, daemon=True).start()
         ends = time.monotonic() + CONNECTING
         while len(found) < len(workers):
@@ -157,9 +163,13 @@ def _started(size: int, device: str, work: str, warn: Callable[[str], None]) -> 
         except RuntimeError as error:
             with suppress(RuntimeError):
                 crew.check(ENDING)  # One that has ended says more.
-            raise RunError(f"the {size} processes cannot reach each other: {str(error).splitlines()[0]}") from None
+            raise _apart(size, error) from None
         crew.ended()
         yield crew
+
+
+def _apart(size: int, error: RuntimeError) -> RunError:
+    return RunError(f"the {size} processes cannot reach each other: {str(error).splitlines()[0]}")
 
 
 def _end(started: list["subprocess.Popen[bytes]"]) -> None:

@@ -96,7 +96,7 @@ def test_what_a_launcher_cannot_share(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "a sweep (-m) runs in one process" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
     assert main(["eval", "run=runs/last"]) == 2
-    assert capsys.readouterr().err == expected.replace("dppo: ", "dppo: process 3 (from 0) of 4: ", 1)
+    assert capsys.readouterr().err == expected.replace("dppo: ", "dppo: process 4 of 4: ", 1)
 
 
 def test_the_whole_distribution_stays_in_one_process(work: Path, model: Path, capsys) -> None:

@@ -155,6 +155,7 @@ def test_a_launched_worker_that_comes_late_and_a_stranger(monkeypatch: pytest.Mo
         while not told:
             time.sleep(0.01)
         line = launched_worker(Launched(rank, 3))
+        assert line is not None
         line.send((DONE, rank))
         arrived.set()
         assert line.receive() == ("bye", ())
@@ -205,8 +206,12 @@ def test_a_worker_without_a_main_process(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RunError, match=f"^the main process cannot be reached at 127.0.0.1, port {port}: .*refused"):
         launched_worker(World(1, 2))
     monkeypatch.setattr(World, "broadcast", ended)
-    with pytest.raises(RunError, match=r"^the main process has ended$"):
-        launched_worker(World(1, 2))
+    assert launched_worker(World(1, 2)) is None, "it has said why"
+    with (
+        pytest.raises(RunError, match=r"^the 2 processes cannot reach each other: Connection closed by peer$"),
+        crew_of(World(0, 2), 1, "cpu", "nothing", pytest.fail),
+    ):
+        pytest.fail("they have met")
 
 
 def test_one_process_needs_nothing() -> None:
