@@ -62,8 +62,7 @@ def train(
 ) -> None:
     """Take `state` from the step it is at to `config.steps`.
 
-    `save` writes a checkpoint, `elapsed` gives the seconds
-    of the whole run. Raises Stopped when a signal asks for it.
+    `save` writes a checkpoint, `elapsed` gives the seconds of the whole run. Raises Stopped when a signal asks for it.
     """
     learner, every = state.learner, config.checkpoint.every
     while state.step < config.steps:
