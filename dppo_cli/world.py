@@ -27,27 +27,39 @@ class World:
 
     @staticmethod
     @contextmanager
-    def launched(device: str) -> Iterator["World"]:
+    def launched(device: str, warn: Callable[[str], None] = print) -> Iterator["World"]:
         """The processes that a launcher (torchrun, accelerate launch, on one machine or several) has started.
 
-        `device`: cuda or cpu; a process has the GPU of its number on its machine. Raises ConfigError for variables of
-        the environment that cannot be used.
+        `device`: cuda or cpu; a process has the GPU of its number on its machine. `warn` hears if others do not come.
+        Raises ConfigError for variables of the environment that cannot be used.
         """
-        world = World._of_environment(device)
+        world = World._of_environment(device, warn)
         try:
             yield world
         finally:
             world.leave()
 
     @staticmethod
-    def _of_environment(device: str) -> "World":
+    def _of_environment(device: str, warn: Callable[[str], None]) -> "World":
+        rank, size, local = (_number(name, least) for name, least in VARIABLES)
+        if size == 1:
+            return World()
+        if rank >= size:
+            raise ConfigError(f"RANK={rank} in the environment is not less than WORLD_SIZE={size}; {UNSET}")
+        waited = [time.monotonic() + PATIENCE]
+
+        def check() -> None:
+            if waited and time.monotonic() > waited[0]:
+                waited.clear()
+                where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+                warn(f"process {rank + 1} of {size} is waiting for the others, at {where}; {UNSET}")
+
         try:
-            rank, size, local = (int(os.environ.get(name, least)) for name, least in VARIABLES)
-            return World() if size == 1 else World(rank, size).joined(device, local)
+            return World(rank, size).joined(device, local, check=check)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the environment ({', '.join(name for name, _ in VARIABLES)}, MASTER_ADDR and the like) cannot be "
-                f"used: {str(error).splitlines()[0]}"
+                f"used: {str(error).splitlines()[0]}; {UNSET}"
             ) from None
 
     def joined(self, device: str, local: int, store: Any = None, check: Callable[[], None] = lambda: None) -> "World":
@@ -115,6 +127,13 @@ class World:
         return values[0]
 
 
+def _number(name: str, least: int) -> int:
+    value = os.environ.get(name, str(least))
+    if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
+        raise ConfigError(f"{name}={value} in the environment is no number of processes; {UNSET}")
+    return int(value)
+
+
 def _beside(work: Callable[[], object], check: Callable[[], None]) -> None:
     """Do it in a thread: Python hears no signal while torch waits, and those it waits for may never come."""
     failed: list[BaseException] = []
@@ -140,3 +159,4 @@ POLL = 1e-4
 """Seconds from one look at a sum to the next."""
 VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 """Of the environment, and what holds without: which process this is, of how many, and which on its machine."""
+UNSET = "if no launcher has started this process, unset WORLD_SIZE"

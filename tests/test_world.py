@@ -33,16 +33,39 @@ def test_a_launcher_that_started_one_process(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
-        ({"WORLD_SIZE": "two"}, "invalid literal for int"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR expected, but not set"),
+        ({"WORLD_SIZE": "two"}, "^WORLD_SIZE=two in the environment is no number of processes"),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE=0 in the environment is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "^RANK=-1 in the environment is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "^RANK=2 in the environment is not less than WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "^the environment .* MASTER_ADDR expected, but not"),
     ],
 )
 def test_an_environment_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, environment, why: str) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"the environment .* cannot be used: .*{why}"), World.launched("cpu"):
+    with (
+        pytest.raises(ConfigError, match=f"{why}.*; if no launcher has started this process, unset"),
+        World.launched("cpu"),
+    ):
         pytest.fail("it has been used")
+
+
+def test_others_that_do_not_come_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def joined(self: World, *given: object, check) -> World:
+        for _ in range(3):
+            check()
+        return World()
+
+    monkeypatch.setattr(World, "joined", joined)
+    monkeypatch.setattr("dppo_cli.world.PATIENCE", -1.0)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "1"), ("MASTER_ADDR", "node7"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with World.launched("cpu", told.append):
+        (text,) = told
+    assert text.startswith("process 2 of 4 is waiting for the others, at node7:29500; if no launcher")
 
 
 def test_a_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

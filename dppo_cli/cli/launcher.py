@@ -21,7 +21,11 @@ def check_launcher(command: str, *, sweeps: bool) -> None:
     """Raise ConfigError for what several processes that a launcher has started cannot share."""
     if launched() == 1 or (command == "train" and not sweeps):
         return
+    if speaker():
+        raise SystemExit(ConfigError.exit_status)  # The main process says why.
     what, alone = f"dppo {command}", "start it by itself"
     if sweeps:
         what, alone = "a sweep (-m)", f"{alone}, with hardware.processes=... for its jobs"
-    raise ConfigError(f"{what} runs in one process, and a launcher has started {launched()} (WORLD_SIZE); {alone}")
+    elif command in ("eval", "compare"):
+        alone = f"{alone}, with hardware.processes={launched()}"
+    raise ConfigError(f"{what} does not work under a launcher, which has started {launched()} processes; {alone}")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.processes.crew import Crew
@@ -31,6 +33,13 @@ def make_learner(
         warn=warn,
         world=world,
     )
+
+
+def with_processes(config_yaml: str, size: int) -> str:
+    """The config of a run whose processes a launcher has started: a resume knows how many there were."""
+    node = OmegaConf.create(config_yaml)
+    node.hardware.processes = size
+    return OmegaConf.to_yaml(node)
 
 
 def shared_engine(engine: RolloutEngine, crew: Crew) -> RolloutEngine:

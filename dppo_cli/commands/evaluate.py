@@ -113,7 +113,8 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
             prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
             engine = shared_engine(config.rollout.load(policy, warn_of), crew)
             crew.ended()
-        with engine, phase(f"sampling {len(prompts)} problems"):
+        in_processes = f" in {crew.size} processes" if crew.size > 1 else ""
+        with engine, phase(f"sampling {len(prompts)} problems{in_processes}"):
             engine.sync(version=0)
             return evaluate(
                 engine,

@@ -180,7 +180,11 @@ def show(report: dict[str, Any]) -> None:
 def _processes(count: int, device: str) -> list[tuple[str, str]]:
     """A row, where there are several."""
     has = "GPU" if device == "cuda" else "share of the CPU and its memory"
-    return [("processes", f"{count}, each with its own {has}: what follows is of each")] if count > 1 else []
+    return (
+        [("processes", f"{count}, each with its own {has}: what runs at once, and what follows, is of each")]
+        if count > 1
+        else []
+    )
 
 
 def _show_memory(report: dict[str, Any], console: RichConsole) -> None:

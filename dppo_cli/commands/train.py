@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dppo_cli.commands.assembly import make_learner, run_info, shared_engine, shared_learner
+from dppo_cli.commands.assembly import make_learner, run_info, shared_engine, shared_learner, with_processes
 from dppo_cli.commands.problems import encoded_problems
 from dppo_cli.commands.replica import WORK, work
 from dppo_cli.commands.resume import Earlier, check_problems, find_earlier, method_hash
@@ -26,6 +26,7 @@ from dppo_cli.rollout.collect import Collector, InStepCollector
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.telemetry.console import make_console
 from dppo_cli.telemetry.listeners import Listeners
+from dppo_cli.telemetry.table import print_warning
 from dppo_cli.telemetry.trackers import Tracker, check_installed, chosen
 from dppo_cli.telemetry.trust_region import MaskedTokens
 from dppo_cli.telemetry.watch import Watch
@@ -107,12 +108,14 @@ def run_train(config: TrainConfig, config_yaml: str) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = resolve_device(config.hardware)[0].type
-    with World.launched(device) as world:
+    with World.launched(device, print_warning) as world:
         if not world.is_main:
             if (line := launched_worker(world)) is not None:
                 work(line, world)
             return {}
-        config.check_processes(world.size)
+        if world.size > 1:
+            config.check_processes(world.size)
+            config_yaml = with_processes(config_yaml, world.size)
         run_dir = Path(config.run_dir) if config.run_dir else default_run_dir("runs")
         early = config.unusual()
         check_installed(config.tracker)

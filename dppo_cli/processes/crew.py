@@ -85,9 +85,11 @@ class Crew:
         """Raise what a worker has raised, or that one has ended; wait for that as `parts` does, and drop parts."""
         for _ in self.parts(patience):
             pass
-        for _, (kind, value) in sorted(self.answers.items()):
-            if kind == FAILED:
+        for number, (kind, value) in sorted(self.answers.items()):
+            if kind == FAILED and isinstance(value, DppoError):
                 raise value
+            if kind == FAILED:
+                raise RuntimeError(f"process {number + 2} of {self.size}: {value}")
 
     def _pass_on(self, warning: str, number: int) -> None:
         """Most are about what all processes have, and each of them warns of it."""

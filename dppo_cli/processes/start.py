@@ -35,13 +35,9 @@ def crew_of(
     """The crew of the main process: `world`, if a launcher has started one; else `processes` on this machine.
 
     `device`: its kind. `work`: MODULE:FUNCTION of the life of a worker that is started here; it is called with its line
-    and world. Raises ConfigError for more processes than GPUs, and for two numbers of processes.
+    and world. Raises ConfigError for more processes than GPUs.
     """
-    size = max(world.size, processes)
-    if world.size > 1 and processes not in (1, world.size):
-        raise ConfigError(
-            f"hardware.processes={processes}, but the launcher has started {world.size}; leave one of them out"
-        )
+    size = world.size if world.size > 1 else processes
     if size > 1 and device not in ("cuda", "cpu"):
         raise ConfigError(f"hardware.device={device} is one GPU, and each of {size} processes needs one")
     if world.size > 1:
@@ -78,7 +74,7 @@ def _launched(world: World, warn: Callable[[str], None]) -> Iterator[Crew]:
         lines = _connected(world)
         for line in lines:
             undo.callback(line.close)
-        yield Crew(world, lines, warn)
+        yield Crew(world, lines, warn, lambda number: "its launcher says how")
 
 
 def _connected(world: World) -> list[Line]:

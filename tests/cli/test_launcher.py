@@ -29,13 +29,19 @@ def test_who_speaks(monkeypatch: pytest.MonkeyPatch, size: str | None, rank: str
 
 
 def test_what_they_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_launcher("eval", sweeps=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_launcher("train", sweeps=False)
-    with pytest.raises(ConfigError, match="dppo plan runs in one process, and a launcher has started 2"):
-        check_launcher("plan", sweeps=False)
     with pytest.raises(
-        ConfigError, match=r"a sweep \(-m\) runs in one process, .* hardware.processes=... for its jobs"
+        ConfigError,
+        match=r"dppo plan does not work under a launcher, which has started 2 processes; start it by itself$",
     ):
+        check_launcher("plan", sweeps=False)
+    with pytest.raises(ConfigError, match=r"a sweep \(-m\) does not work .* hardware.processes=... for its jobs"):
         check_launcher("train", sweeps=True)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as raised:
+        check_launcher("plan", sweeps=False)
+    assert raised.value.code == 2, "one of them says it"

@@ -44,5 +44,7 @@ def test_the_tables_say_whose_figures_they_are(capsys, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["plan", "hardware.processes=2"]) == 0
     out = capsys.readouterr().out
-    assert "2, each with its own share of the CPU and its memory: what follows is of each" in out
+    assert (
+        "2, each with its own share of the CPU and its memory: what runs at once, and what follows, is of each" in out
+    )
     assert "64 prompts x 8 samples = 512 samples, 256 at once; 2 updates of 256 samples" in out

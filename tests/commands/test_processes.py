@@ -84,19 +84,23 @@ def test_a_launcher(work: Path, model: Path, whole: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert numbers("run") == numbers(whole)[:2], "as if it had been started here"
     assert done.stdout.count("accuracy before") == 1, "one process speaks"
+    assert train("resume=run", "steps=4") == 0
+    assert numbers("run") == numbers(whole), "a resume knows how many there were"
+    assert read_json(Path("run/summary.json"))["resumes"][-1]["changes"] == {"steps": [2, 4]}
 
 
 def test_what_a_launcher_cannot_share(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert main(["eval", "run=runs/last"]) == 2
-    expected = "dppo: dppo eval runs in one process, and a launcher has started 4 (WORLD_SIZE); start it by itself\n"
-    assert capsys.readouterr().err == expected
+    expected = "which has started 4 processes; start it by itself, with hardware.processes=4\n"
+    assert capsys.readouterr().err == f"dppo: dppo eval does not work under a launcher, {expected}"
     assert main(["train", "-m", "seed=1,2"]) == 2
-    assert "a sweep (-m) runs in one process" in capsys.readouterr().err
+    assert "a sweep (-m) does not work under a launcher" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
-    assert main(["eval", "run=runs/last"]) == 2
-    assert capsys.readouterr().err == expected.replace("dppo: ", "dppo: process 4 of 4: ", 1)
+    with pytest.raises(SystemExit):
+        main(["eval", "run=runs/last"])
+    assert capsys.readouterr().err == ""
 
 
 def test_the_whole_distribution_stays_in_one_process(work: Path, model: Path, capsys) -> None:

@@ -75,7 +75,7 @@ def test_other_errors_are_shown_where_they_happen(capfd: pytest.CaptureFixture[s
 
     with crew({"work": fails}) as workers:
         workers.begin_all("work")
-        with pytest.raises(RuntimeError, match="LookupError: no such thing"):
+        with pytest.raises(RuntimeError, match=r"^process 2 of 2: LookupError: no such thing$"):
             workers.ended()
     assert 'raise LookupError("no such thing")' in capfd.readouterr().err
 
@@ -114,7 +114,7 @@ def test_warnings_come_beside_the_answer_and_the_same_once() -> None:
 def test_a_request_that_a_worker_does_not_know() -> None:
     with crew({}) as workers:
         workers.begin_all("nonsense")
-        with pytest.raises(RuntimeError, match="KeyError: 'nonsense'"):
+        with pytest.raises(RuntimeError, match=r"^process 2 of 2: KeyError: 'nonsense'$"):
             workers.ended()
 
 
