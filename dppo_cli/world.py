@@ -72,6 +72,8 @@ class World:
         backend = "gloo" if here is None else "cpu:gloo,cuda:nccl"
         if here is not None:
             torch.cuda.set_device(here)
+        # Processes meet under the number of the group, and a join that was given up has been counted.
+        distributed.distributed_c10d._world.group_count = 0
         join = partial(
             distributed.init_process_group,
             backend,

@@ -128,8 +128,8 @@ def test_a_worker_that_cannot_be_started(capfd: pytest.CaptureFixture[str]) -> N
         ("raise OSError('no device')", "the 2 processes cannot reach each other: process 2 of 2: OSError: no device"),
     ],
 )
-def test_a_worker_that_does_not_join(tmp_path: Path, monkeypatch, capfd, join: str, message: str) -> None:
-    """The main process waits for it in torch, which would do so for half an hour."""
+def test_a_worker_that_does_not_join(work: str, tmp_path: Path, monkeypatch, join: str, message: str) -> None:
+    """The main process waits for it in torch, which would do so for half an hour. The next job of a sweep can start."""
     text = f"import os\nfrom dppo_cli.processes.crew import serve\n\ndef join(*_):\n    {join}\n\n"
     (tmp_path / "lost_worker.py").write_text(f"{text}def work(line, world):\n    serve(line, {{'join': join}})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -137,6 +137,10 @@ def test_a_worker_that_does_not_join(tmp_path: Path, monkeypatch, capfd, join: s
     with pytest.raises(RunError) as raised, crew_of(World(), 2, "cpu", "lost_worker:work", pytest.fail):
         pytest.fail("they have met")
     assert str(raised.value) == message
+    with crew_of(World(), 2, "cpu", work, pytest.fail) as crew:
+        crew.begin("total", [(2.0,)])
+        crew.world.sum([torch.ones(2), torch.tensor(1.0)])
+        assert crew.ended()[0][1] == 3.0
     assert time.monotonic() - started < 30
 
 
