@@ -36,7 +36,7 @@ def test_two_processes_give_what_one_gives(work: Path, model: Path) -> None:
     for a, b in zip(numbers("two"), numbers("one"), strict=True):
         assert a.keys() == b.keys()
         for key in ("reward", "gradient_norm", "shift_mean", "entropy", "divergence_p90", "reference_kl"):
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-7), key
         assert a.get("eval_accuracy") == b.get("eval_accuracy")
     one, two = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("one", "two"))
     assert all(float((one[name] - two[name]).abs().max()) < 1e-4 for name in one)
