@@ -34,8 +34,8 @@ def crew_of(
 ) -> AbstractContextManager[Crew]:
     """The crew of the main process: `world`, if a launcher has started one; else `processes` on this machine.
 
-    `device`: its kind. `work`: MODULE:FUNCTION of the life of a worker that is started here; it is called with its line
-    and world. Raises ConfigError for more processes than GPUs.
+    `device`: cuda, cpu or mps. `work`: MODULE:FUNCTION of the life of a worker that is started here; it is called with
+    its line and world. Raises ConfigError for more processes than GPUs, or than four for each core.
     """
     size = world.size if world.size > 1 else processes
     if size > 1 and device not in ("cuda", "cpu"):
