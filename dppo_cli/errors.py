@@ -5,6 +5,7 @@ DppoError                 one line: what is wrong, what you have, what to type  
 ├── ModelError            weights, tokenizer or architecture
 ├── DataError             a data file, a line or a column of it
 ├── RewardError           the user's reward function
+├── RolloutError          a server that samples
 ├── RunError              a run folder, an export target, the disk
 └── NumericalError        NaN or infinity where none may be                        exit status 1
 
@@ -34,6 +35,10 @@ class DataError(DppoError):
 
 class RewardError(DppoError):
     """The reward function cannot be loaded, failed, or did not return a list of numbers."""
+
+
+class RolloutError(DppoError):
+    """A server that samples does not answer, refuses, or serves something else."""
 
 
 class RunError(DppoError):

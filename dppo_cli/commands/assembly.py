@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.processes.crew import Crew
-from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.rollout.engine import RolloutEngine, RolloutSource, in_each_process
 from dppo_cli.rollout.shared import SharedEngine
 from dppo_cli.telemetry.table import print_warning
 from dppo_cli.training.learner import Learner
@@ -42,9 +42,10 @@ def with_processes(config_yaml: str, size: int) -> str:
     return OmegaConf.to_yaml(node)
 
 
-def shared_engine(engine: RolloutEngine, crew: Crew) -> RolloutEngine:
+def load_engine(source: RolloutSource, policy: Policy, crew: Crew, warn: Callable[[str], None]) -> RolloutEngine:
     """The engine of this process, or those of all processes of the crew as one."""
-    return engine if crew.size == 1 else SharedEngine(engine, crew)
+    engine = source.load(policy, warn)
+    return SharedEngine(engine, crew) if crew.size > 1 and in_each_process(source) else engine
 
 
 def shared_learner(learner: Learner, crew: Crew) -> Trainer:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dppo_cli.commands.assembly import shared_engine
+from dppo_cli.commands.assembly import load_engine
 from dppo_cli.commands.plain import base_config
 from dppo_cli.commands.replica import WORK
 from dppo_cli.commands.schemas import EvalConfig
@@ -111,7 +111,7 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
             )
             prompts = policy.encode(task.heldout, config.prompt)
             prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
-            engine = shared_engine(config.rollout.load(policy, warn_of), crew)
+            engine = load_engine(config.rollout, policy, crew, warn_of)
             crew.ended()
         in_processes = f" in {crew.size} processes" if crew.size > 1 else ""
         with engine, phase(f"sampling {len(prompts)} problems{in_processes}"):

@@ -32,6 +32,7 @@ from dppo_cli.commands.exporting.publish import check_hub, publish
 from dppo_cli.commands.schemas import BASES, DTYPES, FORMATS, QUANTISATIONS, ExportConfig
 from dppo_cli.commands.trained import CONFIG, TrainedRun, find_trained, folder_of, run_config
 from dppo_cli.config.checks import check_choice
+from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.config.saved import read_config
 from dppo_cli.config.sections import Hardware, Model
 from dppo_cli.errors import ModelError, RunError
@@ -48,7 +49,7 @@ PLAIN_CPU = Hardware(
 )
 """Where an export is compared unless the user says otherwise: exact, and wherever there is memory for the base."""
 
-OF_THE_RUN = ("model", "adapter", "data", "reward", "rollout", "prompt", "sampling", "eval", "seed")
+OF_THE_RUN = ("model", "adapter", "data", "reward", "prompt", "sampling", "eval", "seed")
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -64,6 +65,8 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     with open_dict(node):
         for name in OF_THE_RUN:
             node[name] = given[name]
+        # An export has no server that has it, and neither has this machine's copy of the policy.
+        node.rollout = OmegaConf.load(config_dir() / "rollout/local.yaml")
         node.sampling = {**given["sampling"], "temperature": given["eval"]["temperature"], **sampled}
         node.hardware = OmegaConf.merge(asdict(PLAIN_CPU), node.hardware or {})
     return node

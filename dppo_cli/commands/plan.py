@@ -20,6 +20,7 @@ from dppo_cli.commands.planning.share import share_of
 from dppo_cli.commands.schemas import PlanConfig
 from dppo_cli.commands.trained import key_of
 from dppo_cli.errors import ConfigError
+from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.telemetry.table import RichConsole, print_table
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
             "path": config.model.path,
             "parameters": found.shapes.parameters,
             "trained_parameters": found.shapes.trained,
-            "samples_with": str(found.memory.weights),
+            "samples_with": str(found.memory.weights) if in_each_process(config.rollout) else "servers, not planned",
         },
         "prompts": {"mean": found.prompts.mean, "longest": found.prompts.longest, "source": found.prompts.source},
         "batch": batch(whole, found),
@@ -158,6 +159,7 @@ def show(report: dict[str, Any]) -> None:
     )
     _show_memory(report, console)
     seconds = report["seconds"]
+    sampling = f"{_time(seconds['sampling'])} sampling" if seconds["sampling"] else "sampling by servers not counted"
     rows = [
         ("peak", f"{report['peak_memory_gib']:.2f} GiB, in the phase: {report['peak_phase']}"),
         ("needs", f"{report['needed_gib']:.2f} GiB of {report['free_gib']:.1f} GiB free: {_verdict(report)}"),
@@ -168,9 +170,8 @@ def show(report: dict[str, Any]) -> None:
         ),
         (
             "time",
-            f"{_time(report['seconds_per_step'])} a step at most ({_time(seconds['sampling'])} sampling, "
-            f"{_time(seconds['update'])} updating), {_time(3600 * report['hours'])} in all; rewards and "
-            "evaluations not counted",
+            f"{_time(report['seconds_per_step'])} a step at most ({sampling}, {_time(seconds['update'])} updating), "
+            f"{_time(3600 * report['hours'])} in all; rewards and evaluations not counted",
         ),
         ("speed", report["speed"]["source"]),
     ]

@@ -12,7 +12,7 @@ from dppo_cli.policy.loading import load_policy
 from dppo_cli.processes.crew import WARNING, serve
 from dppo_cli.processes.line import Line
 from dppo_cli.processes.worker import hear_no_signals, join
-from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.rollout.engine import RolloutEngine, in_each_process
 from dppo_cli.training.failures import out_of_memory
 from dppo_cli.training.shared import WorkersLearner
 from dppo_cli.types import Completion, Prompt
@@ -40,12 +40,9 @@ def work(line: Line, world: World) -> None:
             saved_adapter=saved_adapter,
             seed=config.seed,
         )
-        engine = closing.enter_context(config.rollout.load(policy, warn))
-
-        def generate(prompts: Sequence[Prompt], *how: Any) -> Iterator[tuple[int, list[Completion]]]:
-            return numbered(engine, prompts, *how)
-
-        methods.update({"sync": engine.sync, "generate": generate})
+        if in_each_process(config.rollout):
+            engine = closing.enter_context(config.rollout.load(policy, warn))
+            methods.update({"sync": engine.sync, "generate": partial(numbered, engine)})
         if isinstance(config, TrainConfig):
             learner = WorkersLearner(make_learner(policy, config, warn, world))
             methods.update({name: getattr(learner, name) for name in OF_LEARNER})

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dppo_cli.commands.assembly import make_learner, run_info, shared_engine, shared_learner, with_processes
+from dppo_cli.commands.assembly import load_engine, make_learner, run_info, shared_learner, with_processes
 from dppo_cli.commands.problems import encoded_problems
 from dppo_cli.commands.replica import WORK, work
 from dppo_cli.commands.resume import Earlier, check_problems, find_earlier, method_hash
@@ -148,7 +148,7 @@ def _run(
         crew.begin_all("load", config)
         policy = load_policy(config.model, config.hardware, warn=early.append, adapter=config.adapter, seed=config.seed)
     train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
-    engine = shared_engine(config.rollout.load(policy, early.append), crew)
+    engine = load_engine(config.rollout, policy, crew, early.append)
     learner = shared_learner(make_learner(policy, config, lambda text: warn(text), crew.world), crew)
     crew.ended()  # loading
     if crew.size > config.batch.prompts_per_update:

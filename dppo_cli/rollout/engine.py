@@ -51,6 +51,11 @@ class RolloutEngine(Protocol):
         ...
 
 
+def in_each_process(source: "RolloutSource") -> bool:
+    """Whether each of several processes has an engine of its own."""
+    return bool(getattr(source, "in_each_process", True))
+
+
 def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:
     """All that `RolloutEngine.generate` gives, in the order of its prompts.
 
@@ -62,7 +67,10 @@ def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Com
 
 
 class RolloutSource(Protocol):
-    """A rollout option."""
+    """A rollout option.
+
+    A class that has `in_each_process = False` is loaded in the main process of several alone, and samples for all.
+    """
 
     def check(self, num_logprobs: int, adapter: LoRA | None) -> None:
         """Raise ConfigError if this engine cannot report what the approximation needs, or cannot run the adapter."""

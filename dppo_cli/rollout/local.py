@@ -16,21 +16,22 @@ from torch import Tensor
 
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import LoRA, Sampling
-from dppo_cli.errors import ConfigError, NumericalError
+from dppo_cli.errors import ConfigError
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.head import masses
 from dppo_cli.policy.policy import Policy, model_head
 from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.completions import completion
 from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
 from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.refill import Refilling, refuses
 from dppo_cli.rollout.sampling import Sampled, Wanted, draw, truncate
-from dppo_cli.rollout.stop_strings import StopStrings, before_first
+from dppo_cli.rollout.stop_strings import StopStrings
 from dppo_cli.rollout.weights import KINDS, SamplingWeights, check_weights, decide
-from dppo_cli.types import Completion, PolicyReport, Prompt, Status
+from dppo_cli.types import Completion, Prompt
 
 STEPS_UNREAD = 8
 """Steps from one look at which sequences have ended to the next, on CUDA. Each look costs the device a pause, in which
@@ -140,7 +141,8 @@ class LocalEngine:
             refills = self.refilling is not None and refuses(sampler.model) is None
             sampled = self._refilled if refills else self._in_parts
             for number, responses in sampled(sampler, wanted):
-                yield number, [self._completion(*response, sampling.stop) for response in responses]
+                assert self.version is not None
+                yield number, [completion(self.policy, *of, sampling.stop, self.version) for of in responses]
         return_freed_memory()
 
     def _refilled(self, sampler: Sampler, wanted: Wanted) -> Iterator[tuple[int, list[Sampled]]]:
@@ -249,26 +251,6 @@ class LocalEngine:
         if self.stops is None or self.stops.strings != tuple(strings):
             self.stops = StopStrings(strings, self.policy.tokenizer)
         return self.stops
-
-    def _completion(self, token_T: Tensor, mu: PolicyReport, stop: Sequence[str]) -> Completion:
-        assert self.version is not None
-        token_T, mu = token_T.cpu(), mu.to(torch.device("cpu"))
-        if not torch.isfinite(mu.logp_N).all():
-            raise NumericalError(
-                "the log-probs of a sampled response are not finite: the policy is broken. Try a lower optim.lr"
-            )
-        ids = token_T.tolist()
-        text, stopped = self.policy.decode(ids), False
-        if stop and self._stop_strings(stop).in_text(self.policy.tokenizer.decode(ids)):
-            text, stopped = before_first(text, stop), True
-        return Completion(
-            token_ids_T=token_T,
-            sampled_T=torch.ones_like(token_T, dtype=torch.bool),
-            mu=mu,
-            text=text,
-            status=Status.FINISHED if stopped or ids[-1] in self.policy.eos_ids else Status.CUT,
-            versions=(self.version,),
-        )
 
 
 def _still_writing(writing_A: Tensor) -> Tensor:

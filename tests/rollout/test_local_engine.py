@@ -107,7 +107,7 @@ def test_the_host_waits_for_the_device_only_to_see_who_has_finished(
     monkeypatch.setattr(Policy, "autocast", lambda _: nullcontext())  # which knows no such device
     nothing = itertools.repeat((None, None))
     monkeypatch.setattr(Record, "reports", lambda record, of: steps.append((record.steps, of)) or nothing)
-    monkeypatch.setattr(LocalEngine, "_completion", lambda *_: None)
+    monkeypatch.setattr(local, "completion", lambda *_: None)
     steps: list[tuple[int, list[int]]] = []
     engine = LocalEngine(policy, decide("adapter", None, policy), concurrent_sequences=512)
     engine.sync(0)

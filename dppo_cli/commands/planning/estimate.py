@@ -18,6 +18,7 @@ from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.config.sections import Model
 from dppo_cli.errors import DppoError
 from dppo_cli.policy.location import EMBEDDED
+from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.refill import ON_CUDA, refuses, room_for
 from dppo_cli.rollout.sampling import Wanted
@@ -33,7 +34,10 @@ PARAMETERS = re.compile(r"([\d.]+) (billion|million) parameters")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a config needs. `prefills`: how often prompts run in a step, as many as `sampling` has at once."""
+    """What a config needs. `prefills`: how often prompts run in a step, as many as `sampling` has at once.
+
+    That and `sub_batches` are 0 where servers sample.
+    """
 
     shapes: Shapes
     prompts: Prompts
@@ -66,8 +70,9 @@ class Planner:
         sampling, update = self._sampling(config, weights), self.update(config)
         found = memory(config, source, shapes, self.machine, self.runtime, weights, sampling, update)
         batch = config.batch
-        prefills = math.ceil(batch.prompts_per_step / sampling.prompts)
-        sub_batches = math.ceil(batch.prompts_per_step * batch.samples_per_prompt / sampling.sequences)
+        here = in_each_process(config.rollout)
+        prefills = here * math.ceil(batch.prompts_per_step / sampling.prompts)
+        sub_batches = here * math.ceil(batch.prompts_per_step * batch.samples_per_prompt / sampling.sequences)
         return Estimate(shapes, prompts, found, sampling, prefills, sub_batches, update)
 
     def update(self, config: TrainConfig) -> UpdateCost:
@@ -89,6 +94,9 @@ class Planner:
     def _sampling(self, config: TrainConfig, weights: SamplingWeights) -> SamplingCost:
         """The work of training, with memory for evaluations, too: with one sample a prompt more prompts run at once."""
         shapes, prompts = self._shapes(config), self._prompts(config)
+        if not in_each_process(config.rollout):
+            size = len(prompts.step)
+            return SamplingCost.elsewhere(size, size * config.batch.samples_per_prompt)
         training = Wanted(
             prompts.step, config.batch.samples_per_prompt, config.sampling, config.approx.num_logprobs, ()
         )

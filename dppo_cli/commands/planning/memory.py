@@ -17,6 +17,7 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.kernels.four_bits import BLOCK
 from dppo_cli.kernels.memory import WORTH_IT, WORTH_RELEASING
 from dppo_cli.kernels.products import has_onednn
+from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.refill import KEPT
 from dppo_cli.rollout.weights import SHARE, SamplingWeights, decide
@@ -68,6 +69,8 @@ class Memory:
 
 def sampling_weights(config: TrainConfig, shapes: Shapes, machine: Machine, runtime: float) -> SamplingWeights:
     """What the sampler of `rollout.weights` would choose, with what is free when it does. `runtime`: see `memory`."""
+    if not in_each_process(config.rollout):
+        return SamplingWeights("adapter", shapes.policy.dtype, False, "")
     before = shapes.base_bytes + (runtime if machine.on_cpu else GPU_RUNTIME)
     kind, dtype = "auto", None
     if isinstance(config.rollout, LocalRollout):
@@ -181,6 +184,8 @@ def memory(
         for name, phase in phases.items():
             if name.startswith("update"):
                 phase["slots and graphs of sampling, which stay"] = float(stay)
+    if not in_each_process(config.rollout):
+        del phases["sampling"], phases["sampling, prompts"]
     least = sum(always.values()) + sum(adapter.values()) + base - released
     fixed = {*always, *adapter, *scales, base_name, "samples", "sampler's copy of weights"}
     held = {name: UNUSED * sum(n for part, n in phase.items() if part not in fixed) for name, phase in phases.items()}

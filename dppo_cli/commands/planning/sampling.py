@@ -50,6 +50,11 @@ class SamplingCost:
     prefill: Work
     token: Work
 
+    @staticmethod
+    def elsewhere(prompts: int, sequences: int) -> "SamplingCost":
+        """Of servers that sample: nothing here."""
+        return SamplingCost(prompts, sequences, 0, 0, 0.0, 0, 0, 0, 0, Work(), Work())
+
     def with_memory_for(self, other: "SamplingCost") -> "SamplingCost":
         """The same work, with memory for either."""
         return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in MEMORY})

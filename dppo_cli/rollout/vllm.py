@@ -1,0 +1,249 @@
+"""Sampling by vLLM servers (https://docs.vllm.ai), which get the adapter after every step.
+
+mu is what the server says that it sampled with: its processed log-probs, of the tempered distribution. Servers have the
+trainer's base in a copy and in kernels of their own, so mu differs from pi before any update, by what `mismatch_mean`
+shows. DPPO is anchored on mu, and needs no more.
+"""
+
+import os
+import secrets
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.config.build import FilePath
+from dppo_cli.config.checks import check_rules
+from dppo_cli.config.sections import LoRA, Sampling
+from dppo_cli.errors import ConfigError, RolloutError
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.completions import completion
+from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare
+from dppo_cli.rollout.vllm_reply import read_choices
+from dppo_cli.rollout.vllm_servers import Adapter, Servers, addresses, find
+from dppo_cli.types import Completion, Prompt
+
+KEPT = 2
+"""Adapters that stay in their folder: a server may read one again that requests still use."""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
+
+
+@dataclass(frozen=True)
+class VLLMRollout:
+    """See conf/rollout/vllm.yaml for the fields."""
+
+    url: Any  # an address, or a list of them
+    api_key_env: str | None
+    adapters: FilePath | None
+    concurrent_prompts: int
+    max_logprobs: int
+    timeout: float
+    patience: float
+
+    in_each_process: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            "concurrent_prompts >= 1": self.concurrent_prompts >= 1,
+            "max_logprobs >= 1": self.max_logprobs >= 1,
+            "0 < timeout <= 86400": 0 < self.timeout <= 86400,
+            "0 <= patience <= 86400": 0 <= self.patience <= 86400,
+        }
+        check_rules("rollout", self, rules)
+        urls = [self.url] if isinstance(self.url, str) else self.url
+        if not isinstance(urls, list) or not urls:
+            raise ConfigError(f"rollout.url={self.url} is no address; write http://host:port, or a list of them")
+        for url in urls:
+            parts = urlsplit(url) if isinstance(url, str) else None
+            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(f"rollout.url={url} is no address; write http://host:port")
+            if parts.username or parts.password:
+                raise ConfigError(
+                    "rollout.url holds a password; leave it out, and name a variable with rollout.api_key_env"
+                )
+        if len(set(addresses(urls))) < len(urls):
+            raise ConfigError("rollout.url names a server twice")
+
+    def check(self, num_logprobs: int, adapter: LoRA | None) -> None:
+        if num_logprobs == WHOLE_VOCABULARY:
+            raise ConfigError(
+                "approx=full needs the sampler's whole distribution, which a server does not send; use approx=topk, or "
+                "rollout=local"
+            )
+        if num_logprobs > self.max_logprobs:
+            raise ConfigError(
+                f"approx.k={num_logprobs} is more than rollout.max_logprobs={self.max_logprobs}, the longest list the "
+                "servers send; lower approx.k, or raise it here and at the servers (--max-logprobs)"
+            )
+        if adapter is not None and adapter.use_dora:
+            raise ConfigError("vLLM cannot sample with DoRA (adapter.use_dora); use adapter=lora, or rollout=local")
+
+    def load(self, policy: Policy, warn: Callable[[str], None]) -> "VLLMEngine":
+        key = None
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env)
+            if not key:
+                raise RolloutError(
+                    f"rollout.api_key_env={self.api_key_env}, but the environment has no such variable; export "
+                    f"{self.api_key_env}=..."
+                )
+        start = start_command(policy, self.max_logprobs)
+        served = {url: find(url, key, self.patience, start, warn) for url in addresses(self.url)}
+        if getattr(policy.model, "is_quantized", False):
+            warn(
+                "the base is in 4 bits here, and in the servers as they were started: --quantization bitsandbytes is "
+                "nearest; mismatch_mean shows how far mu and pi are apart"
+            )
+        servers = Servers(
+            served,
+            key=key,
+            concurrent=self.concurrent_prompts,
+            timeout=self.timeout,
+            patience=self.patience,
+            start=start,
+            warn=warn,
+        )
+        return VLLMEngine(policy, servers, self.adapters, warn)
+
+
+class VLLMEngine:
+    """See `RolloutEngine`. Equal calls give tokens that are equal but for rounding, which depends on what else runs."""
+
+    def __init__(self, policy: Policy, servers: Servers, adapters: str | None, warn: Callable[[str], None]) -> None:
+        self.policy, self.servers, self.warn = policy, servers, warn
+        # Of its own, because several runs may use a server, and a name never comes again.
+        self.name = f"dppo-{secrets.token_hex(6)}"
+        self.folder = Path(adapters or tempfile.gettempdir()) / self.name
+        self.mode = 0o777 if adapters else 0o700
+        self.synced, self.compared = 0, False
+        self.version: int | None = None
+
+    def __enter__(self) -> "VLLMEngine":
+        self.servers.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.servers.__exit__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.version = None
+
+    @property
+    def samples_with(self) -> str:
+        one, *others = self.servers.servers
+        more = f" and {len(others)} others" if others else ""
+        return f"vLLM {one.served.version} at {one.url}{more}, {one.served.model} with the adapter beside it"
+
+    def sync(self, version: int) -> None:
+        self.synced += 1
+        if self.policy.peft is not None:
+            path = self.folder / str(self.synced)
+            try:
+                self.folder.mkdir(mode=self.mode, parents=True, exist_ok=True)
+                path.mkdir(mode=self.mode)
+                self.policy.save_adapter(path)
+            except OSError as error:
+                raise RolloutError(
+                    f"rollout.adapters={self.folder.parent} cannot be written: {error.strerror}"
+                ) from None
+            self.servers.load(Adapter(f"{self.name}-{self.synced}", path.resolve()))
+            shutil.rmtree(self.folder / str(self.synced - KEPT), ignore_errors=True)
+        self.version = version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        seed: int,
+        first: int = 0,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        assert self.version is not None, "sync the engine before its first use"
+        version, k = self.version, min(num_logprobs, self.policy.head.weight_VH.shape[0])
+        self._check_length(prompts, sampling.max_new_tokens)
+        if not self.compared and prompts:
+            self._compare(prompts[0].token_ids, sampling)
+        bodies = [
+            self._body(p.token_ids, samples_per_prompt, sampling, k, derive_seed(seed, first + number))
+            for number, p in enumerate(prompts)
+        ]
+        answers = {self.servers.complete(body): number for number, body in enumerate(bodies)}
+        try:
+            for answer in as_completed(answers):
+                read = read_choices(answer.result(), k)
+                # Those that a server gave up are missing: a group may be smaller.
+                yield answers[answer], [completion(self.policy, *of, sampling.stop, version) for of in read]
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    def _body(
+        self, prompt: Sequence[int], samples: int, sampling: Sampling, num_logprobs: int, seed: int
+    ) -> dict[str, Any]:
+        """A request. What it does not say would be the server's default, or its model's."""
+        return {
+            "prompt": list(prompt),
+            "n": samples,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "min_tokens": 0,
+            # Sample g of a prompt gets this plus g, and the sum has to fit into 64 bits, too.
+            "seed": seed >> 1,
+            "logprobs": num_logprobs,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            # A response ends as in this process: by the tokens that the policy knows as its ends, and no others.
+            "ignore_eos": True,
+            "stop_token_ids": list(self.policy.eos_ids),
+            "stop": list(sampling.stop),
+            "skip_special_tokens": False,
+        }
+
+    def _compare(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Before the first use: raise RolloutError for servers whose log-probs are not those of the trainer's model."""
+        room = min(TOKENS, sampling.max_new_tokens)
+        how = [Sampling(t, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[]) for t in TEMPERATURES]
+        bodies = [{**self._body(prompt, 1, of, 0, seed=0), "stop_token_ids": []} for of in how]
+        for server in self.servers.servers:
+            read = [of for body in bodies for of in read_choices(self.servers.complete_at(server, body), 0)]
+            sampled = [(token_T, mu.logp_N) for token_T, mu in read]
+            if len(sampled) < len(bodies):
+                raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
+            compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
+        self.compared = True
+
+    def _check_length(self, prompts: Sequence[Prompt], room: int) -> None:
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
+        for server in self.servers.servers:
+            most = server.served.longest
+            if longest is not None and most is not None and len(longest.token_ids) + room > most:
+                raise RolloutError(
+                    f"problem {longest.index} has {len(longest.token_ids)} tokens, and with "
+                    f"sampling.max_new_tokens={room} it is longer than the {most} that the vLLM server at {server.url} "
+                    "takes; start it with a larger --max-model-len"
+                )
+
+
+def start_command(policy: Policy, max_logprobs: int) -> str:
+    """What starts a server that suits this policy."""
+    words = ["vllm", "serve", shlex.quote(policy.path), "--dtype", str(policy.dtype).removeprefix("torch.")]
+    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max_logprobs)]
+    if policy.peft is None:
+        return " ".join(words)
+    rank = max(getattr(config, "r", 1) for config in policy.peft.peft_config.values())
+    allowed = next((known for known in RANKS if known >= rank), rank)
+    return " ".join(["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", *words, "--enable-lora", "--max-lora-rank", str(allowed)])

@@ -1,0 +1,107 @@
+"""Runs whose rollouts come from a server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import vllm_server
+from helpers import main, read_json, read_lines, train
+from vllm_server import VLLM
+
+EXACT = ("reward", "entropy", "gradient_norm", "shift_mean")
+PROMPTS = ["data.train_problems=32", "data.eval_problems=4"]
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[VLLM]:
+    with vllm_server.serving(model) as found:
+        yield found
+
+
+@pytest.fixture
+def words(server: VLLM) -> list[str]:
+    return ["rollout=vllm", f"rollout.url={server.url}", "rollout.patience=0", "optim.lr=0.01"]
+
+
+def test_training(model, work, server, words, capsys) -> None:
+    """mu is that of the policy of each step, binary and top-K."""
+    for approx in ("binary", "topk"):
+        assert train(model, *words, f"approx={approx}", "run_dir=" + approx) == 0
+        rows = read_lines(work / approx / "metrics.jsonl")
+        assert len(rows) >= 2
+        assert all(row["mismatch_mean"] < 1e-5 and row["gradient_norm"] > 0 for row in rows)
+        summary = read_json(work / approx / "summary.json")
+        assert summary["system"]["sampled from"].startswith(f"vLLM 0.32.0 at {server.url}, base with the adapter")
+    assert server.adapters() == []
+    assert f"sampling from vLLM 0.32.0 at {server.url}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on(model, work, server, words) -> None:
+    """With the same tokens, where the server gives the same."""
+    assert train(model, *words, "run_dir=whole", "steps=4") == 0
+    assert train(model, *words, "run_dir=parts", "steps=2") == 0
+    assert main(["train", "resume=parts", "steps=4"]) == 0
+    whole, parts = (read_lines(work / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert [one[key] for key in EXACT] == [other[key] for key in EXACT]
+
+
+def test_a_server_that_dies_ends_a_run_that_can_go_on(model, work, server, words, capsys) -> None:
+    assert train(model, *words, "run_dir=whole", "steps=3") == 0
+    loaded = 0
+    load = server.load
+
+    def dies(body):
+        nonlocal loaded
+        loaded += 1
+        if loaded == 3:
+            server.refuse["/completions"] = [(503, "")] * 1000
+        return load(body)
+
+    server.load = dies
+    assert train(model, *words, "run_dir=run", "steps=3") == 2
+    assert "the state after step 2 is saved; to go on: dppo train resume=run" in capsys.readouterr().err
+    server.load = load
+    server.refuse.clear()
+    assert main(["train", "resume=run"]) == 0
+    assert (
+        read_json(work / "run/summary.json")["adapter_sha256"]
+        == read_json(work / "whole/summary.json")["adapter_sha256"]
+    )
+
+
+def test_processes_train_and_one_asks(model, work, server, words) -> None:
+    assert train(model, *words, "run_dir=one", "steps=2") == 0
+    asked = len(server.bodies("/load_lora_adapter"))
+    assert train(model, *words, "run_dir=two", "steps=2", "hardware.processes=2") == 0
+    assert len(server.bodies("/load_lora_adapter")) == 2 * asked
+    for one, two in zip(*(read_lines(work / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
+        assert two["reward"] == one["reward"]
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
+
+
+def test_commands_on_such_a_run(model, work, server, words, capsys) -> None:
+    """Evaluations ask the server, too, unless told otherwise; exports, samples and plans need none."""
+    assert train(model, *words, "run_dir=run", "steps=2") == 0
+    asked = len(server.asked)
+    assert main(["eval", "run=run", *PROMPTS[1:], "out=there"]) == 0
+    assert len(server.asked) > asked
+    asked = len(server.asked)
+    assert main(["eval", "run=run", "rollout=local", *PROMPTS[1:], "out=here"]) == 0
+    assert main(["export", "run=run", "format=merged"]) == 0
+    assert main(["sample", "run=run", "text=1+2=", "samples=2"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *words, f"model.path={model}", "reward=exact", "prompt_tokens=8"]) == 0
+    shown = capsys.readouterr().out
+    assert "servers, not planned" in shown
+    assert "sampling by servers not counted" in " ".join(shown.replace("│", " ").split())
+    assert "KV cache" not in shown
+    assert len(server.asked) == asked
+    first, second = (read_json(work / name / "summary.json") for name in ("there", "here"))
+    assert first["accuracy"] is not None and second["accuracy"] is not None
+
+
+def test_difficulty_of_problems(model, work, server, words, capsys) -> None:
+    more = [f"model.path={model}", *PROMPTS, "reward=exact", "difficulty=true", "problems=2", "check=0"]
+    assert main(["data", *words, *more, "sampling.max_new_tokens=4", "batch.samples_per_prompt=2"]) == 0
+    assert {body["n"] for body in server.bodies("/completions")[2:]} == {2}

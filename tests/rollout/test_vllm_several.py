@@ -1,0 +1,83 @@
+"""Several vLLM servers that share the prompts of a step."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import make
+import pytest
+import vllm_server
+from test_vllm_engine import opened
+from test_vllm_servers import tokens
+from vllm_server import VLLM
+
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout import vllm_servers
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_servers, "PAUSE", 0.02)
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[VLLM]:
+    with vllm_server.serving(model) as found:
+        yield found
+
+
+@pytest.fixture
+def policy(train_config) -> Policy:
+    return make.policy(train_config(), adapter_scale=0.3)
+
+
+def test_servers_share_the_prompts(policy, server, model) -> None:
+    with vllm_server.serving(model) as second:
+        with opened(policy, server, second) as engine:
+            both = tokens(engine)
+            asked = [len(one.bodies("/completions")) - 2 for one in (server, second)]
+            assert asked == [2, 2]
+            assert server.adapters() == second.adapters() == [f"{engine.name}-1"]
+        with opened(policy, server) as engine:
+            assert tokens(engine) == both
+
+
+def test_others_go_on_without_one(policy, server, model) -> None:
+    """It gets the adapter and a share again when it is back."""
+    said: list[str] = []
+    second = vllm_server.serving(model)
+    other = second.__enter__()
+    with opened(policy, server, other, warn=said.append) as engine:
+        before = tokens(engine)
+        second.__exit__(None, None, None)
+        assert tokens(engine) == before
+        engine.sync(1)
+        assert tokens(engine) == before
+        assert len(said) == 1
+        assert said[0].startswith(f"the vLLM server at {other.url} does not answer (")
+        assert said[0].endswith("; 1 others go on")
+        with vllm_server.serving(model, other.server_port) as back:
+            engine.sync(2)
+            assert tokens(engine) == before
+            assert back.adapters() == [f"{engine.name}-3"]
+            assert len(back.bodies("/completions")) == 2
+
+
+def test_requests_at_each_are_limited(policy, server) -> None:
+    most = now = 0
+    lock, complete = threading.Lock(), server.complete
+
+    def counted(body):
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        found = complete(body)
+        with lock:
+            now -= 1
+        return found
+
+    server.complete = counted
+    with opened(policy, server, concurrent_prompts=2) as engine:
+        tokens(engine)
+    assert most == 2
