@@ -18,9 +18,7 @@ LOADING = threading.Lock()
 
 
 class VLLM(ThreadingHTTPServer):
-    """What it does otherwise: see the attributes."""
-
-    daemon_threads = True
+    """What it does otherwise: see the attributes. No thread outlives it: in torch it would break the interpreter's end."""
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -81,18 +79,21 @@ class VLLM(ThreadingHTTPServer):
         return 200, "Success"
 
     def complete(self, body: Any) -> tuple[int, Any]:
+        model = self.models.get(body["model"])  # which it has until it is done, whatever is unloaded
         self.hold.wait(30)
-        if body["model"] not in self.models:
+        if model is None:
             return 404, error(f"The model `{body['model']}` does not exist.", "NotFoundError")
         if body["logprobs"] > self.longest_list:
             return 400, error(f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed")
         with self.work:
-            return 200, {"choices": [self.choice(body, index) for index in range(body["n"])]}
+            return 200, {"choices": [self.choice(model, body, index) for index in range(body["n"])]}
 
     @torch.no_grad()
-    def choice(self, body: Any, index: int) -> dict[str, Any]:
-        model, ids = self.models[body["model"]], list(body["prompt"])
-        random = torch.Generator().manual_seed(body["seed"] + index)
+    def choice(self, model: Any, body: Any, index: int) -> dict[str, Any]:
+        ids = list(body["prompt"])
+        random = torch.Generator()
+        if body["seed"] is not None:
+            random.manual_seed(body["seed"] + index)
         tokens: list[int] = []
         reported, lists = [], []
         reason = "length"
@@ -177,8 +178,9 @@ def serving(folder: Path, port: int = 0) -> Iterator[VLLM]:
         yield server
     finally:
         server.shutdown()
-        server.server_close()
+        server.hold.set()
         for connection in server.connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        server.server_close()  # Waits for all requests.
         thread.join()

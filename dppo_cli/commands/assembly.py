@@ -1,6 +1,6 @@
 """From a run's config to parts of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -8,13 +8,17 @@ from omegaconf import OmegaConf
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.policy import Policy
 from dppo_cli.processes.crew import Crew
-from dppo_cli.rollout.engine import RolloutEngine, RolloutSource, in_each_process
+from dppo_cli.reward.scorer import Scorer
+from dppo_cli.rollout.ahead import AheadCollector
+from dppo_cli.rollout.collect import Collector, InStepCollector
+from dppo_cli.rollout.engine import RolloutEngine, RolloutSource, in_each_process, steps_ahead
 from dppo_cli.rollout.shared import SharedEngine
 from dppo_cli.telemetry.table import print_warning
 from dppo_cli.training.learner import Learner
+from dppo_cli.training.order import ORDERS, LookAhead, PromptOrder
 from dppo_cli.training.shared import SharedLearner
 from dppo_cli.training.trainer import Trainer
-from dppo_cli.types import RunInfo
+from dppo_cli.types import Prompt, RunInfo
 from dppo_cli.world import World
 
 
@@ -46,6 +50,29 @@ def load_engine(source: RolloutSource, policy: Policy, crew: Crew, warn: Callabl
     """The engine of this process, or those of all processes of the crew as one."""
     engine = source.load(policy, warn)
     return SharedEngine(engine, crew) if crew.size > 1 and in_each_process(source) else engine
+
+
+def make_order(config: TrainConfig, prompts: Sequence[Prompt]) -> PromptOrder:
+    order = ORDERS[config.order](prompts, config.seed)
+    return LookAhead(order) if steps_ahead(config.rollout) else order
+
+
+def make_collector(config: TrainConfig, engine: RolloutEngine, scorer: Scorer, order: PromptOrder) -> Collector:
+    """`order`: what `make_order` has made."""
+    collector = InStepCollector(
+        engine,
+        scorer,
+        config.advantage,
+        config.batch,
+        config.sampling,
+        config.approx.num_logprobs,
+        config.seed,
+        config.mask_truncated,
+        config.replacement_rounds,
+    )
+    if not isinstance(order, LookAhead):
+        return collector
+    return AheadCollector(collector, order.peek, steps_ahead(config.rollout), config.steps)
 
 
 def shared_learner(learner: Learner, crew: Crew) -> Trainer:

@@ -12,8 +12,8 @@ from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import Objective
 from dppo_cli.commands.doctor import DoctorConfig as DoctorConfig  # there, because it has to load without torch
 from dppo_cli.commands.planning.cards import check_card
-from dppo_cli.commands.report import ReportConfig as ReportConfig  # there, for the same reason
-from dppo_cli.commands.runs import RunsConfig as RunsConfig  # the same
+from dppo_cli.commands.report import ReportConfig as ReportConfig  # for the same reason
+from dppo_cli.commands.runs import RunsConfig as RunsConfig
 from dppo_cli.config.build import FilePath
 from dppo_cli.config.checks import check_choice, check_rules
 from dppo_cli.config.sections import (
@@ -32,7 +32,7 @@ from dppo_cli.config.sections import (
 from dppo_cli.data.task import DataSource
 from dppo_cli.errors import ConfigError
 from dppo_cli.reward.scorer import RewardSource
-from dppo_cli.rollout.engine import RolloutSource
+from dppo_cli.rollout.engine import RolloutSource, steps_ahead
 from dppo_cli.telemetry.console import MODES
 from dppo_cli.telemetry.trackers import chosen
 from dppo_cli.training.card import HUB_NAME
@@ -84,9 +84,11 @@ class TrainConfig:
         check_choice("order", self.order, tuple(ORDERS))
         chosen(self.tracker)
         check_choice("console", self.console, MODES)
+        rounds = self.replacement_rounds
         rules = {
             "kl_to_reference >= 0": self.kl_to_reference >= 0,
-            "replacement_rounds >= 0": self.replacement_rounds >= 0,
+            "replacement_rounds >= 0": rounds >= 0,
+            "replacement_rounds = 0 with rollout.ahead": rounds == 0 or not steps_ahead(self.rollout),
         }
         check_rules("", self, rules)
         if self.batch.samples_per_prompt < self.advantage.min_samples:

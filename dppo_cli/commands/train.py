@@ -12,7 +12,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dppo_cli.commands.assembly import load_engine, make_learner, run_info, shared_learner, with_processes
+from dppo_cli.commands.assembly import (
+    load_engine,
+    make_collector,
+    make_learner,
+    make_order,
+    run_info,
+    shared_learner,
+    with_processes,
+)
 from dppo_cli.commands.problems import encoded_problems
 from dppo_cli.commands.replica import WORK, work
 from dppo_cli.commands.resume import Earlier, check_problems, find_earlier, method_hash
@@ -22,7 +30,7 @@ from dppo_cli.policy.adapter import WEIGHTS
 from dppo_cli.policy.loading import load_policy, resolve_device
 from dppo_cli.processes.crew import Crew
 from dppo_cli.processes.start import crew_of, launched_worker
-from dppo_cli.rollout.collect import Collector, InStepCollector
+from dppo_cli.rollout.collect import Collector
 from dppo_cli.rollout.engine import RolloutEngine
 from dppo_cli.telemetry.console import make_console
 from dppo_cli.telemetry.listeners import Listeners
@@ -37,7 +45,6 @@ from dppo_cli.training.evaluation import Evaluator, Measured, compared, fingerpr
 from dppo_cli.training.memory_use import memory_metrics, peak_memory_gib
 from dppo_cli.training.metrics import PhaseTimer, rollout_metrics, update_metrics
 from dppo_cli.training.nonfinite import update
-from dppo_cli.training.order import ORDERS
 from dppo_cli.training.rescue import rescue
 from dppo_cli.training.run_folder import BEFORE, RunFolder, default_run_dir
 from dppo_cli.training.samples import StepSamples
@@ -84,11 +91,12 @@ def train(
             updates = [update(learner, part, step, folder, config.optim.on_nonfinite) for part in parts]
         with timer.phase("sync"):
             engine.sync(version=step)
-        metrics = {"step": step, **rollout_metrics(collected, config.eval.success_reward), **update_metrics(updates)}
+        of_rollout = rollout_metrics(collected, step, config.eval.success_reward)
+        metrics = {"step": step, **of_rollout, **update_metrics(updates)}
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             with timer.phase("eval"):
                 metrics["eval_accuracy"] = evaluator(step).accuracy
-        metrics |= {"time": timer.seconds_and_rates(collected.sampled), "memory": memory_metrics(learner.policy.device)}
+        metrics |= {"time": timer.seconds_and_rates(collected), "memory": memory_metrics(learner.policy.device)}
         is_best = state.is_best(metrics.get("eval_accuracy"))
         # A step is finished when its line is written and everybody has heard of it, all or nothing.
         with stopping.shielded():
@@ -156,17 +164,8 @@ def _run(
             f"{crew.size} processes share the batch.prompts_per_update={config.batch.prompts_per_update} groups of an "
             "update: some have nothing to do"
         )
-    collector = InStepCollector(
-        engine,
-        scorer,
-        config.advantage,
-        config.batch,
-        config.sampling,
-        config.approx.num_logprobs,
-        config.seed,
-        config.mask_truncated,
-        config.replacement_rounds,
-    )
+    order = make_order(config, train_prompts)
+    collector = make_collector(config, engine, scorer, order)
     evaluator = Evaluator(
         engine,
         scorer,
@@ -237,7 +236,7 @@ def _run(
     listeners = Listeners([masked, watch, *trackers, console], warn)
     state = RunState(
         learner,
-        ORDERS[config.order](train_prompts, config.seed),
+        order,
         tallies={"masked_tokens": masked, "watch": watch, "samples": samples},
         fingerprint=fingerprint(train_prompts),
         most_prompts=config.batch.prompts_per_step * (1 + config.replacement_rounds),

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
 Take = Callable[[int], Sequence[Prompt]]
 """Gives the next so many prompts."""
+Generated = Iterator[tuple[int, list[Completion]]]
+"""What an engine's `generate` gives."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,14 @@ class Collected:
     """What a step trains on, and what it cost.
 
     `replaced`: groups that were sampled and are not among `groups`. `seconds`: how long the trainer waited for sampling
-    ("rollout") and scoring ("reward").
+    ("rollout") and scoring ("reward"). `waited`: whether that was as long as sampling took.
     """
 
     groups: list[Group]
     seconds: Mapping[str, float]
     replaced: Sequence[Group] = ()
     rounds: int = 1
+    waited: bool = True
 
     @property
     def sampled(self) -> list[Group]:
@@ -65,13 +68,15 @@ class InStepCollector:
 
     def collect(self, take: Take, step: int) -> Collected:
         wanted = self.batch.prompts_per_step
-        seconds = {"rollout": 0.0, "reward": 0.0}
+        seconds: dict[str, float] = {}
         found: list[Group] = []
         equal: list[Group] = []
         rounds = 0
         while len(found) < wanted and rounds <= self.replacement_rounds:
-            seed = derive_seed(self.seed, step if rounds == 0 else f"{step}, round {rounds}")
-            groups = self._round(take(wanted - len(found)), seed, seconds)
+            prompts = take(wanted - len(found))
+            groups = self.groups(
+                prompts, self.begin(prompts, step if rounds == 0 else f"{step}, round {rounds}"), seconds
+            )
             rounds += 1
             if not self.replacement_rounds:
                 return Collected(groups, seconds)
@@ -80,11 +85,15 @@ class InStepCollector:
         missing = wanted - len(found)
         return Collected(found + equal[:missing], seconds, equal[missing:], rounds)
 
-    def _round(self, prompts: Sequence[Prompt], seed: int, seconds: dict[str, float]) -> list[Group]:
-        n = self.batch.samples_per_prompt
-        found = sample_and_score(self.engine, self.scorer, prompts, n, self.sampling, self.num_logprobs, seed)
-        for name in seconds:
-            seconds[name] += found.seconds[name]
+    def begin(self, prompts: Sequence[Prompt], step: int | str) -> Generated:
+        n, seed = self.batch.samples_per_prompt, derive_seed(self.seed, step)
+        return self.engine.generate(prompts, n, self.sampling, self.num_logprobs, seed)
+
+    def groups(self, prompts: Sequence[Prompt], generated: Generated, seconds: dict[str, float]) -> list[Group]:
+        """The groups of what `begin` has begun. What was waited for is added to `seconds`."""
+        found = score(generated, self.scorer, prompts)
+        for name, value in found.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
         return [
             Group(prompt, completions, scores, self._advantages(completions, scores))
             for prompt, completions, scores in zip(prompts, found.completions, found.scores, strict=True)
@@ -115,12 +124,17 @@ def sample_and_score(
     num_logprobs: int,
     seed: int,
 ) -> Scored:
-    """Sample, and score all in one call. A scorer that can begins with each group while the others are sampled."""
+    """Sample, and score; see `score`."""
+    return score(engine.generate(prompts, samples_per_prompt, sampling, num_logprobs, seed), scorer, prompts)
+
+
+def score(generated: Generated, scorer: Scorer, prompts: Sequence[Prompt]) -> Scored:
+    """Score all in one call. A scorer that can begins with each group while the others are sampled."""
     early = scorer if isinstance(scorer, EarlyScorer) else None
     start, scoring = time.perf_counter(), 0.0
     found: list[tuple[int, list[Completion]]] = []
     try:
-        for number, completions in engine.generate(prompts, samples_per_prompt, sampling, num_logprobs, seed):
+        for number, completions in generated:
             found.append((number, completions))
             if early is not None:
                 begun_at = time.perf_counter()

@@ -56,6 +56,11 @@ def in_each_process(source: "RolloutSource") -> bool:
     return bool(getattr(source, "in_each_process", True))
 
 
+def steps_ahead(source: "RolloutSource") -> int:
+    """How many steps ahead of the trainer the engine samples; 0: in step."""
+    return int(getattr(source, "ahead", 0))
+
+
 def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:
     """All that `RolloutEngine.generate` gives, in the order of its prompts.
 
@@ -69,7 +74,9 @@ def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Com
 class RolloutSource(Protocol):
     """A rollout option.
 
-    A class that has `in_each_process = False` is loaded in the main process of several alone, and samples for all.
+    A class that has `in_each_process = False` is loaded in the main process of several alone, and samples for all. An
+    object that has `ahead` more than 0 samples so many steps ahead of the trainer: `generate` of its engine begins when
+    it is called, and keeps to the version that it began with.
     """
 
     def check(self, num_logprobs: int, adapter: LoRA | None) -> None:

@@ -10,8 +10,8 @@ import secrets
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,8 +30,6 @@ from dppo_cli.rollout.vllm_reply import read_choices
 from dppo_cli.rollout.vllm_servers import Adapter, Servers, addresses, find
 from dppo_cli.types import Completion, Prompt
 
-KEPT = 2
-"""Adapters that stay in their folder: a server may read one again that requests still use."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
 
@@ -43,6 +41,8 @@ class VLLMRollout:
     url: Any  # an address, or a list of them
     api_key_env: str | None
     adapters: FilePath | None
+    ahead: int
+    seeded: bool
     concurrent_prompts: int
     max_logprobs: int
     timeout: float
@@ -53,6 +53,7 @@ class VLLMRollout:
     def __post_init__(self) -> None:
         rules = {
             "concurrent_prompts >= 1": self.concurrent_prompts >= 1,
+            "0 <= ahead <= 8": 0 <= self.ahead <= 8,
             "max_logprobs >= 1": self.max_logprobs >= 1,
             "0 < timeout <= 86400": 0 < self.timeout <= 86400,
             "0 <= patience <= 86400": 0 <= self.patience <= 86400,
@@ -95,7 +96,7 @@ class VLLMRollout:
                     f"rollout.api_key_env={self.api_key_env}, but the environment has no such variable; export "
                     f"{self.api_key_env}=..."
                 )
-        start = start_command(policy, self.max_logprobs)
+        start = start_command(policy, self.max_logprobs, self.ahead)
         served = {url: find(url, key, self.patience, start, warn) for url in addresses(self.url)}
         if getattr(policy.model, "is_quantized", False):
             warn(
@@ -111,18 +112,24 @@ class VLLMRollout:
             start=start,
             warn=warn,
         )
-        return VLLMEngine(policy, servers, self.adapters, warn)
+        return VLLMEngine(policy, servers, self, warn)
 
 
 class VLLMEngine:
-    """See `RolloutEngine`. Equal calls give tokens that are equal but for rounding, which depends on what else runs."""
+    """See `RolloutEngine`. Equal calls give tokens that are equal but for rounding, which depends on what else runs.
 
-    def __init__(self, policy: Policy, servers: Servers, adapters: str | None, warn: Callable[[str], None]) -> None:
+    `generate` begins when it is called, and goes on while the engine is synced, and the policy trained.
+    """
+
+    def __init__(self, policy: Policy, servers: Servers, options: VLLMRollout, warn: Callable[[str], None]) -> None:
         self.policy, self.servers, self.warn = policy, servers, warn
         # Of its own, because several runs may use a server, and a name never comes again.
         self.name = f"dppo-{secrets.token_hex(6)}"
-        self.folder = Path(adapters or tempfile.gettempdir()) / self.name
-        self.mode = 0o777 if adapters else 0o700
+        self.folder = Path(options.adapters or tempfile.gettempdir()) / self.name
+        # Adapters that stay: a server may read one again that requests still use.
+        self.kept = 2 + options.ahead
+        self.mode = 0o777 if options.adapters else 0o700
+        self.seeded = options.seeded
         self.synced, self.compared = 0, False
         self.version: int | None = None
 
@@ -154,7 +161,7 @@ class VLLMEngine:
                     f"rollout.adapters={self.folder.parent} cannot be written: {error.strerror}"
                 ) from None
             self.servers.load(Adapter(f"{self.name}-{self.synced}", path.resolve()))
-            shutil.rmtree(self.folder / str(self.synced - KEPT), ignore_errors=True)
+            shutil.rmtree(self.folder / str(self.synced - self.kept), ignore_errors=True)
         self.version = version
 
     def generate(
@@ -176,6 +183,11 @@ class VLLMEngine:
             for number, p in enumerate(prompts)
         ]
         answers = {self.servers.complete(body): number for number, body in enumerate(bodies)}
+        return self._groups(answers, sampling, k, version)
+
+    def _groups(
+        self, answers: Mapping[Future[bytes], int], sampling: Sampling, k: int, version: int
+    ) -> Iterator[tuple[int, list[Completion]]]:
         try:
             for answer in as_completed(answers):
                 read = read_choices(answer.result(), k)
@@ -202,7 +214,7 @@ class VLLMEngine:
             "frequency_penalty": 0.0,
             "min_tokens": 0,
             # Sample g of a prompt gets this plus g, and the sum has to fit into 64 bits, too.
-            "seed": seed >> 1,
+            "seed": seed >> 1 if self.seeded else None,
             "logprobs": num_logprobs,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -238,12 +250,17 @@ class VLLMEngine:
                 )
 
 
-def start_command(policy: Policy, max_logprobs: int) -> str:
-    """What starts a server that suits this policy."""
+def start_command(policy: Policy, max_logprobs: int, ahead: int) -> str:
+    """What starts a server that suits this policy; it has the adapters of so many steps at once."""
     words = ["vllm", "serve", shlex.quote(policy.path), "--dtype", str(policy.dtype).removeprefix("torch.")]
     words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max_logprobs)]
+    if policy.device.type == "cpu":
+        # On a CPU vLLM 0.32 dies of a seed with a prompt that it runs in parts.
+        words += ["--no-enable-chunked-prefill"]
     if policy.peft is None:
         return " ".join(words)
     rank = max(getattr(config, "r", 1) for config in policy.peft.peft_config.values())
     allowed = next((known for known in RANKS if known >= rank), rank)
-    return " ".join(["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", *words, "--enable-lora", "--max-lora-rank", str(allowed)])
+    words += ["--enable-lora", "--max-lora-rank", str(allowed)]
+    words += ["--max-loras", str(1 + ahead)] if ahead else []
+    return " ".join(["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", *words])

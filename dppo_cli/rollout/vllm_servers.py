@@ -187,8 +187,9 @@ class Servers:
             ) from None
         except httpx2.HTTPError as error:
             raise GoneError(words(str(error).encode(), self.key) or type(error).__name__) from None
-        if reply.status_code in GONE:
-            # Of a status 500 it may be the request that is at fault: the server's words say so in the end.
+        if reply.status_code in GONE and b"LoRA" not in reply.content:
+            # Of a status 500 it may be the request that is at fault: the server's words say so in the end. An adapter
+            # that it cannot take is such a one.
             raise GoneError(f"{reply.status_code} {words(reply.content, self.key)}")
         server.gone_since = None
         return reply.status_code, reply.content
@@ -215,10 +216,10 @@ class Servers:
         return RolloutError(f"the vLLM server at {server.url} refuses: {status} {said}{hint}")
 
     async def _close(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         if self.adapter is not None:
             await self._unload(self.adapter)
         await self.http.aclose()

@@ -64,7 +64,8 @@ class Watch:
                 f": {note}" if note else ""
             )
         masked = [m for m in (metrics["masked_positive"], metrics["masked_negative"]) if m is not None]
-        mismatch = metrics["mismatch_mean"]
+        # Of samples from earlier steps it is not a matter of the engine.
+        mismatch = None if metrics.get("staleness") else metrics["mismatch_mean"]
         if masked:
             self.quiet_steps = 0 if max(masked) > 0 else self.quiet_steps + 1
             if self.masks and self.quiet_steps >= QUIET_STEPS:

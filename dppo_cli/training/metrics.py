@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_cli.rollout.collect import Collected
 from dppo_cli.training.trainer import UpdateResult
-from dppo_cli.types import Group, Status, TokenStats
+from dppo_cli.types import Status, TokenStats
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 COST = ("time", "memory")
@@ -33,16 +33,26 @@ class PhaseTimer:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def seconds_and_rates(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Seconds of each phase and of the step so far; sampled tokens per second of rollout, and of the whole step."""
+    def seconds_and_rates(self, collected: Collected) -> dict[str, float | None]:
+        """Seconds of each phase and of the step so far; sampled tokens per second of rollout, and of the whole step.
+
+        The former is None where sampling went on while the trainer did not wait for it.
+        """
         total = time.perf_counter() - self.started
-        tokens = sum(len(c.token_ids_T) for group in groups for c in group.completions)
-        rates = {"rollout_tokens_per_second": tokens / self.seconds["rollout"], "tokens_per_second": tokens / total}
-        return {**self.seconds, "total": total, **rates}
+        tokens = sum(len(c.token_ids_T) for group in collected.sampled for c in group.completions)
+        sampling = tokens / self.seconds["rollout"] if collected.waited else None
+        return {
+            **self.seconds,
+            "total": total,
+            "rollout_tokens_per_second": sampling,
+            "tokens_per_second": tokens / total,
+        }
 
 
-def rollout_metrics(collected: Collected, success_reward: float) -> dict[str, Any]:
+def rollout_metrics(collected: Collected, step: int, success_reward: float) -> dict[str, Any]:
     """Rewards and lengths of all that a step has sampled. `equal_groups`: share of groups whose samples all have A = 0.
+
+    `staleness`: by how many steps the policy is ahead of the versions that sampled, on average; 0 when in step.
 
     `reward_parts`: of a mixture, the mean of each member by its name. `sampled_groups` and `sampling_rounds` say what
     replacing equal groups has cost.
@@ -66,6 +76,7 @@ def rollout_metrics(collected: Collected, success_reward: float) -> dict[str, An
         "equal_groups": _mean_of([not any(group.advantages) for group in groups]),
         "sampled_groups": len(groups),
         "sampling_rounds": collected.rounds,
+        "staleness": _mean_of([step - 1 - version for c in completions for version in c.versions]),
         "prompt_tokens": _mean_of(prompt_lengths),
         "response_tokens": _mean_of(lengths),
         "response_tokens_max": max(lengths, default=0),

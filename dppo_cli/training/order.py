@@ -115,6 +115,38 @@ class BySolveRate:
         self.seen = {as_count(n): (as_number(right), as_number(judged)) for n, right, judged in state["seen"]}
 
 
+class LookAhead:
+    """An order whose prompts may be looked at before they are taken. Its state is as if they had not been."""
+
+    def __init__(self, order: PromptOrder) -> None:
+        self.order = order
+        self.seen: list[Prompt] = []
+        self.taken = 0  # without those
+
+    def peek(self, count: int) -> list[Prompt]:
+        """`count` prompts after those that were looked at and not taken."""
+        if not self.seen:
+            self.taken = as_count(self.order.state()["taken"])
+        found = self.order.take(count)
+        self.seen += found
+        return found
+
+    def take(self, count: int) -> list[Prompt]:
+        found, self.seen = self.seen[:count], self.seen[count:]
+        self.taken += len(found)
+        return found + self.order.take(count - len(found))
+
+    def learn(self, groups: Sequence[Group], right: Callable[[float], bool]) -> None:
+        self.order.learn(groups, right)
+
+    def state(self) -> dict[str, Any]:
+        return {**self.order.state(), **({"taken": self.taken} if self.seen else {})}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.seen = []
+        self.order.load_state(state)
+
+
 ORDERS: Mapping[str, Callable[[Sequence[Prompt], int], PromptOrder]] = {
     "shuffle": Shuffled,
     "solve_rate": BySolveRate,

@@ -46,28 +46,59 @@ def test_a_run_goes_on(model, work, server, words) -> None:
         assert [one[key] for key in EXACT] == [other[key] for key in EXACT]
 
 
-def test_a_server_that_dies_ends_a_run_that_can_go_on(model, work, server, words, capsys) -> None:
-    assert train(model, *words, "run_dir=whole", "steps=3") == 0
-    loaded = 0
-    load = server.load
+def dies_after(steps: int, server: VLLM) -> None:
+    """The server samples for no later step."""
+    load, loaded = server.load, len(server.bodies("/load_lora_adapter"))
 
     def dies(body):
-        nonlocal loaded
-        loaded += 1
-        if loaded == 3:
+        if len(server.bodies("/load_lora_adapter")) == loaded + steps + 1:
             server.refuse["/completions"] = [(503, "")] * 1000
         return load(body)
 
     server.load = dies
+
+
+def test_a_server_that_dies_ends_a_run_that_can_go_on(model, work, server, words, capsys) -> None:
+    assert train(model, *words, "run_dir=whole", "steps=3") == 0
+    dies_after(2, server)
     assert train(model, *words, "run_dir=run", "steps=3") == 2
     assert "the state after step 2 is saved; to go on: dppo train resume=run" in capsys.readouterr().err
-    server.load = load
     server.refuse.clear()
     assert main(["train", "resume=run"]) == 0
     assert (
         read_json(work / "run/summary.json")["adapter_sha256"]
         == read_json(work / "whole/summary.json")["adapter_sha256"]
     )
+
+
+def test_sampling_ahead(model, work, server, words, capsys) -> None:
+    """The same problems; from the second step on samples are of the policy one step before, and are known as that."""
+    more = ["optim.lr=0.05", "order=solve_rate", "eval.every=2", "checkpoint.every=1"]
+    assert train(model, *words, *more, "run_dir=ahead", "steps=5", "rollout.ahead=1") == 0
+    rows = read_lines(work / "ahead/metrics.jsonl")
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1, 1]
+    assert rows[0]["mismatch_mean"] < 1e-5 < 1e-3 < min(row["mismatch_mean"] for row in rows[1:])
+    assert [row["time"]["rollout_tokens_per_second"] for row in rows] == [None] * 5
+    assert "the mismatch between rollout engine and trainer grew" not in capsys.readouterr().out
+    report = main(["report", "run=ahead", "out=ahead.html"])
+    assert report == 0
+
+
+def test_a_run_ahead_goes_on(model, work, server, words) -> None:
+    """With the problems that were begun, sampled anew."""
+    ahead = [*words, "rollout.ahead=1", "samples.every=1", "samples.groups=2"]
+    assert train(model, *ahead, "run_dir=whole", "steps=4") == 0
+    dies_after(1, server)  # What step 2 trains on has begun before.
+    assert train(model, *ahead, "run_dir=parts", "steps=4") == 2
+    server.refuse.clear()
+    assert main(["train", "resume=parts"]) == 0
+    assert [row["staleness"] for row in read_lines(work / "parts/metrics.jsonl")] == [0, 1, 0, 1]
+
+    def problems(run: str) -> list[list[int]]:
+        files = sorted((work / run / "samples").glob("step-*.jsonl"), key=lambda path: int(path.stem[5:]))
+        return [[row["problem"] for row in read_lines(path)] for path in files]
+
+    assert problems("parts") == problems("whole")
 
 
 def test_processes_train_and_one_asks(model, work, server, words) -> None:

@@ -7,7 +7,7 @@ from test_vllm_engine import OPTIONS
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.errors import ConfigError
-from dppo_cli.rollout.engine import in_each_process
+from dppo_cli.rollout.engine import in_each_process, steps_ahead
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.vllm import VLLMRollout
 from dppo_cli.rollout.vllm_reply import read_choices
@@ -30,6 +30,8 @@ def option(**changes: object) -> VLLMRollout:
         ("url", [URL, 3], "rollout.url=3 is no address"),
         ("url", [URL, f"{URL}/v1"], "rollout.url names a server twice"),
         ("url", "http://me:secret@host", "rollout.url holds a password; leave it out"),
+        ("ahead", 9, "rollout.ahead=9 breaks the rule"),
+        ("ahead", -1, "rollout.ahead=-1 breaks the rule"),
         ("concurrent_prompts", 0, "rollout.concurrent_prompts=0 breaks the rule"),
         ("max_logprobs", 0, "rollout.max_logprobs=0 breaks the rule"),
         ("timeout", 0.0, "rollout.timeout=0.0 breaks the rule"),
@@ -57,6 +59,14 @@ def test_adapters_that_it_cannot_run(train_config) -> None:
     with pytest.raises(ConfigError, match="vLLM cannot sample with DoRA"):
         train_config("adapter=dora", "rollout=vllm")
     assert train_config("adapter=rslora", "rollout=vllm", "approx=topk").rollout.url == URL
+
+
+def test_sampling_ahead_replaces_no_groups(train_config) -> None:
+    with pytest.raises(ConfigError, match=r"replacement_rounds=2 breaks the rule .* = 0 with rollout.ahead"):
+        train_config("rollout=vllm", "rollout.ahead=1", "replacement_rounds=2")
+    train_config("rollout=vllm", "replacement_rounds=2")
+    assert steps_ahead(option(ahead=2)) == 2
+    assert steps_ahead(LocalRollout("auto", None, 512, 1024)) == 0
 
 
 def test_addresses() -> None:

@@ -18,7 +18,16 @@ from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout
 from dppo_cli.types import Completion, Prompt, Status
 
-OPTIONS = dict(api_key_env=None, adapters=None, concurrent_prompts=8, max_logprobs=20, timeout=30.0, patience=5.0)
+OPTIONS = dict(
+    api_key_env=None,
+    adapters=None,
+    ahead=0,
+    seeded=True,
+    concurrent_prompts=8,
+    max_logprobs=20,
+    timeout=30.0,
+    patience=5.0,
+)
 
 
 @contextmanager
@@ -114,6 +123,9 @@ def test_seeds(policy, server) -> None:
         assert tokens(3, slice(2, None), first=2) == whole[4:]
         assert tokens(4) != whole
         assert len(set(map(tuple, whole))) == len(whole), "samples of a prompt differ"
+    with opened(policy, server, seeded=False) as engine:
+        tokens(3)
+        assert {body["seed"] for body in server.bodies("/completions")[-4:]} == {None}
 
 
 def test_a_request_says_all_that_shapes_the_distribution(policy, server) -> None:
@@ -184,6 +196,24 @@ def test_the_adapter_follows_the_policy(policy, server) -> None:
         assert folder.stat().st_mode & 0o077 == 0, "nobody else reads a temporary folder"
     assert server.adapters() == []
     assert not folder.exists()
+
+
+def test_it_goes_on_while_the_policy_moves(policy, server) -> None:
+    """Sampling begins when it is called, and keeps to its version, adapter and all."""
+    prompts = make.prompts(policy)
+    with opened(policy, server, ahead=1) as engine:
+        before = in_order(engine.generate(prompts, 2, sampling(), 0, seed=1))
+        server.hold.clear()
+        generated = engine.generate(prompts, 2, sampling(), 0, seed=1)
+        make.move_adapter(policy, 0.5, seed=9)
+        engine.sync(1)
+        server.hold.set()  # The first adapter is unloaded by now: the server gets it again.
+        late = in_order(generated)
+        after = in_order(engine.generate(prompts, 2, sampling(), 0, seed=1))
+    assert make.tokens(late) == make.tokens(before) != make.tokens(after)
+    torch.testing.assert_close(make.reported(late).logp_N, make.reported(before).logp_N)
+    assert [one.versions for one in make.flat(late)] == [(0,)] * 8
+    assert [one.versions for one in make.flat(after)] == [(1,)] * 8
 
 
 def test_a_folder_for_servers_elsewhere(policy, server, tmp_path) -> None:

@@ -162,7 +162,7 @@ def test_rollout_metrics_by_hand():
         Group(make.prompt(0, (3, 4)), [end, cut, end], [Score(1.0), Score(0.0), Score(None)], [0.5, -0.5, 0.0]),
         Group(make.prompt(1, (3, 4, 5, 6, 7)), [end], [Score(0.5, {"near": 0.25, "form": None})], [0.0]),
     ]
-    found = rollout_metrics(Collected(groups, {}), success_reward=0.5)
+    found = rollout_metrics(Collected(groups, {}), 3, success_reward=0.5)
     assert found.pop("reward_parts") == {"near": 0.25, "form": None}
     assert found == pytest.approx(
         {
@@ -176,6 +176,7 @@ def test_rollout_metrics_by_hand():
             "response_tokens": 10 / 4,
             "response_tokens_max": 3,
             "finished": 3 / 4,
+            "staleness": 2.0,
         }
     )
 
@@ -184,11 +185,11 @@ def test_groups_that_were_replaced_count_among_what_was_sampled():
     """The reward is that of the policy, not that of the groups it is trained on."""
     teaches = Group(make.prompt(0), [make.completion()] * 2, [Score(1.0), Score(0.0)], [0.5, -0.5])
     solved = Group(make.prompt(1), [make.completion()] * 2, [Score(1.0), Score(1.0)], [0.0, 0.0])
-    found = rollout_metrics(Collected([teaches], {}, replaced=[solved, solved], rounds=3), success_reward=1.0)
+    found = rollout_metrics(Collected([teaches], {}, replaced=[solved, solved], rounds=3), 1, success_reward=1.0)
     figures = ("reward", "accuracy", "equal_groups", "sampled_groups", "sampling_rounds")
     assert [found[name] for name in figures] == [pytest.approx(5 / 6), pytest.approx(5 / 6), 2 / 3, 3, 3]
 
 
 def test_a_step_without_samples_has_no_means():
-    found = rollout_metrics(Collected([Group(make.prompt(), [], [], [])], {}), success_reward=0.5)
+    found = rollout_metrics(Collected([Group(make.prompt(), [], [], [])], {}), 1, success_reward=0.5)
     assert {found[name] for name in ("reward", "accuracy", "unjudged", "response_tokens", "finished")} == {None}

@@ -10,7 +10,7 @@ from statistics import mean
 import make
 import pytest
 
-from dppo_cli.training.order import ORDERS, BySolveRate, Shuffled
+from dppo_cli.training.order import ORDERS, BySolveRate, LookAhead, Shuffled
 from dppo_cli.types import Example, Group, Prompt, Score
 
 PROMPTS = [make.prompt(i) for i in range(7)]
@@ -114,3 +114,32 @@ def test_a_step_has_no_prompt_twice_while_there_are_enough() -> None:
     assert len(order.take(16)) == 16
     firsts = [order.take(1)[0].index for _ in range(200)]
     assert mean(i == 0 for i in firsts) > 0.7, "the one that teaches most comes first most often"
+
+
+def test_looking_ahead_changes_nothing_but_what_comes_next() -> None:
+    plain, order = Shuffled(PROMPTS, seed=4), LookAhead(Shuffled(PROMPTS, seed=4))
+    expected = [plain.take(3) for _ in range(5)]
+    assert order.take(3) == expected[0]
+    before = order.state()
+    assert order.peek(3) == expected[1] and order.peek(3) == expected[2]
+    assert order.state() == before == {"taken": 3}
+    assert order.take(3) == expected[1]
+    assert order.state() == {"taken": 6}
+    assert order.take(6) == expected[2] + expected[3]
+    assert order.state() == {"taken": 12}
+    order.peek(3)
+    order.load_state({"taken": 3})
+    assert order.take(3) == expected[1]
+
+
+def test_looking_ahead_learns() -> None:
+    """What is learnt after prompts were looked at is part of the state; they are not."""
+    order = LookAhead(BySolveRate(PROMPTS, seed=4))
+    [first] = order.take(1)
+    order.peek(2)
+    order.learn([group(first, 1.0, 0.0)], right)
+    state = order.state()
+    assert state == {"taken": 1, "seen": [[first.index, 1.0, 2.0]]}
+    other = LookAhead(BySolveRate(PROMPTS, seed=4))
+    other.load_state(state)
+    assert other.order.solve_rate(first.index) == order.order.solve_rate(first.index)
