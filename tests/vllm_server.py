@@ -18,7 +18,7 @@ LOADING = threading.Lock()
 
 
 class VLLM(ThreadingHTTPServer):
-    """What it does otherwise: see the attributes. No thread outlives it: in torch it would break the interpreter's end."""
+    """What it does otherwise: see the attributes. No thread outlives it: one in torch would break the end of tests."""
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)

@@ -18,6 +18,8 @@ from dppo_cli.training.files import as_number, read_json
 from dppo_cli.training.state import CENTURY
 
 CONFIG = "config.yaml"
+SECRET_KEY = "_env"
+"""How keys end whose values name secrets."""
 EVALUATED = ("eval_before", "eval_before_error", "eval_after", "eval_after_error", "eval_problems")
 """Of a summary: None where it was not measured."""
 
@@ -107,9 +109,10 @@ def run_config(folder: Path, own: DictConfig, trust: bool) -> DictConfig:
     def refuse(key: str, value: str) -> None:
         # What the user has named on this command line is in `own`.
         if not trusted and OmegaConf.select(own, key) != value:
+            what = "a secret that would be sent" if key.endswith(SECRET_KEY) else "code that would run"
             raise RunError(
-                f"{folder / CONFIG} was written by somebody else, or edited, and names code that would run: "
-                f"{key}={value}. Read it, then add trust=true"
+                f"{folder / CONFIG} was written by somebody else, or edited, and names {what}: {key}={value}. Read it, "
+                "then add trust=true"
             )
 
     build(TrainConfig, config, refuse)

@@ -36,6 +36,11 @@ CODE = "code"
 CodePath = Annotated[str, FILE, CODE]
 """The hint of a `FilePath` that names code, such as the function of a reward."""
 
+SECRET = "secret"
+SecretName = Annotated[str, SECRET]
+"""The hint of an option that names an environment variable whose value is sent to a server, which the config names,
+too."""
+
 OPTIONS = tuple(f"dppo_cli.{room}." for room in ("algorithm", "data", "reward", "rollout"))
 """Where our own option classes are. A `_target_` anywhere else names the user's code."""
 
@@ -48,7 +53,8 @@ SMALLEST_FLOAT = 1.1754944e-38
 def build(schema: type[T], node: DictConfig, check_code: Callable[[str, str], None] | None = None) -> T:
     """The frozen object of class `schema` that `node` describes; options hinted as `FilePath` become absolute in both.
 
-    `check_code(key, value)` is called for whatever names code that is not ours, before it is imported; it may refuse.
+    `check_code(key, value)` is called for whatever names code that is not ours, before it is imported, and for names of
+    secrets that would be sent; it may refuse.
 
     Raises ConfigError for unknown keys, wrong types, unset mandatory values, values out of range, combinations that
     cannot work, and a `_target_` that is not a dataclass or lacks what its field needs. The text names the key as the
@@ -139,7 +145,7 @@ class _Builder:
             raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
         _check_elements(hint, value, where)
         _check_number(hint, node, value, where)
-        if CODE in marks:
+        if CODE in marks or SECRET in marks:
             self.check_code(where, str(value))
         if is_file and isinstance(value, str):
             value = self.files[where] = absolute(value)

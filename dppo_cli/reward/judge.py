@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dppo_cli.config.build import FilePath
+from dppo_cli.config.build import FilePath, SecretName
 from dppo_cli.config.checks import check_rules, did_you_mean
 from dppo_cli.errors import ConfigError, RewardError
 from dppo_cli.reward.judge_client import JudgeClient, JudgeError, Patience
@@ -31,7 +31,7 @@ class Judge:
 
     url: str
     model: str
-    api_key_env: str | None
+    api_key_env: SecretName | None
     template: str
     system: str | None
     verdict: str

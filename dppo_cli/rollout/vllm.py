@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
-from dppo_cli.config.build import FilePath
+from dppo_cli.config.build import FilePath, SecretName
 from dppo_cli.config.checks import check_rules
 from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.errors import ConfigError, RolloutError
@@ -39,7 +39,7 @@ class VLLMRollout:
     """See conf/rollout/vllm.yaml for the fields."""
 
     url: Any  # an address, or a list of them
-    api_key_env: str | None
+    api_key_env: SecretName | None
     adapters: FilePath | None
     ahead: int
     seeded: bool

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import vllm_server
-from helpers import main, read_json, read_lines, train
+from helpers import TINY_RUN, main, read_json, read_lines, train
 from vllm_server import VLLM
+
+from dppo_cli.config.saved import SIGNATURE
 
 EXACT = ("reward", "entropy", "gradient_norm", "shift_mean")
 PROMPTS = ["data.train_problems=32", "data.eval_problems=4"]
@@ -136,3 +138,21 @@ def test_difficulty_of_problems(model, work, server, words, capsys) -> None:
     more = [f"model.path={model}", *PROMPTS, "reward=exact", "difficulty=true", "problems=2", "check=0"]
     assert main(["data", *words, *more, "sampling.max_new_tokens=4", "batch.samples_per_prompt=2"]) == 0
     assert {body["n"] for body in server.bodies("/completions")[2:]} == {2}
+
+
+def test_a_secret_that_somebody_elses_run_names_is_not_sent(model, work, server, words, monkeypatch, capsys) -> None:
+    """To an address that the run names, too."""
+    monkeypatch.setenv("MINE", "sesame")
+    plain = ["train", *TINY_RUN, "data.train_problems=32", f"model.path={model}", *words, "steps=1", "run_dir=run"]
+    assert main([*plain, "rollout.api_key_env=MINE"]) == 0
+    config = work / "run/config.yaml"
+    config.write_text(config.read_text().rpartition(SIGNATURE)[0])
+    asked = len(server.asked)
+    capsys.readouterr()
+    for command in ("eval", "export", "sample text=1"):
+        assert main([*command.split(), "run=run"]) == 2
+        said = "names a secret that would be sent: rollout.api_key_env=MINE. Read it, then add trust=true"
+        assert said in capsys.readouterr().err
+    assert len(server.asked) == asked
+    assert main(["eval", "run=run", "rollout.api_key_env=MINE", "out=named"]) == 0
+    assert main(["eval", "run=run", "trust=true", "out=trusted"]) == 0

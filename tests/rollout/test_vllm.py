@@ -2,14 +2,16 @@
 
 import json
 
+import make
 import pytest
 from test_vllm_engine import OPTIONS
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
+from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.errors import ConfigError
 from dppo_cli.rollout.engine import in_each_process, steps_ahead
 from dppo_cli.rollout.local import LocalRollout
-from dppo_cli.rollout.vllm import VLLMRollout
+from dppo_cli.rollout.vllm import VLLMRollout, start_command
 from dppo_cli.rollout.vllm_reply import read_choices
 from dppo_cli.rollout.vllm_servers import addresses, words
 
@@ -67,6 +69,17 @@ def test_sampling_ahead_replaces_no_groups(train_config) -> None:
     train_config("rollout=vllm", "replacement_rounds=2")
     assert steps_ahead(option(ahead=2)) == 2
     assert steps_ahead(LocalRollout("auto", None, 512, 1024)) == 0
+
+
+@pytest.mark.parametrize("file", ["docs/vllm.md", "conf/rollout/vllm.yaml"])
+def test_what_starts_a_server_is_what_the_files_say(file, train_config) -> None:
+    """But for the model, its precision, and what only a CPU needs."""
+    text = (config_dir().parent / file).read_text(encoding="utf-8").replace("\\\n", " ").replace("#", " ")
+    [line] = [line for line in text.splitlines() if " serve " in line and "VLLM_ALLOW" in line]
+    policy = make.policy(train_config("adapter.r=32"))
+    wanted = start_command(policy, 20, 0).replace("--no-enable-chunked-prefill ", "").split()
+    own = {"--dtype", "float32", policy.path, "vllm"}
+    assert {word for word in wanted if word not in own} <= set(line.split())
 
 
 def test_addresses() -> None:

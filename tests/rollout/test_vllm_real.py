@@ -27,7 +27,7 @@ from dppo_cli.types import Prompt, Status
 pytestmark = pytest.mark.vllm
 PYTHON = os.environ.get("DPPO_VLLM_PYTHON", "")
 LOG = Path(tempfile.gettempdir()) / "dppo-test-vllm.log"
-TEXTS = ("12+34=", "7+8=", "99-1=", "45-46=")
+TEXTS = ("12+34=", "7+8=", "99+9=", "45-46=")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,8 +102,8 @@ def server(policy: Policy, port: int) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
 def test_log_probs_are_those_of_the_trainer(policy, port, prompts, temperature) -> None:
     with opened(policy, port) as engine:
-        completions = in_order(engine.generate(prompts, 16, sampling(2, temperature), 5, seed=1))
-        again = in_order(engine.generate(prompts, 16, sampling(2, temperature), 0, seed=1))
+        completions = in_order(engine.generate(prompts, 16, sampling(3, temperature), 5, seed=1))
+        again = in_order(engine.generate(prompts, 16, sampling(3, temperature), 0, seed=1))
     assert make.tokens(again) == make.tokens(completions), "equal seeds"
     token_N, mu = sampled_tokens(completions), make.reported(completions)
     log_pi_NV = make.trained_log_probs(policy, prompts, completions, temperature)
