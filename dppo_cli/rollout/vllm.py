@@ -27,7 +27,7 @@ from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.completions import completion
 from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare
 from dppo_cli.rollout.vllm_reply import read_choices
-from dppo_cli.rollout.vllm_servers import Adapter, Servers, addresses, find
+from dppo_cli.rollout.vllm_servers import Adapter, Server, Servers, addresses, find
 from dppo_cli.types import Completion, Prompt
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -126,11 +126,12 @@ class VLLMEngine:
         # Of its own, because several runs may use a server, and a name never comes again.
         self.name = f"dppo-{secrets.token_hex(6)}"
         self.folder = Path(options.adapters or tempfile.gettempdir()) / self.name
-        # Adapters that stay: a server may read one again that requests still use.
-        self.kept = 2 + options.ahead
+        # The newest last, and before it those that requests may still use.
+        self.adapters: list[Adapter] = []
+        self.ahead = options.ahead
         self.mode = 0o777 if options.adapters else 0o700
         self.seeded = options.seeded
-        self.synced, self.compared = 0, False
+        self.synced = 0
         self.version: int | None = None
 
     def __enter__(self) -> "VLLMEngine":
@@ -138,6 +139,8 @@ class VLLMEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for adapter in self.adapters:
+            self.servers.unload(adapter)
         self.servers.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.version = None
@@ -160,8 +163,12 @@ class VLLMEngine:
                 raise RolloutError(
                     f"rollout.adapters={self.folder.parent} cannot be written: {error.strerror}"
                 ) from None
-            self.servers.load(Adapter(f"{self.name}-{self.synced}", path.resolve()))
-            shutil.rmtree(self.folder / str(self.synced - self.kept), ignore_errors=True)
+            self.adapters.append(Adapter(f"{self.name}-{self.synced}", path.resolve()))
+            self.servers.load(self.adapters[-1])
+            for old in self.adapters[: -1 - self.ahead]:
+                self.servers.unload(old)
+                shutil.rmtree(old.path, ignore_errors=True)
+            del self.adapters[: -1 - self.ahead]
         self.version = version
 
     def generate(
@@ -176,8 +183,9 @@ class VLLMEngine:
         assert self.version is not None, "sync the engine before its first use"
         version, k = self.version, min(num_logprobs, self.policy.head.weight_VH.shape[0])
         self._check_length(prompts, sampling.max_new_tokens)
-        if not self.compared and prompts:
-            self._compare(prompts[0].token_ids, sampling)
+        for server in self.servers.servers:
+            if not server.compared and server.gone_since is None and prompts:
+                self._compare(server, prompts[0].token_ids, sampling)
         bodies = [
             self._body(p.token_ids, samples_per_prompt, sampling, k, derive_seed(seed, first + number))
             for number, p in enumerate(prompts)
@@ -225,18 +233,20 @@ class VLLMEngine:
             "skip_special_tokens": False,
         }
 
-    def _compare(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        """Before the first use: raise RolloutError for servers whose log-probs are not those of the trainer's model."""
+    def _compare(self, server: Server, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raise RolloutError for a server whose log-probs are not those of the trainer's model."""
         room = min(TOKENS, sampling.max_new_tokens)
-        how = [Sampling(t, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[]) for t in TEMPERATURES]
-        bodies = [{**self._body(prompt, 1, of, 0, seed=0), "stop_token_ids": []} for of in how]
-        for server in self.servers.servers:
-            read = [of for body in bodies for of in read_choices(self.servers.complete_at(server, body), 0)]
-            sampled = [(token_T, mu.logp_N) for token_T, mu in read]
-            if len(sampled) < len(bodies):
-                raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
-            compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
-        self.compared = True
+        sampled = []
+        for temperature in TEMPERATURES:
+            how = Sampling(temperature, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[])
+            reply = self.servers.complete_at(server, {**self._body(prompt, 1, how, 0, seed=0), "stop_token_ids": []})
+            if reply is None:
+                return
+            sampled += [(token_T, mu.logp_N) for token_T, mu in read_choices(reply, 0)]
+        if len(sampled) < len(TEMPERATURES):
+            raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
+        compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
+        server.compared = True
 
     def _check_length(self, prompts: Sequence[Prompt], room: int) -> None:
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)

@@ -54,6 +54,7 @@ class Server:
     turns: asyncio.Semaphore
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked: int = 0  # requests that it works on, or that wait for their turn
+    compared: bool = False  # with the trainer's model, since it was last away
     gone_since: float | None = None  # seconds, of a clock that only runs forward; None: it answers
 
 
@@ -97,21 +98,22 @@ class Servers:
         self.thread.join()
         self.loop.close()
 
-    def load(self, adapter: Adapter | None) -> None:
-        """What is sampled from then on; None: the model itself. Servers that do not answer get it when they do."""
-        before, self.adapter = self.adapter, adapter
-        if adapter is not None:
-            self._run(self._load_everywhere(adapter)).result()
-        if before is not None:
-            self._run(self._unload(before)).result()
+    def load(self, adapter: Adapter) -> None:
+        """What is sampled from then on; the model itself before. Servers that do not answer get it when they do."""
+        self.adapter = adapter
+        self._run(self._load_everywhere(adapter)).result()
+
+    def unload(self, adapter: Adapter) -> None:
+        """Servers that do not answer keep it."""
+        self._run(self._unload(adapter)).result()
 
     def complete(self, body: Mapping[str, Any]) -> Future[bytes]:
         """A server's answer to a request for completions, less its key `model`. Cancel it to give it up."""
         return self._run(self._complete(body, self.adapter))
 
-    def complete_at(self, server: Server, body: Mapping[str, Any]) -> bytes:
-        """The same by a particular server, now."""
-        reply: bytes = self._run(self._ask(server, body, self.adapter)).result()
+    def complete_at(self, server: Server, body: Mapping[str, Any]) -> bytes | None:
+        """The same by a particular server, now. None if it does not answer while others do."""
+        reply: bytes | None = self._run(self._complete_at(server, body, self.adapter)).result()
         return reply
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
@@ -129,6 +131,15 @@ class Servers:
                 await self._without(server, why)
             finally:
                 server.asked -= 1
+
+    async def _complete_at(self, server: Server, body: Mapping[str, Any], adapter: Adapter | None) -> bytes | None:
+        while True:
+            try:
+                return await self._ask(server, body, adapter)
+            except GoneError as why:
+                await self._without(server, why)
+                if any(other.gone_since is None for other in self.servers):
+                    return None
 
     async def _ask(self, server: Server, body: Mapping[str, Any], adapter: Adapter | None) -> bytes:
         name = server.served.model if adapter is None else adapter.name
@@ -172,9 +183,12 @@ class Servers:
         raise self._refused(server, status, reply)
 
     async def _unload(self, adapter: Adapter) -> None:
-        for server in self.servers:
-            with suppress(GoneError, RolloutError):
-                await self._post(server, "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+        body = {"lora_name": adapter.name}
+        here = [server for server in self.servers if server.gone_since is None]
+        posts = (
+            self.http.post(f"{server.url}/v1/unload_lora_adapter", json=body, timeout=CONNECTING) for server in here
+        )
+        await asyncio.gather(*posts, return_exceptions=True)
 
     async def _post(self, server: Server, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
         """Status and answer. Raises GoneError, or RolloutError for an answer that takes too long."""
@@ -191,7 +205,8 @@ class Servers:
             # Of a status 500 it may be the request that is at fault: the server's words say so in the end. An adapter
             # that it cannot take is such a one.
             raise GoneError(f"{reply.status_code} {words(reply.content, self.key)}")
-        server.gone_since = None
+        if server.gone_since is not None:
+            server.gone_since, server.compared = None, False
         return reply.status_code, reply.content
 
     async def _without(self, server: Server, why: GoneError, wait: bool = True) -> None:
@@ -220,8 +235,6 @@ class Servers:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-        if self.adapter is not None:
-            await self._unload(self.adapter)
         await self.http.aclose()
 
 

@@ -8,9 +8,10 @@ import make
 import pytest
 import vllm_server
 from test_vllm_engine import opened
-from test_vllm_servers import tokens
+from test_vllm_servers import change, tokens
 from vllm_server import VLLM
 
+from dppo_cli.errors import RolloutError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout import vllm_servers
 
@@ -60,7 +61,32 @@ def test_others_go_on_without_one(policy, server, model) -> None:
             engine.sync(2)
             assert tokens(engine) == before
             assert back.adapters() == [f"{engine.name}-3"]
-            assert len(back.bodies("/completions")) == 2
+            assert len(back.bodies("/completions")) == 2 + 2, "half of them, and two that were compared"
+
+
+def test_one_that_comes_back_is_compared_again(policy, server, model, tiny_models) -> None:
+    """Somebody may have started it with another model."""
+    second = vllm_server.serving(model)
+    other = second.__enter__()
+    with opened(policy, server, other, warn=lambda text: None) as engine:
+        tokens(engine)
+        second.__exit__(None, None, None)
+        tokens(engine)
+        with vllm_server.serving(model, other.server_port) as back:
+            change(back, 5.0)
+            engine.sync(1)
+            with pytest.raises(RolloutError, match=f"the vLLM server at {other.url} serves another model"):
+                tokens(engine)
+
+
+def test_one_that_is_away_when_it_is_to_be_compared(policy, server, model) -> None:
+    with vllm_server.serving(model) as second, opened(policy, server, second, warn=lambda text: None) as engine:
+        second.refuse["/completions"] = [(503, "")] * 1000
+        assert len(tokens(engine)) == 8
+        second.refuse.clear()
+        engine.sync(1)
+        assert len(tokens(engine)) == 8
+        assert [one.compared for one in engine.servers.servers] == [True, True]
 
 
 def test_requests_at_each_are_limited(policy, server) -> None:
