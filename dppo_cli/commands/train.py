@@ -156,7 +156,7 @@ def _run(
         crew.begin_all("load", config)
         policy = load_policy(config.model, config.hardware, warn=early.append, adapter=config.adapter, seed=config.seed)
     train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
-    engine = load_engine(config.rollout, policy, crew, early.append)
+    engine = load_engine(config.rollout, policy, crew, lambda text: crew.warn(text))
     learner = shared_learner(make_learner(policy, config, lambda text: warn(text), crew.world), crew)
     crew.ended()  # loading
     if crew.size > config.batch.prompts_per_update:

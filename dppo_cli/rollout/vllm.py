@@ -25,9 +25,10 @@ from dppo_cli.errors import ConfigError, RolloutError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.completions import completion
+from dppo_cli.rollout.vllm_http import addresses, find
 from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare
 from dppo_cli.rollout.vllm_reply import read_choices
-from dppo_cli.rollout.vllm_servers import Adapter, Server, Servers, addresses, find
+from dppo_cli.rollout.vllm_servers import Adapter, Server, Servers
 from dppo_cli.types import Completion, Prompt
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -97,7 +98,7 @@ class VLLMRollout:
                     f"{self.api_key_env}=..."
                 )
         start = start_command(policy, self.max_logprobs, self.ahead)
-        served = {url: find(url, key, self.patience, start, warn) for url in addresses(self.url)}
+        served = {url: find(url, key, self.patience, start) for url in addresses(self.url)}
         if getattr(policy.model, "is_quantized", False):
             warn(
                 "the base is in 4 bits here, and in the servers as they were started: --quantization bitsandbytes is "

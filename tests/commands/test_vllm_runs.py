@@ -73,6 +73,22 @@ def test_a_server_that_dies_ends_a_run_that_can_go_on(model, work, server, words
     )
 
 
+def test_a_server_that_is_away_for_a_moment(model, work, server, words, capsys) -> None:
+    """The run says so when it happens, and keeps it."""
+    load = server.load
+
+    def away(body):
+        if len(server.bodies("/load_lora_adapter")) == 2:
+            server.refuse["/completions"] = [(503, "")] * 2
+        return load(body)
+
+    server.load = away
+    assert train(model, *words, "rollout.patience=20", "run_dir=run", "steps=2") == 0
+    said = f"the vLLM server at {server.url} does not answer (503); waiting 20 seconds for it"
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert read_json(work / "run/summary.json")["warnings"] == [said]
+
+
 def test_sampling_ahead(model, work, server, words, capsys) -> None:
     """The same problems; from the second step on samples are of the policy one step before, and are known as that."""
     more = ["optim.lr=0.05", "order=solve_rate", "eval.every=2", "checkpoint.every=1"]

@@ -12,8 +12,8 @@ from dppo_cli.errors import ConfigError
 from dppo_cli.rollout.engine import in_each_process, steps_ahead
 from dppo_cli.rollout.local import LocalRollout
 from dppo_cli.rollout.vllm import VLLMRollout, start_command
+from dppo_cli.rollout.vllm_http import addresses, words
 from dppo_cli.rollout.vllm_reply import read_choices
-from dppo_cli.rollout.vllm_servers import addresses, words
 
 URL = "http://localhost:8000"
 

@@ -17,7 +17,7 @@ from vllm_server import VLLM, error
 
 from dppo_cli.errors import RolloutError
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import vllm_servers
+from dppo_cli.rollout import vllm_http, vllm_servers
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout
 
@@ -28,7 +28,8 @@ BUSY = (503, error("starting"))
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_servers, "PAUSE", 0.02)
+    for module in (vllm_http, vllm_servers):
+        monkeypatch.setattr(module, "PAUSE", 0.02)
 
 
 @pytest.fixture
@@ -50,29 +51,30 @@ def tokens(engine: VLLMEngine) -> list[list[int]]:
 # At the start
 
 
-def test_nobody_answers(policy, model) -> None:
+def test_nobody_answers(policy, model, capsys) -> None:
     """What to start is said at once, and again when it was not started in time."""
-    said: list[str] = []
-    with pytest.raises(RolloutError) as caught, opened(policy, url=NOBODY, patience=0.1, warn=said.append):
+    with pytest.raises(RolloutError) as caught, opened(policy, url=NOBODY, patience=0.1):
         pass
+    said = capsys.readouterr().err.splitlines()
     start = (
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {model} --dtype float32 --logprobs-mode processed_logprobs "
         "--max-logprobs 20 --no-enable-chunked-prefill --enable-lora --max-lora-rank 8"
     )
     refused = "[Errno 111] Connection refused"
-    assert said == [f"no vLLM server answers at {NOBODY} ({refused}); waiting 0.1 seconds for one: {start}"]
+    assert said[-1:] == [f"dppo: no vLLM server answers at {NOBODY} ({refused}); waiting 0.1 seconds for one: {start}"]
     assert str(caught.value) == (
         f"no vLLM server has answered at {NOBODY} for rollout.patience=0.1 seconds ({refused}); start one: {start}; or "
         "sample in this process: rollout=local"
     )
 
 
-def test_a_server_that_starts_late_is_waited_for(policy, server) -> None:
+def test_a_server_that_starts_late_is_waited_for(policy, server, capsys) -> None:
+    capsys.readouterr()
     server.refuse["/v1/models"] = [BUSY] * 3
-    said: list[str] = []
-    with opened(policy, server, warn=said.append) as engine:
+    with opened(policy, server) as engine:
         assert len(tokens(engine)) == 8
-    assert len(said) == 1 and "503 starting" in said[0]
+    [said] = capsys.readouterr().err.splitlines()
+    assert "503 starting" in said
 
 
 def test_something_else_answers(policy, server) -> None:

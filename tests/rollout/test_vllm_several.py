@@ -13,12 +13,13 @@ from vllm_server import VLLM
 
 from dppo_cli.errors import RolloutError
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import vllm_servers
+from dppo_cli.rollout import vllm_http, vllm_servers
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_servers, "PAUSE", 0.02)
+    for module in (vllm_http, vllm_servers):
+        monkeypatch.setattr(module, "PAUSE", 0.02)
 
 
 @pytest.fixture
