@@ -39,10 +39,10 @@ class VLLM(ThreadingHTTPServer):
         self.abort = 0  # choices of each answer that are given up
         self.refuse: dict[str, list[tuple[int, Any]]] = {}
         """By the end of a path: what the next requests are answered with instead."""
-        self.hold = threading.Event()
         self.connections: list[Any] = []
-        self.hold.set()
+        self.hold = threading.Event()
         """Completions wait for it."""
+        self.hold.set()
 
     def get_request(self) -> tuple[Any, Any]:
         found = super().get_request()
@@ -83,6 +83,8 @@ class VLLM(ThreadingHTTPServer):
         self.hold.wait(30)
         if model is None:
             return 404, error(f"The model `{body['model']}` does not exist.", "NotFoundError")
+        if body["temperature"] == 0 and body["n"] > 1:
+            return 400, error("n must be 1 when using greedy sampling")
         if body["logprobs"] > self.longest_list:
             return 400, error(f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed")
         with self.work:

@@ -18,6 +18,7 @@ from dppo_cli.config.saved import as_written
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.loading import load_policy, resolve_device
 from dppo_cli.processes.start import crew_of
+from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import percent, print_table, print_warning, with_interval
 from dppo_cli.training.evaluation import EvalResult, evaluate
@@ -97,7 +98,9 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
     with phase("loading the reward"):
         scorer = config.reward.load(warn)
     device = resolve_device(config.hardware)[0].type
-    with crew_of(World(), config.hardware.processes, device, WORK, warn) as crew:
+    # One process asks servers for everybody.
+    processes = config.hardware.processes if in_each_process(config.rollout) else 1
+    with crew_of(World(), processes, device, WORK, warn) as crew:
         crew.warned = warned = list[str]()
 
         def warn_of(text: str) -> None:

@@ -29,7 +29,12 @@ from dppo_cli.types import Prompt
 
 OF_THE_COMMAND = ("resume", "run_dir", "trust")
 """Keys that say where and whether to go on."""
-MAY_CHANGE = ("steps", "checkpoint", "stop", "samples", "tracker", "console", "hardware.processes", *OF_THE_COMMAND)
+OF_SERVERS = ("url", "api_key_env", "adapters", "concurrent_prompts", "timeout", "patience")
+"""Keys of rollout=vllm that say where servers are, and how they are asked."""
+MAY_CHANGE = (
+    *("steps", "checkpoint", "stop", "samples", "tracker", "console", "hardware.processes", *OF_THE_COMMAND),
+    *(f"rollout.{key}" for key in OF_SERVERS),
+)
 """Keys and sections that do not change what a step computes, but for rounding (`steps` only where the learning rate
 does not depend on it)."""
 

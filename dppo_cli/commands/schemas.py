@@ -84,11 +84,10 @@ class TrainConfig:
         check_choice("order", self.order, tuple(ORDERS))
         chosen(self.tracker)
         check_choice("console", self.console, MODES)
-        rounds = self.replacement_rounds
         rules = {
             "kl_to_reference >= 0": self.kl_to_reference >= 0,
-            "replacement_rounds >= 0": rounds >= 0,
-            "replacement_rounds = 0 with rollout.ahead": rounds == 0 or not steps_ahead(self.rollout),
+            "replacement_rounds >= 0": self.replacement_rounds >= 0,
+            "replacement_rounds = 0 with rollout.ahead": 0 in (self.replacement_rounds, steps_ahead(self.rollout)),
         }
         check_rules("", self, rules)
         if self.batch.samples_per_prompt < self.advantage.min_samples:
@@ -227,8 +226,7 @@ class CompareConfig:
         check_rules("", self, {"shown >= 0": self.shown >= 0})
 
 
-FORMATS = ("adapter", "merged", "gguf")
-DTYPES = ("float32", "bfloat16", "float16")
+FORMATS, DTYPES = ("adapter", "merged", "gguf"), ("float32", "bfloat16", "float16")
 QUANTISATIONS = ("q8_0",)
 """What llama.cpp's converter writes beside plain numbers."""
 BASES = ("original", "dequantized")

@@ -31,7 +31,7 @@ from dppo_cli.policy.loading import load_policy, resolve_device
 from dppo_cli.processes.crew import Crew
 from dppo_cli.processes.start import crew_of, launched_worker
 from dppo_cli.rollout.collect import Collector
-from dppo_cli.rollout.engine import RolloutEngine
+from dppo_cli.rollout.engine import RolloutEngine, steps_ahead
 from dppo_cli.telemetry.console import make_console
 from dppo_cli.telemetry.listeners import Listeners
 from dppo_cli.telemetry.table import print_warning
@@ -231,7 +231,8 @@ def _run(
         # Values of the environment go into no file.
         whole_prompts=as_written(config_yaml, "prompt.system", system) == system,
     )
-    watch = Watch(config.objective.masks and config.batch.updates_per_step > 1, warn)
+    moves = config.batch.updates_per_step > 1 or steps_ahead(config.rollout) > 0
+    watch = Watch(config.objective.masks and moves, warn)
     trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
     listeners = Listeners([masked, watch, *trackers, console], warn)
     state = RunState(

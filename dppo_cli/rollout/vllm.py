@@ -7,10 +7,9 @@ shows. DPPO is anchored on mu, and needs no more.
 
 import os
 import secrets
-import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.completions import completion
 from dppo_cli.rollout.vllm_http import addresses, find
-from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare
+from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare, start_command
 from dppo_cli.rollout.vllm_reply import read_choices
-from dppo_cli.rollout.vllm_servers import Adapter, Server, Servers
+from dppo_cli.rollout.vllm_servers import Adapter, Servers
 from dppo_cli.types import Completion, Prompt
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's --max-lora-rank."""
+LEAST = 0.01
+"""vLLM samples at no lower temperature; 0 is greedy."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,12 @@ class VLLMRollout:
         if not isinstance(urls, list) or not urls:
             raise ConfigError(f"rollout.url={self.url} is no address; write http://host:port, or a list of them")
         for url in urls:
-            parts = urlsplit(url) if isinstance(url, str) else None
-            if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+                right = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+            except ValueError:  # of a port, or of brackets
+                right = False
+            if not right:
                 raise ConfigError(f"rollout.url={url} is no address; write http://host:port")
             if parts.username or parts.password:
                 raise ConfigError(
@@ -91,11 +94,15 @@ class VLLMRollout:
     def load(self, policy: Policy, warn: Callable[[str], None]) -> "VLLMEngine":
         key = None
         if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env)
+            key = os.environ.get(self.api_key_env, "").strip()
             if not key:
                 raise RolloutError(
                     f"rollout.api_key_env={self.api_key_env}, but the environment has no such variable; export "
                     f"{self.api_key_env}=..."
+                )
+            if not (key.isascii() and key.isprintable()):
+                raise RolloutError(
+                    f"the key in {self.api_key_env} (rollout.api_key_env) has characters that no key has"
                 )
         start = start_command(policy, self.max_logprobs, self.ahead)
         served = {url: find(url, key, self.patience, start) for url in addresses(self.url)}
@@ -140,8 +147,6 @@ class VLLMEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for adapter in self.adapters:
-            self.servers.unload(adapter)
         self.servers.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.version = None
@@ -184,24 +189,36 @@ class VLLMEngine:
         assert self.version is not None, "sync the engine before its first use"
         version, k = self.version, min(num_logprobs, self.policy.head.weight_VH.shape[0])
         self._check_length(prompts, sampling.max_new_tokens)
-        for server in self.servers.servers:
-            if not server.compared and server.gone_since is None and prompts:
-                self._compare(server, prompts[0].token_ids, sampling)
+        if 0 < sampling.temperature < LEAST:
+            raise RolloutError(
+                f"a temperature of {sampling.temperature:g} is {LEAST:g} for vLLM; use 0, or {LEAST:g} or more"
+            )
+        if prompts:
+            self._compare_new(prompts[0].token_ids, sampling)
+        # vLLM takes one greedy sample a request; all others are equal to it.
+        copies = samples_per_prompt if sampling.temperature == 0 else 1
         bodies = [
-            self._body(p.token_ids, samples_per_prompt, sampling, k, derive_seed(seed, first + number))
+            self._body(p.token_ids, samples_per_prompt // copies, sampling, k, derive_seed(seed, first + number))
             for number, p in enumerate(prompts)
         ]
         answers = {self.servers.complete(body): number for number, body in enumerate(bodies)}
-        return self._groups(answers, sampling, k, version)
 
-    def _groups(
-        self, answers: Mapping[Future[bytes], int], sampling: Sampling, k: int, version: int
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        try:
-            for answer in as_completed(answers):
-                read = read_choices(answer.result(), k)
+        def groups() -> Iterator[tuple[int, list[Completion]]]:
+            for number, reply in self._answered(answers):
+                # One that was away may have come back as another.
+                self._compare_new(prompts[0].token_ids, sampling)
+                read = read_choices(reply, k)
                 # Those that a server gave up are missing: a group may be smaller.
-                yield answers[answer], [completion(self.policy, *of, sampling.stop, version) for of in read]
+                found = [completion(self.policy, t, mu, sampling.stop, version, ended) for t, mu, ended in read]
+                yield number, found * copies
+
+        return groups()
+
+    def _answered(self, answers: dict[Future[bytes], int]) -> Iterator[tuple[int, bytes]]:
+        """A prompt's number and a server's answer, as they come. Answers are not kept."""
+        try:
+            for answer in as_completed(list(answers)):
+                yield answers.pop(answer), answer.result()
         finally:
             for answer in answers:
                 answer.cancel()
@@ -234,20 +251,24 @@ class VLLMEngine:
             "skip_special_tokens": False,
         }
 
-    def _compare(self, server: Server, prompt: Sequence[int], sampling: Sampling) -> None:
+    def _compare_new(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """Raise RolloutError for a server whose log-probs are not those of the trainer's model."""
         room = min(TOKENS, sampling.max_new_tokens)
-        sampled = []
-        for temperature in TEMPERATURES:
-            how = Sampling(temperature, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[])
-            reply = self.servers.complete_at(server, {**self._body(prompt, 1, how, 0, seed=0), "stop_token_ids": []})
-            if reply is None:
-                return
-            sampled += [(token_T, mu.logp_N) for token_T, mu in read_choices(reply, 0)]
-        if len(sampled) < len(TEMPERATURES):
-            raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
-        compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
-        server.compared = True
+        for server in self.servers.servers:
+            if server.compared or server.gone:
+                continue
+            sampled = []
+            for temperature in TEMPERATURES:
+                how = Sampling(temperature, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=room, stop=[])
+                body = {**self._body(prompt, 1, how, 0, seed=0), "stop_token_ids": []}
+                reply = self.servers.complete_at(server, body)
+                sampled += [] if reply is None else [(t, mu.logp_N) for t, mu, _ in read_choices(reply, 0)]
+            if server.gone:
+                continue
+            if len(sampled) < len(TEMPERATURES):
+                raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
+            compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
+            server.compared = True
 
     def _check_length(self, prompts: Sequence[Prompt], room: int) -> None:
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids), default=None)
@@ -259,19 +280,3 @@ class VLLMEngine:
                     f"sampling.max_new_tokens={room} it is longer than the {most} that the vLLM server at {server.url} "
                     "takes; start it with a larger --max-model-len"
                 )
-
-
-def start_command(policy: Policy, max_logprobs: int, ahead: int) -> str:
-    """What starts a server that suits this policy; it has the adapters of so many steps at once."""
-    words = ["vllm", "serve", shlex.quote(policy.path), "--dtype", str(policy.dtype).removeprefix("torch.")]
-    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max_logprobs)]
-    if policy.device.type == "cpu":
-        # On a CPU vLLM 0.32 dies of a seed with a prompt that it runs in parts.
-        words += ["--no-enable-chunked-prefill"]
-    if policy.peft is None:
-        return " ".join(words)
-    rank = max(getattr(config, "r", 1) for config in policy.peft.peft_config.values())
-    allowed = next((known for known in RANKS if known >= rank), rank)
-    words += ["--enable-lora", "--max-lora-rank", str(allowed)]
-    words += ["--max-loras", str(1 + ahead)] if ahead else []
-    return " ".join(["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", *words])

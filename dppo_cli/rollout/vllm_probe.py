@@ -1,5 +1,6 @@
-"""Whether a server samples from the trainer's own model, and reports the log-probs of the tempered distribution."""
+"""What a server has to be: how it is started, and whether it samples from the trainer's own model, tempered."""
 
+import shlex
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.vllm_servers import Server
 
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
 TOKENS = 16
 """Of a response that is compared, at most."""
 TEMPERATURES = (1.0, 2.0)
@@ -68,3 +71,19 @@ def log_probs(policy: Policy, prompt: Sequence[int], token_T: Tensor, temperatur
     finally:
         policy.model.train(training)
     return logp_TV.gather(-1, token_T[:, None]).squeeze(-1)
+
+
+def start_command(policy: Policy, max_logprobs: int, ahead: int) -> str:
+    """What starts a server that suits this policy; it has the adapters of so many steps at once."""
+    words = ["vllm", "serve", shlex.quote(policy.path), "--dtype", str(policy.dtype).removeprefix("torch.")]
+    words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max_logprobs)]
+    if policy.device.type == "cpu":
+        # On a CPU vLLM 0.32 dies of a seed with a prompt that it runs in parts.
+        words += ["--no-enable-chunked-prefill"]
+    if policy.peft is None:
+        return " ".join(words)
+    rank = max(getattr(config, "r", 1) for config in policy.peft.peft_config.values())
+    allowed = next((known for known in RANKS if known >= rank), rank)
+    words += ["--enable-lora", "--max-lora-rank", str(allowed)]
+    words += ["--max-loras", str(1 + ahead)] if ahead else []
+    return " ".join(["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", *words])

@@ -16,8 +16,8 @@ MINUS_INFINITY = -9999.0
 """What it writes for a log-prob of minus infinity, which JSON does not have."""
 
 
-def read_choices(reply: bytes, num_logprobs: int) -> Iterator[tuple[Tensor, PolicyReport]]:
-    """Tokens, int64 [T], and report of each response to one prompt.
+def read_choices(reply: bytes, num_logprobs: int) -> Iterator[tuple[Tensor, PolicyReport, bool]]:
+    """Tokens, int64 [T], and report of each response to one prompt, and whether it ended before its limit.
 
     Left out are responses that the server gave up before they had ended. Raises RolloutError for an answer that does
     not hold what was asked for.
@@ -26,7 +26,7 @@ def read_choices(reply: bytes, num_logprobs: int) -> Iterator[tuple[Tensor, Poli
         choices = json.loads(reply)["choices"]
         for choice in choices:
             if choice["finish_reason"] in ("stop", "length"):
-                yield _read(choice, num_logprobs)
+                yield *_read(choice, num_logprobs), choice["finish_reason"] == "stop"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RolloutError(
             f"the server's answer is not what vLLM 0.10.2 or later gives ({type(error).__name__}: {error}); its first "

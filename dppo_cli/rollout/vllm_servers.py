@@ -40,11 +40,38 @@ class Server:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked: int = 0  # requests that it works on, or that wait for their turn
     compared: bool = False  # with the trainer's model, since it was last away
-    gone_since: float | None = None  # seconds, of a clock that only runs forward; None: it answers
+    gone: bool = False  # when it was last asked, it did not answer
 
 
 class GoneError(Exception):
-    """A server cannot be reached, or says that it cannot work. The text says why."""
+    """A server cannot be reached, or says that it cannot work. The text says why. `heard`: it had taken the request."""
+
+    def __init__(self, text: str, heard: bool = False) -> None:
+        super().__init__(text)
+        self.heard = heard
+
+
+class Patience:
+    """How long attempts at a request have failed in a row.
+
+    It counts anew after one that a server had worked on for longer than that.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.since: float | None = None
+        self.begun = 0.0
+
+    def attempt(self) -> None:
+        """Another begins."""
+        self.begun = time.monotonic()
+
+    def over(self, why: GoneError) -> bool:
+        """Whether the attempt that has failed now was the last."""
+        now = time.monotonic()
+        if self.since is None or (why.heard and now - self.begun > self.seconds):
+            self.since = now
+        return now - self.since >= self.seconds
 
 
 class Servers:
@@ -64,7 +91,7 @@ class Servers:
         """`served`: by address. `concurrent`: requests at each. `start`: what starts a server, for messages."""
         self.timeout, self.patience, self.start, self.warn, self.key = timeout, patience, start, warn, key
         self.servers = [Server(url, of, asyncio.Semaphore(concurrent)) for url, of in served.items()]
-        self.adapter: Adapter | None = None
+        self.adapters: list[Adapter] = []  # that servers have; the last is what is sampled from
 
     def __enter__(self) -> "Servers":
         self.loop = asyncio.new_event_loop()
@@ -77,53 +104,61 @@ class Servers:
 
     def __exit__(self, *_: object) -> None:
         """Requests in progress are given up; a server sees that, and stops to work on them."""
-        with suppress(RolloutError, TimeoutError):
-            self._run(self._close()).result(CONNECTING)
+        with suppress(TimeoutError):
+            self._run(self._close()).result(2 * CONNECTING)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
 
     def load(self, adapter: Adapter) -> None:
         """What is sampled from then on; the model itself before. Servers that do not answer get it when they do."""
-        self.adapter = adapter
+        self.adapters.append(adapter)
         self._run(self._load_everywhere(adapter)).result()
 
     def unload(self, adapter: Adapter) -> None:
         """Servers that do not answer keep it."""
+        self.adapters.remove(adapter)
         self._run(self._unload(adapter)).result()
 
     def complete(self, body: Mapping[str, Any]) -> Future[bytes]:
         """A server's answer to a request for completions, less its key `model`. Cancel it to give it up."""
-        return self._run(self._complete(body, self.adapter))
+        return self._run(self._complete(body, self._newest()))
 
     def complete_at(self, server: Server, body: Mapping[str, Any]) -> bytes | None:
         """The same by a particular server, now. None if it does not answer while others do."""
-        reply: bytes | None = self._run(self._complete_at(server, body, self.adapter)).result()
+        reply: bytes | None = self._run(self._complete_at(server, body, self._newest())).result()
         return reply
+
+    def _newest(self) -> Adapter | None:
+        return self.adapters[-1] if self.adapters else None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def _complete(self, body: Mapping[str, Any], adapter: Adapter | None) -> bytes:
+        clock = Patience(self.patience)
         while True:
             # One that answers; of these the one with the least to do.
-            server = min(self.servers, key=lambda s: (s.gone_since is not None, s.asked))
+            server = min(self.servers, key=lambda s: (s.gone, s.asked))
             server.asked += 1
             try:
                 async with server.turns:
+                    clock.attempt()
                     return await self._ask(server, body, adapter)
             except GoneError as why:
-                await self._without(server, why)
+                await self._without(server, why, clock)
             finally:
                 server.asked -= 1
 
     async def _complete_at(self, server: Server, body: Mapping[str, Any], adapter: Adapter | None) -> bytes | None:
+        clock = Patience(self.patience)
         while True:
+            clock.attempt()
             try:
                 return await self._ask(server, body, adapter)
             except GoneError as why:
-                await self._without(server, why)
-                if any(other.gone_since is None for other in self.servers):
+                await self._without(server, why, clock)
+                if self._others(server):
                     return None
 
     async def _ask(self, server: Server, body: Mapping[str, Any], adapter: Adapter | None) -> bytes:
@@ -139,16 +174,21 @@ class Servers:
         raise RolloutError(f"the vLLM server at {server.url} loses the adapter it was given; see what it prints")
 
     async def _load_everywhere(self, adapter: Adapter) -> None:
-        while not any(await asyncio.gather(*(self._loaded(server, adapter) for server in self.servers))):
-            await asyncio.sleep(PAUSE)
-
-    async def _loaded(self, server: Server, adapter: Adapter) -> bool:
-        try:
-            await self._load(server, adapter)
-        except GoneError as why:
-            await self._without(server, why, wait=False)
-            return False
-        return True
+        clock = Patience(self.patience)
+        while True:
+            clock.attempt()
+            loads = [self._load(server, adapter) for server in self.servers]
+            found = await asyncio.gather(*loads, return_exceptions=True)
+            gone: list[tuple[Server, GoneError]] = []
+            for server, why in zip(self.servers, found, strict=True):
+                if isinstance(why, GoneError):
+                    self._tell(server, why)
+                    gone.append((server, why))
+                elif why is not None:
+                    raise why
+            if len(gone) < len(self.servers):
+                return
+            await self._without(*gone[0], clock)
 
     async def _load(self, server: Server, adapter: Adapter) -> None:
         async with server.loading:
@@ -169,7 +209,7 @@ class Servers:
 
     async def _unload(self, adapter: Adapter) -> None:
         body = {"lora_name": adapter.name}
-        here = [server for server in self.servers if server.gone_since is None]
+        here = [server for server in self.servers if not server.gone]
         posts = (
             self.http.post(f"{server.url}/v1/unload_lora_adapter", json=body, timeout=CONNECTING) for server in here
         )
@@ -180,33 +220,42 @@ class Servers:
         try:
             reply = await self.http.post(f"{server.url}{path}", json=body)
         except httpx2.ReadTimeout:
+            late = f"has not answered within rollout.timeout={self.timeout:g} seconds"
+            if self._others(server):
+                raise GoneError(f"it {late}", heard=True) from None
             raise RolloutError(
-                f"the vLLM server at {server.url} has not answered within rollout.timeout={self.timeout:g} seconds; "
-                "raise it, or lower rollout.concurrent_prompts"
+                f"the vLLM server at {server.url} {late}; raise it, or lower rollout.concurrent_prompts"
             ) from None
         except httpx2.HTTPError as error:
-            raise GoneError(words(str(error).encode(), self.key) or type(error).__name__) from None
+            heard = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise GoneError(words(str(error).encode(), self.key) or type(error).__name__, heard) from None
         if reply.status_code in GONE and b"LoRA" not in reply.content:
             # Of a status 500 it may be the request that is at fault: the server's words say so in the end. An adapter
             # that it cannot take is such a one.
             raise GoneError(status_and_words(reply, self.key))
-        if server.gone_since is not None:
-            server.gone_since, server.compared = None, False
+        if server.gone:
+            server.gone = server.compared = False
         return reply.status_code, reply.content
 
-    async def _without(self, server: Server, why: GoneError, wait: bool = True) -> None:
-        """Raise RolloutError if no server has answered for too long; wait where there is no other."""
-        now = time.monotonic()
-        if server.gone_since is None:
-            server.gone_since = now
-            others = sum(other.gone_since is None for other in self.servers)
+    async def _without(self, server: Server, why: GoneError, clock: "Patience") -> None:
+        """Raise RolloutError if attempts have failed for too long; wait where no other server answers."""
+        self._tell(server, why)
+        if clock.over(why):
+            raise RolloutError(absent(server.url, str(why), self.patience, self.start))
+        if not self._others(server):
+            await asyncio.sleep(PAUSE)
+
+    def _tell(self, server: Server, why: GoneError) -> None:
+        """Once each time that it stops answering."""
+        if not server.gone:
+            server.gone = True
+            others = self._others(server)
             what = f"{others} others go on" if others else f"waiting {self.patience:g} seconds for it"
             self.warn(f"the vLLM server at {server.url} does not answer ({why}); {what}")
-        since = [other.gone_since for other in self.servers]
-        if all(at is not None and now - at >= self.patience for at in since):
-            raise RolloutError(absent(server.url, str(why), self.patience, self.start))
-        if wait and None not in since:
-            await asyncio.sleep(PAUSE)
+
+    def _others(self, server: Server) -> int:
+        """How many answer besides."""
+        return sum(not other.gone for other in self.servers if other is not server)
 
     def _refused(self, server: Server, status: int, reply: bytes) -> RolloutError:
         hint = " (its key is in the variable that rollout.api_key_env names)" if status in (401, 403) else ""
@@ -220,4 +269,5 @@ class Servers:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*map(self._unload, self.adapters))
         await self.http.aclose()

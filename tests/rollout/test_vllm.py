@@ -11,8 +11,9 @@ from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.errors import ConfigError
 from dppo_cli.rollout.engine import in_each_process, steps_ahead
 from dppo_cli.rollout.local import LocalRollout
-from dppo_cli.rollout.vllm import VLLMRollout, start_command
+from dppo_cli.rollout.vllm import VLLMRollout
 from dppo_cli.rollout.vllm_http import addresses, words
+from dppo_cli.rollout.vllm_probe import start_command
 from dppo_cli.rollout.vllm_reply import read_choices
 
 URL = "http://localhost:8000"
@@ -117,8 +118,8 @@ def test_lists_of_the_likeliest_tokens() -> None:
     choice = {"finish_reason": "stop", "token_ids": [7, 4, 4]}
     choice["logprobs"] = {"token_logprobs": [-3.0, -2.0, 0.0], "top_logprobs": lists}
     given_up = {"finish_reason": "abort"}
-    [(token_T, mu)] = read_choices(json.dumps({"choices": [given_up, choice]}).encode(), 2)
-    assert token_T.tolist() == [7, 4, 4]
+    [(token_T, mu, ended)] = read_choices(json.dumps({"choices": [given_up, choice]}).encode(), 2)
+    assert token_T.tolist() == [7, 4, 4] and ended
     assert mu.logp_N.tolist() == [-3.0, -2.0, 0.0]
     assert mu.topk_ids_NK.tolist() == [[1, 2], [5, 4], [4, 5]]
     assert mu.topk_logp_NK.tolist() == [[-0.5, -1.5], [-0.5, -2.0], [0.0, float("-inf")]]

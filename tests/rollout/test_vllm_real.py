@@ -21,7 +21,8 @@ from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.errors import RolloutError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import in_order
-from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout, start_command
+from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout
+from dppo_cli.rollout.vllm_probe import start_command
 from dppo_cli.types import Prompt, Status
 
 pytestmark = pytest.mark.vllm

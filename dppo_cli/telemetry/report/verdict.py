@@ -76,7 +76,7 @@ def trust_region(run: RunData) -> Verdict:
     if (first := next((v for v in column(run.metrics, "mismatch_mean") if v is not None), None)) is not None:
         lines.append(f"Sampler and trainer differ by {first:.2g} in mean |pi−mu| before any update")
     both = [max(a or 0.0, b or 0.0) for a, b in zip(up, down, strict=True)]
-    if _updates(run.config) == 1:
+    if _updates(run.config) == 1 and not any(column(run.metrics, "staleness")):
         return Verdict(question, "It has nothing to do: one update per rollout, so pi is mu", "neutral", lines)
     if max(both) > BUSY:
         return Verdict(question, f"Too busy: up to {max(both):.0%} of one sign masked", "bad", lines)
