@@ -48,6 +48,15 @@ def test_a_run_goes_on(model, work, server, words) -> None:
         assert [one[key] for key in EXACT] == [other[key] for key in EXACT]
 
 
+def test_a_run_goes_on_with_a_server_elsewhere(model, work, server, words) -> None:
+    assert train(model, *words, "run_dir=run", "steps=2") == 0
+    with vllm_server.serving(model) as other:
+        moved = ["rollout=vllm", f"rollout.url={other.url}", "rollout.patience=3", "rollout.concurrent_prompts=2"]
+        assert main(["train", "resume=run", "steps=4", *moved]) == 0
+        assert other.bodies("/completions")
+    assert main(["train", "resume=run", "steps=6", "rollout=vllm", "rollout.seeded=false"]) == 2
+
+
 def dies_after(steps: int, server: VLLM) -> None:
     """The server samples for no later step."""
     load, loaded = server.load, len(server.bodies("/load_lora_adapter"))

@@ -28,6 +28,9 @@ def option(**changes: object) -> VLLMRollout:
     [
         ("url", "localhost:8000", "rollout.url=localhost:8000 is no address; write http://host:port"),
         ("url", "http://", "is no address"),
+        ("url", "http://localhost:abc", "is no address; write http://host:port"),
+        ("url", "http://localhost:99999", "is no address; write http://host:port"),
+        ("url", "http://[::1", "is no address; write http://host:port"),
         ("url", 8000, "is no address; write http://host:port, or a list of them"),
         ("url", [], "is no address"),
         ("url", [URL, 3], "rollout.url=3 is no address"),

@@ -64,6 +64,13 @@ def test_a_large_mismatch_at_the_start():
     assert watching().step(metrics(mismatch=LARGE_MISMATCH)) == []
 
 
+def test_samples_of_earlier_steps_show_no_mismatch_of_engines():
+    watch = watching()
+    assert said(watch, metrics(mismatch=0.001), {**metrics(mismatch=0.5), "staleness": 1.0}) == [[], []]
+    assert watch.first_mismatch == 0.001
+    assert watching().step({**metrics(mismatch=0.5), "staleness": 1.0}) == []
+
+
 def test_only_the_first_mismatch_is_a_start():
     # 0.021 after 0.019 is large but neither the start nor growth.
     assert said(watching(), metrics(mismatch=None), metrics(mismatch=0.019), metrics(mismatch=0.021)) == [

@@ -36,9 +36,10 @@ def test_accuracy_went_up_only_where_its_interval_says_so(
     assert found.shares[0] == ("before", 0.5, 0.4, 0.6)
 
 
-def region(tmp_path: Path, masked: list[float], *overrides: str) -> tuple[str, str]:
+def region(tmp_path: Path, masked: list[float], *overrides: str, stale: float = 0.0) -> tuple[str, str]:
     run = write_run(tmp_path / "run", len(masked), overrides=overrides)
-    rows = [{**metrics(i, 9), "masked_positive": share, "masked_negative": 0.0} for i, share in enumerate(masked, 1)]
+    of_all = {"masked_negative": 0.0, "staleness": stale}
+    rows = [{**metrics(i, 9), **of_all, "masked_positive": share} for i, share in enumerate(masked, 1)]
     write_lines(run / "metrics.jsonl", rows)
     found = trust_region(read_run(run))
     return found.answer, found.tone
@@ -60,6 +61,11 @@ def test_the_trust_region(tmp_path: Path, masked: list[float], answer: str, tone
 def test_with_one_update_per_rollout_the_trust_region_has_nothing_to_do(tmp_path: Path) -> None:
     answer, tone = region(tmp_path, [0.0, 0.0], "batch.prompts_per_update=64")
     assert answer.startswith("It has nothing to do") and tone == "neutral"
+
+
+def test_unless_samples_are_of_earlier_steps(tmp_path: Path) -> None:
+    found = region(tmp_path, [0.0, 0.01], "batch.prompts_per_update=64", stale=1.0)
+    assert found == ("Yes: it masked tokens in 1 of 2 steps", "good")
 
 
 def test_the_thresholds_are_those_of_the_watch() -> None:
