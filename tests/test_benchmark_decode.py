@@ -50,14 +50,14 @@ def test_refilled_slots(scripts: SimpleNamespace):
     """All sequences have the lengths that were asked for, in both runs."""
     local: ModuleType = importlib.import_module("dppo_cli.rollout.local")
     lengths: list[int] = []
-    completion = local.LocalEngine._completion
+    completion = local.completion
 
-    def counted(self, token_T, *of):
+    def counted(policy, token_T, *of):
         lengths.append(len(token_T))
-        return completion(self, token_T, *of)
+        return completion(policy, token_T, *of)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local.LocalEngine, "_completion", counted)
+        patch.setattr(local, "completion", counted)
         rows = measured(scripts, "refill")
     names = [f"long-tailed lengths, 16 sequences in 4 slots, {kind}" for kind in ("refilled", "batch after batch")]
     assert list(rows) == names
