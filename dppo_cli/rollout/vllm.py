@@ -134,8 +134,6 @@ class VLLMEngine:
         # Of its own, because several runs may use a server, and a name never comes again.
         self.name = f"dppo-{secrets.token_hex(6)}"
         self.folder = Path(options.adapters or tempfile.gettempdir()) / self.name
-        # The newest last, and before it those that requests may still use.
-        self.adapters: list[Adapter] = []
         self.ahead = options.ahead
         self.mode = 0o777 if options.adapters else 0o700
         self.seeded = options.seeded
@@ -169,12 +167,11 @@ class VLLMEngine:
                 raise RolloutError(
                     f"rollout.adapters={self.folder.parent} cannot be written: {error.strerror}"
                 ) from None
-            self.adapters.append(Adapter(f"{self.name}-{self.synced}", path.resolve()))
-            self.servers.load(self.adapters[-1])
-            for old in self.adapters[: -1 - self.ahead]:
+            self.servers.load(Adapter(f"{self.name}-{self.synced}", path.resolve()))
+            # All but those that requests may still use.
+            for old in self.servers.adapters[: -1 - self.ahead]:
                 self.servers.unload(old)
                 shutil.rmtree(old.path, ignore_errors=True)
-            del self.adapters[: -1 - self.ahead]
         self.version = version
 
     def generate(
