@@ -106,19 +106,21 @@ def test_nothing_is_left_in_a_server_that_was_left_in_a_hurry(policy, server) ->
         server.hold.clear()
         engine.generate(make.prompts(policy), 2, sampling(), 0, seed=1)
         threading.Timer(0.1, server.hold.set).start()
-    time.sleep(0.3)
+    until = time.monotonic() + 10
+    while server.adapters() and time.monotonic() < until:
+        time.sleep(0.02)
     assert server.adapters() == []
 
 
 def test_one_that_hangs_while_others_work(policy, server, model) -> None:
     said: list[str] = []
     with vllm_server.serving(model) as second:
-        with opened(policy, server, second, timeout=1.0, warn=said.append) as engine:
+        with opened(policy, server, second, timeout=5.0, warn=said.append) as engine:
             before = tokens(engine)
             second.hold.clear()
             assert tokens(engine) == before
         assert [text.split(" (")[0] for text in said] == [f"the vLLM server at {second.url} does not answer"]
-        assert "within rollout.timeout=1 seconds" in said[0]
+        assert "within rollout.timeout=5 seconds" in said[0]
 
 
 def test_greedy_samples_are_equal(policy, server) -> None:
