@@ -166,7 +166,8 @@ class Servers:
         for _ in range(RELOADS):
             status, reply = await self._post(server, "/v1/completions", {**body, "model": name})
             if status == NOT_FOUND and adapter is not None:
-                await self._load(server, adapter)  # It was started again.
+                server.compared = False  # It was started again, perhaps as another.
+                await self._load(server, adapter)
                 continue
             if status != httpx2.codes.OK:
                 raise self._refused(server, status, reply)

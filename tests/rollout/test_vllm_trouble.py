@@ -96,6 +96,16 @@ def test_one_that_comes_back_as_another_in_the_middle_of_a_step(policy, server) 
             next(engine.generate(prompts, 2, sampling(), 0, seed=1))
 
 
+def test_one_that_was_started_again_between_two_requests_is_compared_again(policy, server) -> None:
+    """No request found it away; it only lacks the adapter."""
+    with opened(policy, server) as engine:
+        tokens(engine)
+        server.forget()
+        change(server, 5.0)
+        with pytest.raises(RolloutError, match="serves another model than"):
+            tokens(engine)
+
+
 def test_nothing_is_left_in_a_server_that_was_left_in_a_hurry(policy, server) -> None:
     """Requests that wait would load their adapter again."""
     with opened(policy, server, concurrent_prompts=1, ahead=1) as engine:
