@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import string
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dppo_cli.config.build import FilePath, SecretName
 from dppo_cli.config.checks import check_rules, did_you_mean
+from dppo_cli.config.servers import check_address, secret_of
 from dppo_cli.errors import ConfigError, RewardError
 from dppo_cli.reward.judge_client import JudgeClient, JudgeError, Patience
 from dppo_cli.reward.patterns import TooSlowError, compiled, last_match
@@ -67,25 +66,14 @@ class Judge:
             "max_failures >= 1": self.max_failures >= 1,
         }
         check_rules("reward", self, rules)
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"reward.url={self.url} is no address; write http://host:port/v1")
-        if parts.username or parts.password:
-            raise ConfigError("reward.url holds a password; leave it out, and name a variable with reward.api_key_env")
+        check_address("reward.url", self.url, "http://host:port/v1")
         if not any(name == "completion" for _, name, _, _ in _fields(self.template)):
             raise ConfigError("reward.template does not show the response; write {completion} where it belongs")
         if taken := {"messages", "model", "temperature", "max_tokens", "stream", "n"} & (self.extra or {}).keys():
             raise ConfigError(f"reward.extra.{min(taken)} is set by dppo itself; leave it out")
 
     def load(self, warn: Callable[[str], None]) -> Scorer:
-        key = None
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env)
-            if not key:
-                raise RewardError(
-                    f"reward.api_key_env={self.api_key_env}, but the environment has no such variable; export "
-                    f"{self.api_key_env}=..."
-                )
+        key = None if self.api_key_env is None else secret_of("reward.api_key_env", self.api_key_env)
         client = JudgeClient(
             self.url,
             key,

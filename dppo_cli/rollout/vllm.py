@@ -5,7 +5,6 @@ trainer's base in a copy and in kernels of their own, so mu differs from pi befo
 shows. DPPO is anchored on mu, and needs no more.
 """
 
-import os
 import secrets
 import shutil
 import tempfile
@@ -14,12 +13,12 @@ from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.config.build import FilePath, SecretName
 from dppo_cli.config.checks import check_rules
 from dppo_cli.config.sections import LoRA, Sampling
+from dppo_cli.config.servers import check_address, secret_of
 from dppo_cli.errors import ConfigError, RolloutError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import derive_seed
@@ -63,17 +62,7 @@ class VLLMRollout:
         if not isinstance(urls, list) or not urls:
             raise ConfigError(f"rollout.url={self.url} is no address; write http://host:port, or a list of them")
         for url in urls:
-            try:
-                parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
-                right = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-            except ValueError:  # of a port, or of brackets
-                right = False
-            if not right:
-                raise ConfigError(f"rollout.url={url} is no address; write http://host:port")
-            if parts.username or parts.password:
-                raise ConfigError(
-                    "rollout.url holds a password; leave it out, and name a variable with rollout.api_key_env"
-                )
+            check_address("rollout.url", url, "http://host:port")
         if len(set(addresses(urls))) < len(urls):
             raise ConfigError("rollout.url names a server twice")
 
@@ -92,20 +81,11 @@ class VLLMRollout:
             raise ConfigError("vLLM cannot sample with DoRA (adapter.use_dora); use adapter=lora, or rollout=local")
 
     def load(self, policy: Policy, warn: Callable[[str], None]) -> "VLLMEngine":
-        key = None
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key:
-                raise RolloutError(
-                    f"rollout.api_key_env={self.api_key_env}, but the environment has no such variable; export "
-                    f"{self.api_key_env}=..."
-                )
-            if not (key.isascii() and key.isprintable()):
-                raise RolloutError(
-                    f"the key in {self.api_key_env} (rollout.api_key_env) has characters that no key has"
-                )
-        start = start_command(policy, self.max_logprobs, self.ahead)
-        served = {url: find(url, key, self.patience, start) for url in addresses(self.url)}
+        key = None if self.api_key_env is None else secret_of("rollout.api_key_env", self.api_key_env)
+        served = {}
+        for url in addresses(self.url):
+            start = start_command(policy, self.max_logprobs, self.ahead, url)
+            served[url] = find(url, key, self.patience, start)
         if getattr(policy.model, "is_quantized", False):
             warn(
                 "the base is in 4 bits here, and in the servers as they were started: --quantization bitsandbytes is "
@@ -117,7 +97,6 @@ class VLLMRollout:
             concurrent=self.concurrent_prompts,
             timeout=self.timeout,
             patience=self.patience,
-            start=start,
             warn=warn,
         )
         return VLLMEngine(policy, servers, self, warn)
@@ -152,7 +131,7 @@ class VLLMEngine:
     @property
     def samples_with(self) -> str:
         one, *others = self.servers.servers
-        more = f" and {len(others)} others" if others else ""
+        more = f" and {len(others)} more" if others else ""
         return f"vLLM {one.served.version} at {one.url}{more}, {one.served.model} with the adapter beside it"
 
     def sync(self, version: int) -> None:
@@ -264,7 +243,7 @@ class VLLMEngine:
                 continue
             if len(sampled) < len(TEMPERATURES):
                 raise RolloutError(f"the vLLM server at {server.url} gives responses up; see what it prints")
-            compare(self.policy, prompt, sampled, server, self.servers.start, self.warn)
+            compare(self.policy, prompt, sampled, server, self.warn)
             server.compared = True
 
     def _check_length(self, prompts: Sequence[Prompt], room: int) -> None:

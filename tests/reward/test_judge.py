@@ -9,7 +9,7 @@ import pytest
 from functions import values
 from judges import Reply, option, said, scored
 
-from dppo_cli.errors import RewardError
+from dppo_cli.errors import ConfigError, RewardError
 from dppo_cli.types import Score
 
 # What is asked, and what is made of the answer
@@ -118,7 +118,7 @@ def test_the_key_comes_from_the_environment_and_is_sent_only(server, monkeypatch
 
 def test_a_key_that_is_not_there(server, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(RewardError, match=r"reward\.api_key_env=JUDGE_KEY, but the environment has no such variable"):
+    with pytest.raises(ConfigError, match=r"reward\.api_key_env=JUDGE_KEY, but the environment has no such variable"):
         scored(option(server.url, api_key_env="JUDGE_KEY"), "46")
 
 
