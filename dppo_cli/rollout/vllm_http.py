@@ -21,11 +21,15 @@ GONE = {429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself. `longest`: tokens of prompt and response; None if it does not say."""
+    """What a server says of itself, and what starts one like it, for messages.
+
+    `longest`: tokens of prompt and response; None if it does not say.
+    """
 
     version: str
     model: str
     longest: int | None
+    start: str
 
 
 def find(url: str, key: str | None, patience: float, start: str) -> Served:
@@ -40,7 +44,7 @@ def find(url: str, key: str | None, patience: float, start: str) -> Served:
         except httpx2.HTTPError as error:
             why = words(str(error).encode(), key) or type(error).__name__
         if time.monotonic() >= until:
-            raise RolloutError(absent(url, why, patience, start))
+            raise RolloutError(f"{absent(url, why, patience, start)}; or sample in this process: rollout=local")
         if not told:
             # Said at once: warnings are shown when a run starts, which now waits.
             text = f"dppo: no vLLM server answers at {url} ({why}); waiting {patience:g} seconds for one: {start}"
@@ -57,7 +61,7 @@ def find(url: str, key: str | None, patience: float, start: str) -> Served:
         raise RolloutError(
             f"what answers at rollout.url={url} is no vLLM server: {words(reply.content, key)[:100]!r}"
         ) from None
-    return Served(str(version), name, longest if isinstance(longest, int) else None)
+    return Served(str(version), name, longest if isinstance(longest, int) else None, start)
 
 
 def headers(key: str | None) -> dict[str, str]:
@@ -65,10 +69,7 @@ def headers(key: str | None) -> dict[str, str]:
 
 
 def absent(url: str, why: str, patience: float, start: str) -> str:
-    return (
-        f"no vLLM server has answered at {url} for rollout.patience={patience:g} seconds ({why}); start one: {start}; "
-        "or sample in this process: rollout=local"
-    )
+    return f"no vLLM server has answered at {url} for rollout.patience={patience:g} seconds ({why}); start one: {start}"
 
 
 def words(reply: bytes, key: str | None) -> str:

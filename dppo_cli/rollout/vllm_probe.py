@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.vllm_servers import Server
 
+DEFAULT_PORT = 8000
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank."""
 TOKENS = 16
@@ -29,12 +31,11 @@ def compare(
     prompt: Sequence[int],
     sampled: Sequence[tuple[Tensor, Tensor]],
     server: Server,
-    start: str,
     warn: Callable[[str], None],
 ) -> None:
     """Raise RolloutError if what a server has sampled after `prompt` has other log-probs than the trainer gives it.
 
-    `sampled`: tokens and their log mu, [T] each, at each of `TEMPERATURES`. `start`: what starts a server.
+    `sampled`: tokens and their log mu, [T] each, at each of `TEMPERATURES`.
     """
     (plain_T, log_mu_T), (tempered_T, log_mu_tempered_T) = sampled
 
@@ -45,12 +46,13 @@ def compare(
     if not found < OTHER:  # so that NaN is too far
         raise RolloutError(
             f"the vLLM server at {server.url} serves another model than {policy.path}: {server.served.model}, with "
-            f"log-probs that differ by {found:.2g} nats a token; start it with: {start}"
+            f"log-probs that differ by {found:.2g} nats a token; start it with: {server.served.start}"
         )
     with_it, without = (distance(tempered_T, log_mu_tempered_T, t) for t in (TEMPERATURES[1], 1.0))
     if with_it > NOISE and without < with_it / 2:
         raise RolloutError(
-            f"the vLLM server at {server.url} reports log-probs without the temperature; start it with: {start}"
+            f"the vLLM server at {server.url} reports log-probs without the temperature; start it with: "
+            f"{server.served.start}"
         )
     if found > FAR:
         warn(
@@ -73,10 +75,12 @@ def log_probs(policy: Policy, prompt: Sequence[int], token_T: Tensor, temperatur
     return logp_TV.gather(-1, token_T[:, None]).squeeze(-1)
 
 
-def start_command(policy: Policy, max_logprobs: int, ahead: int) -> str:
-    """What starts a server that suits this policy; it has the adapters of so many steps at once."""
+def start_command(policy: Policy, max_logprobs: int, ahead: int, url: str) -> str:
+    """What starts a server at `url` that suits this policy; it has the adapters of so many steps ahead at once."""
     words = ["vllm", "serve", shlex.quote(policy.path), "--dtype", str(policy.dtype).removeprefix("torch.")]
     words += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", str(max_logprobs)]
+    port = urlsplit(url).port
+    words += ["--port", str(port)] if port not in (None, DEFAULT_PORT) else []
     if policy.device.type == "cpu":
         # On a CPU vLLM 0.32 dies of a seed with a prompt that it runs in parts.
         words += ["--no-enable-chunked-prefill"]

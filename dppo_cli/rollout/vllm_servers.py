@@ -51,7 +51,7 @@ class GoneError(Exception):
         self.heard = heard
 
 
-class Patience:
+class Attempts:
     """How long attempts at a request have failed in a row.
 
     It counts anew after one that a server had worked on for longer than that.
@@ -62,7 +62,7 @@ class Patience:
         self.since: float | None = None
         self.begun = 0.0
 
-    def attempt(self) -> None:
+    def begin(self) -> None:
         """Another begins."""
         self.begun = time.monotonic()
 
@@ -85,11 +85,10 @@ class Servers:
         concurrent: int,
         timeout: float,
         patience: float,
-        start: str,
         warn: Callable[[str], None],
     ) -> None:
-        """`served`: by address. `concurrent`: requests at each. `start`: what starts a server, for messages."""
-        self.timeout, self.patience, self.start, self.warn, self.key = timeout, patience, start, warn, key
+        """`served`: by address. `concurrent`: requests at each."""
+        self.timeout, self.patience, self.warn, self.key = timeout, patience, warn, key
         self.servers = [Server(url, of, asyncio.Semaphore(concurrent)) for url, of in served.items()]
         self.adapters: list[Adapter] = []  # that servers have; the last is what is sampled from
 
@@ -136,28 +135,28 @@ class Servers:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def _complete(self, body: Mapping[str, Any], adapter: Adapter | None) -> bytes:
-        clock = Patience(self.patience)
+        attempts = Attempts(self.patience)
         while True:
             # One that answers; of these the one with the least to do.
             server = min(self.servers, key=lambda s: (s.gone, s.asked))
             server.asked += 1
             try:
                 async with server.turns:
-                    clock.attempt()
+                    attempts.begin()
                     return await self._ask(server, body, adapter)
             except GoneError as why:
-                await self._without(server, why, clock)
+                await self._without(server, why, attempts)
             finally:
                 server.asked -= 1
 
     async def _complete_at(self, server: Server, body: Mapping[str, Any], adapter: Adapter | None) -> bytes | None:
-        clock = Patience(self.patience)
+        attempts = Attempts(self.patience)
         while True:
-            clock.attempt()
+            attempts.begin()
             try:
                 return await self._ask(server, body, adapter)
             except GoneError as why:
-                await self._without(server, why, clock)
+                await self._without(server, why, attempts)
                 if self._others(server):
                     return None
 
@@ -175,9 +174,9 @@ class Servers:
         raise RolloutError(f"the vLLM server at {server.url} loses the adapter it was given; see what it prints")
 
     async def _load_everywhere(self, adapter: Adapter) -> None:
-        clock = Patience(self.patience)
+        attempts = Attempts(self.patience)
         while True:
-            clock.attempt()
+            attempts.begin()
             loads = [self._load(server, adapter) for server in self.servers]
             found = await asyncio.gather(*loads, return_exceptions=True)
             gone: list[tuple[Server, GoneError]] = []
@@ -189,7 +188,7 @@ class Servers:
                     raise why
             if len(gone) < len(self.servers):
                 return
-            await self._without(*gone[0], clock)
+            await self._without(*gone[0], attempts)
 
     async def _load(self, server: Server, adapter: Adapter) -> None:
         async with server.loading:
@@ -199,7 +198,7 @@ class Servers:
             return
         if status == NOT_FOUND and b"dapter" not in reply:
             raise RolloutError(
-                f"the vLLM server at {server.url} takes no adapters while it runs; start it with: {self.start}"
+                f"the vLLM server at {server.url} takes no adapters while it runs; start it with: {server.served.start}"
             )
         if status == NOT_FOUND:
             raise RolloutError(
@@ -230,7 +229,7 @@ class Servers:
         except httpx2.HTTPError as error:
             heard = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
             raise GoneError(words(str(error).encode(), self.key) or type(error).__name__, heard) from None
-        if reply.status_code in GONE and b"LoRA" not in reply.content:
+        if reply.status_code in GONE and not any(word in reply.content for word in (b"LoRA", b"add_lora")):
             # Of a status 500 it may be the request that is at fault: the server's words say so in the end. An adapter
             # that it cannot take is such a one.
             raise GoneError(status_and_words(reply, self.key))
@@ -238,11 +237,11 @@ class Servers:
             server.gone = server.compared = False
         return reply.status_code, reply.content
 
-    async def _without(self, server: Server, why: GoneError, clock: "Patience") -> None:
+    async def _without(self, server: Server, why: GoneError, attempts: "Attempts") -> None:
         """Raise RolloutError if attempts have failed for too long; wait where no other server answers."""
         self._tell(server, why)
-        if clock.over(why):
-            raise RolloutError(absent(server.url, str(why), self.patience, self.start))
+        if attempts.over(why):
+            raise RolloutError(absent(server.url, str(why), self.patience, server.served.start))
         if not self._others(server):
             await asyncio.sleep(PAUSE)
 
@@ -262,7 +261,7 @@ class Servers:
         hint = " (its key is in the variable that rollout.api_key_env names)" if status in (401, 403) else ""
         said = words(reply, self.key)
         if "lora" in said.lower() or "logprobs" in said:
-            hint = f"; start it with: {self.start}"
+            hint = f"; start it with: {server.served.start}"
         return RolloutError(f"the vLLM server at {server.url} refuses: {status} {said}{hint}")
 
     async def _close(self) -> None:

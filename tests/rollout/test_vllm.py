@@ -4,7 +4,7 @@ import json
 
 import make
 import pytest
-from test_vllm_engine import OPTIONS
+from vllm_cases import OPTIONS
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY
 from dppo_cli.config.conf_tree import config_dir
@@ -81,7 +81,7 @@ def test_what_starts_a_server_is_what_the_files_say(file, train_config) -> None:
     text = (config_dir().parent / file).read_text(encoding="utf-8").replace("\\\n", " ").replace("#", " ")
     [line] = [line for line in text.splitlines() if " serve " in line and "VLLM_ALLOW" in line]
     policy = make.policy(train_config("adapter.r=32"))
-    wanted = start_command(policy, 20, 0).replace("--no-enable-chunked-prefill ", "").split()
+    wanted = start_command(policy, 20, 0, URL).replace("--no-enable-chunked-prefill ", "").split()
     own = {"--dtype", "float32", policy.path, "vllm"}
     assert {word for word in wanted if word not in own} <= set(line.split())
 

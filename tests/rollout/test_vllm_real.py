@@ -15,7 +15,7 @@ import pytest
 import torch
 from engines import ROUNDING, TEMPERATURE, sampling
 from helpers import main, read_json, read_lines
-from test_vllm_engine import OPTIONS, log_pi, sampled_tokens
+from vllm_cases import OPTIONS, log_pi, sampled_tokens
 
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.errors import RolloutError
@@ -54,7 +54,7 @@ def embedded(config: TrainConfig) -> Policy:
 @contextmanager
 def serving(policy: Policy, port: int, *more: str, less: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
     """A server started as the user is told to, with `more` words at the end and without those of `less`."""
-    switch, _, _, *words = start_command(policy, 20, 1).split()
+    switch, _, _, *words = start_command(policy, 20, 1, "http://localhost:8000").split()
     words = [word for word in words if word not in less]
     module = ["-m", "vllm.entrypoints.openai.api_server", "--model"]  # `vllm serve` needs the package of a GPU
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}

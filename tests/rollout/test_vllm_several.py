@@ -1,55 +1,33 @@
 """Several vLLM servers that share the prompts of a step."""
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
-import make
 import pytest
 import vllm_server
-from test_vllm_engine import opened
-from test_vllm_servers import change, tokens
-from vllm_server import VLLM
+from vllm_cases import change, opened, tokens
 
 from dppo_cli.errors import RolloutError
-from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import vllm_http, vllm_servers
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (vllm_http, vllm_servers):
-        monkeypatch.setattr(module, "PAUSE", 0.02)
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[VLLM]:
-    with vllm_server.serving(model) as found:
-        yield found
-
-
-@pytest.fixture
-def policy(train_config) -> Policy:
-    return make.policy(train_config(), adapter_scale=0.3)
-
-
-def test_servers_share_the_prompts(policy, server, model) -> None:
+def test_servers_share_the_prompts(adapted, server, model) -> None:
     with vllm_server.serving(model) as second:
-        with opened(policy, server, second) as engine:
+        with opened(adapted, server, second) as engine:
             both = tokens(engine)
             asked = [len(one.bodies("/completions")) - 2 for one in (server, second)]
             assert asked == [2, 2]
             assert server.adapters() == second.adapters() == [f"{engine.name}-1"]
-        with opened(policy, server) as engine:
+        with opened(adapted, server) as engine:
             assert tokens(engine) == both
 
 
-def test_others_go_on_without_one(policy, server, model) -> None:
+def test_others_go_on_without_one(adapted, server, model) -> None:
     """It gets the adapter and a share again when it is back."""
     said: list[str] = []
     second = vllm_server.serving(model)
     other = second.__enter__()
-    with opened(policy, server, other, warn=said.append) as engine:
+    with opened(adapted, server, other, warn=said.append) as engine:
         before = tokens(engine)
         second.__exit__(None, None, None)
         assert tokens(engine) == before
@@ -65,11 +43,11 @@ def test_others_go_on_without_one(policy, server, model) -> None:
             assert len(back.bodies("/completions")) == 2 + 2, "half of them, and two that were compared"
 
 
-def test_one_that_comes_back_is_compared_again(policy, server, model, tiny_models) -> None:
+def test_one_that_comes_back_is_compared_again(adapted, server, model, tiny_models) -> None:
     """Somebody may have started it with another model."""
     second = vllm_server.serving(model)
     other = second.__enter__()
-    with opened(policy, server, other, warn=lambda text: None) as engine:
+    with opened(adapted, server, other, warn=lambda text: None) as engine:
         tokens(engine)
         second.__exit__(None, None, None)
         tokens(engine)
@@ -80,8 +58,8 @@ def test_one_that_comes_back_is_compared_again(policy, server, model, tiny_model
                 tokens(engine)
 
 
-def test_one_that_is_away_when_it_is_to_be_compared(policy, server, model) -> None:
-    with vllm_server.serving(model) as second, opened(policy, server, second, warn=lambda text: None) as engine:
+def test_one_that_is_away_when_it_is_to_be_compared(adapted, server, model) -> None:
+    with vllm_server.serving(model) as second, opened(adapted, server, second, warn=lambda text: None) as engine:
         second.refuse["/completions"] = [(503, "")] * 1000
         assert len(tokens(engine)) == 8
         second.refuse.clear()
@@ -90,7 +68,7 @@ def test_one_that_is_away_when_it_is_to_be_compared(policy, server, model) -> No
         assert [one.compared for one in engine.servers.servers] == [True, True]
 
 
-def test_requests_at_each_are_limited(policy, server) -> None:
+def test_requests_at_each_are_limited(adapted, server) -> None:
     most = now = 0
     lock, complete = threading.Lock(), server.complete
 
@@ -105,6 +83,6 @@ def test_requests_at_each_are_limited(policy, server) -> None:
         return found
 
     server.complete = counted
-    with opened(policy, server, concurrent_prompts=2) as engine:
+    with opened(adapted, server, concurrent_prompts=2) as engine:
         tokens(engine)
     assert most == 2

@@ -2,50 +2,29 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import make
 import pytest
 import vllm_server
 from engines import sampling
-from test_vllm_engine import OPTIONS, opened
-from test_vllm_servers import change, tokens
-from vllm_server import VLLM
+from vllm_cases import change, opened, tokens
 
 from dppo_cli.errors import RolloutError
-from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout import vllm_http, vllm_servers
+from dppo_cli.rollout import vllm_servers
 from dppo_cli.rollout.engine import in_order
-from dppo_cli.rollout.vllm import VLLMRollout
-from dppo_cli.rollout.vllm_servers import GoneError, Patience
+from dppo_cli.rollout.vllm_servers import Attempts, GoneError
 from dppo_cli.types import Status
 
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (vllm_http, vllm_servers):
-        monkeypatch.setattr(module, "PAUSE", 0.02)
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[VLLM]:
-    with vllm_server.serving(model) as found:
-        yield found
-
-
-@pytest.fixture
-def policy(train_config) -> Policy:
-    return make.policy(train_config(), adapter_scale=0.3)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def ignore(text: str) -> None: ...
 
 
-def test_a_request_that_kills_the_server_each_time_ends_the_run(policy, server) -> None:
+def test_a_request_that_kills_the_server_each_time_ends_the_run(adapted, server) -> None:
     """Somebody starts it again, it takes the adapter, and dies of the next request."""
-    with opened(policy, server, patience=0.5, concurrent_prompts=1, warn=ignore) as engine:
+    with opened(adapted, server, patience=0.5, concurrent_prompts=1, warn=ignore) as engine:
         tokens(engine)
 
         def dies(body):
@@ -66,18 +45,18 @@ def test_failures_far_apart_are_no_absence(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr(vllm_servers.time, "monotonic", lambda: now)
     for heard, expected in ((True, [False, False, True]), (False, [False, True, True])):
-        clock, found = Patience(10.0), []
+        attempts, found = Attempts(10.0), []
         for begun, ended in ((0.0, 1.0), (2.0, 100.0), (100.0, 111.0 if heard else 101.0)):
             now = begun
-            clock.attempt()
+            attempts.begin()
             now = ended
-            found.append(clock.over(GoneError("away", heard and ended == 100.0)))
+            found.append(attempts.over(GoneError("away", heard and ended == 100.0)))
         assert found == expected
 
 
-def test_one_that_comes_back_as_another_in_the_middle_of_a_step(policy, server) -> None:
+def test_one_that_comes_back_as_another_in_the_middle_of_a_step(adapted, server) -> None:
     """None of its samples is used."""
-    with opened(policy, server, warn=ignore, concurrent_prompts=1) as engine:
+    with opened(adapted, server, warn=ignore, concurrent_prompts=1) as engine:
         tokens(engine)
         complete, asked = server.complete, 0
 
@@ -91,14 +70,14 @@ def test_one_that_comes_back_as_another_in_the_middle_of_a_step(policy, server) 
             return complete(body)
 
         server.complete = restarts
-        prompts = make.prompts(policy)
+        prompts = make.prompts(adapted)
         with pytest.raises(RolloutError, match="serves another model than"):
             next(engine.generate(prompts, 2, sampling(), 0, seed=1))
 
 
-def test_one_that_was_started_again_between_two_requests_is_compared_again(policy, server) -> None:
+def test_one_that_was_started_again_between_two_requests_is_compared_again(adapted, server) -> None:
     """No request found it away; it only lacks the adapter."""
-    with opened(policy, server) as engine:
+    with opened(adapted, server) as engine:
         tokens(engine)
         server.forget()
         change(server, 5.0)
@@ -106,15 +85,15 @@ def test_one_that_was_started_again_between_two_requests_is_compared_again(polic
             tokens(engine)
 
 
-def test_nothing_is_left_in_a_server_that_was_left_in_a_hurry(policy, server) -> None:
+def test_nothing_is_left_in_a_server_that_was_left_in_a_hurry(adapted, server) -> None:
     """Requests that wait would load their adapter again."""
-    with opened(policy, server, concurrent_prompts=1, ahead=1) as engine:
+    with opened(adapted, server, concurrent_prompts=1, ahead=1) as engine:
         tokens(engine)
         engine.sync(1)
         unload = server.unload
         server.unload = lambda body: (time.sleep(0.2), unload(body))[1]
         server.hold.clear()
-        engine.generate(make.prompts(policy), 2, sampling(), 0, seed=1)
+        engine.generate(make.prompts(adapted), 2, sampling(), 0, seed=1)
         threading.Timer(0.1, server.hold.set).start()
     until = time.monotonic() + 10
     while server.adapters() and time.monotonic() < until:
@@ -122,10 +101,10 @@ def test_nothing_is_left_in_a_server_that_was_left_in_a_hurry(policy, server) ->
     assert server.adapters() == []
 
 
-def test_one_that_hangs_while_others_work(policy, server, model) -> None:
+def test_one_that_hangs_while_others_work(adapted, server, model) -> None:
     said: list[str] = []
     with vllm_server.serving(model) as second:
-        with opened(policy, server, second, timeout=5.0, warn=said.append) as engine:
+        with opened(adapted, server, second, timeout=5.0, warn=said.append) as engine:
             before = tokens(engine)
             second.hold.clear()
             assert tokens(engine) == before
@@ -133,50 +112,35 @@ def test_one_that_hangs_while_others_work(policy, server, model) -> None:
         assert "within rollout.timeout=5 seconds" in said[0]
 
 
-def test_greedy_samples_are_equal(policy, server) -> None:
+def test_greedy_samples_are_equal(adapted, server) -> None:
     """vLLM takes one of them a request."""
     how = sampling(temperature=0.0)
-    prompts = make.prompts(policy)
-    with opened(policy, server) as engine:
+    prompts = make.prompts(adapted)
+    with opened(adapted, server) as engine:
         completions = in_order(engine.generate(prompts, 3, how, 0, seed=1))
     assert [len(row) for row in completions] == [3] * len(prompts)
     assert all(len({tuple(one) for one in make.tokens([row])}) == 1 for row in completions)
     assert {body["n"] for body in server.bodies("/completions")} == {1}
 
 
-def test_a_temperature_that_vllm_would_raise(policy, server) -> None:
+def test_a_temperature_that_vllm_would_raise(adapted, server) -> None:
     with (
-        opened(policy, server) as engine,
+        opened(adapted, server) as engine,
         pytest.raises(RolloutError, match=r"a temperature of 0.005 is 0.01 for vLLM"),
     ):
-        engine.generate(make.prompts(policy), 1, sampling(temperature=0.005), 0, seed=1)
+        engine.generate(make.prompts(adapted), 1, sampling(temperature=0.005), 0, seed=1)
 
 
-@pytest.mark.parametrize("key", ["ses\name", "sesäme"])
-def test_keys_that_cannot_be_sent_are_not_shown(policy, server, monkeypatch, key) -> None:
-    monkeypatch.setenv("VLLM_TEST_KEY", key)
-    with pytest.raises(RolloutError) as caught:
-        VLLMRollout(server.url, **{**OPTIONS, "api_key_env": "VLLM_TEST_KEY"}).load(policy, make.fail)
-    assert "has characters that no key has" in str(caught.value) and key not in str(caught.value)
-
-
-def test_a_line_break_after_a_key_is_none_of_it(policy, server, monkeypatch) -> None:
-    server.key = "sesame"
-    monkeypatch.setenv("VLLM_TEST_KEY", "sesame\n")
-    with opened(policy, server, api_key_env="VLLM_TEST_KEY") as engine:
-        assert len(tokens(engine)) == 8
-
-
-def test_what_the_server_says_has_ended_has_ended(policy, server) -> None:
+def test_what_the_server_says_has_ended_has_ended(adapted, server) -> None:
     """A stop string that the whole decoded text no longer shows, with a space at its beginning."""
     choice = server.choice
 
     def stopped(*how):
         return {**choice(*how), "finish_reason": "stop"}
 
-    with opened(policy, server) as engine:
+    with opened(adapted, server) as engine:
         tokens(engine)
         server.choice = stopped
         how = replace(sampling(max_new_tokens=3), stop=[" never"])
-        completions = make.flat(in_order(engine.generate(make.prompts(policy), 2, how, 0, seed=1)))
+        completions = make.flat(in_order(engine.generate(make.prompts(adapted), 2, how, 0, seed=1)))
     assert {one.status for one in completions} == {Status.FINISHED}
