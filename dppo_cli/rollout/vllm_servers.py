@@ -6,6 +6,7 @@ adapter again, and what it was asked.
 
 import asyncio
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,6 +19,9 @@ import httpx2
 
 from dppo_cli.errors import RolloutError
 from dppo_cli.rollout.vllm_http import CONNECTING, GONE, PAUSE, Served, absent, headers, status_and_words, words
+
+# anyio 4.16 says so of a request that is given up in the moment in which it begins to connect.
+warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)
 
 NOT_FOUND = 404
 RELOADS = 3

@@ -25,11 +25,7 @@ from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout
 from dppo_cli.rollout.vllm_probe import start_command
 from dppo_cli.types import Prompt, Status
 
-pytestmark = [
-    pytest.mark.vllm,
-    # anyio's own, of a request that is given up while it connects.
-    pytest.mark.filterwarnings("ignore:coroutine 'connect_tcp:RuntimeWarning"),
-]
+pytestmark = pytest.mark.vllm
 PYTHON = os.environ.get("DPPO_VLLM_PYTHON", "")
 LOG = Path(tempfile.gettempdir()) / "dppo-test-vllm.log"
 TEXTS = ("12+34=", "7+8=", "99+9=", "45-46=")

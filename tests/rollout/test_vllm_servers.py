@@ -127,6 +127,15 @@ def test_an_adapter_of_too_high_a_rank(adapted, server) -> None:
         pass
 
 
+def test_an_adapter_of_a_model_of_another_shape(adapted, server) -> None:
+    """Told at once: no time heals it."""
+    said = "Call to add_lora method failed: Worker failed with error 'The size of tensor a (64) must match b (128)'"
+    server.load = lambda body: (500, error(said))
+    match = r"refuses: 500 Call to add_lora .*; start it with: .* vllm serve /"
+    with pytest.raises(RolloutError, match=match), opened(adapted, server):
+        pass
+
+
 def test_lists_longer_than_the_server_gives(adapted, server) -> None:
     server.longest_list = 3
     with opened(adapted, server) as engine, pytest.raises(RolloutError, match=r"greater than max .*--max-logprobs 20"):
