@@ -8,7 +8,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from dppo_cli.cli.main import main
+from dppo_cli.cli.main import as_hydra_has_it, main
+from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.build import build
 from dppo_cli.config.conf_tree import config_dir
 
 TINY_RUN = (
@@ -67,6 +69,12 @@ def composed(command: str, *overrides: str) -> DictConfig:
         node = compose(command, list(overrides))
     OmegaConf.set_readonly(node, True)
     return node
+
+
+def built_of(*words: str) -> TrainConfig:
+    """What `dppo train <words>` builds."""
+    node = composed("train", *(as_hydra_has_it("train", word) for word in words))
+    return build(TrainConfig, OmegaConf.create(OmegaConf.to_container(node)))
 
 
 def read_json(path: Path) -> Any:

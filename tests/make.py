@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dppo_cli.algorithm.approx import Approximation
+from dppo_cli.algorithm.divergence import Divergence
+from dppo_cli.algorithm.filters import Filter, KeepAll
+from dppo_cli.algorithm.loss import Loss
+from dppo_cli.algorithm.objective import Objective
+from dppo_cli.algorithm.region import PerToken, Region
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.policy.forward import hidden_states
 from dppo_cli.policy.loading import load_policy
@@ -125,6 +131,8 @@ def token_stats(
     divergence: Sequence[float] | None = None,
     entropy: float = 0.0,
     reference_kl: float = 0.0,
+    filtered: Sequence[bool] | None = None,
+    undecided: Sequence[bool] | None = None,
 ) -> TokenStats:
     """Token statistics by hand: tokens of id 0 that the mask kept, unless said otherwise."""
     mu_N, pi_N = torch.tensor(mu), torch.tensor(pi)
@@ -138,4 +146,20 @@ def token_stats(
         keep_N=torch.tensor(keep or [True] * len(mu)),
         entropy_N=torch.full((len(mu),), entropy),
         reference_kl_N=torch.full((len(mu),), reference_kl),
+        filtered_N=torch.tensor(filtered or [False] * len(mu)),
+        undecided_N=None if undecided is None else torch.tensor(undecided),
     )
+
+
+def loss(
+    approx: Approximation,
+    divergence: Divergence,
+    objective: Objective,
+    kl_weight: float,
+    *,
+    verdict: str = "lower",
+    region: Region | None = None,
+    filter: Filter | None = None,
+) -> Loss:
+    """With the plain region and without a filter, unless given."""
+    return Loss(approx, divergence, verdict, region or PerToken(), filter or KeepAll(), objective, kl_weight)

@@ -53,11 +53,21 @@ def test_a_recipe_builds_and_has_a_readme(name: str) -> None:
 
 def test_the_methods_of_the_stability_recipe_are_the_nine_it_names(plot: ModuleType) -> None:
     nodes = {m: recipe("stability", f"+recipes/method={m}") for m in swept("stability", "+recipes/method")}
-    assert sorted(plot.label(node) for node in nodes.values()) == sorted(plot.METHODS)
+    assert sorted(plot.label(node) for node in nodes.values()) == sorted(plot.NINE)
     built = {m: build(TrainConfig, node) for m, node in nodes.items()}
     assert {m for m, c in built.items() if c.anchor == "recompute"} == {"minirl", "dppo_tv_recompute"}
     assert {c.rollout.dtype for c in built.values()} == {"bfloat16"}  # type: ignore[attr-defined]
     assert {c.batch.updates_per_step for c in built.values()} == {16}
+
+
+def test_the_methods_of_the_filters_recipe_are_named_after_their_parts(plot: ModuleType) -> None:
+    methods = swept("filters", "+recipes/method")
+    nodes = {m: recipe("filters", f"+recipes/method={m}") for m in methods}
+    assert {m: plot.label(node) for m, node in nodes.items()} == {
+        m: "dppo-tv" if m == "dppo_tv" else m.removeprefix("dppo_") for m in methods
+    }
+    assert sorted(map(plot.label, nodes.values())) == sorted(["dppo-tv", *plot.PARTS.values()])
+    assert {build(TrainConfig, node).batch.updates_per_step for node in nodes.values()} == {64}
 
 
 def test_the_picture_and_table_of_a_sweep(tmp_path: Path, plot: ModuleType) -> None:

@@ -217,7 +217,7 @@ def test_statistics_of_several_micro_batches():
     """Column by column, one after the other."""
 
     def numbered(start: int, n: int) -> TokenStats:
-        return TokenStats(*(torch.arange(start, start + n) + 10 * column for column in range(9)))
+        return TokenStats(*(torch.arange(start, start + n) + 10 * column for column in range(11)))
 
     joined, expected = TokenStats.cat([numbered(0, 2), numbered(2, 3)]), numbered(0, 5)
     for name in TokenStats.__dataclass_fields__:

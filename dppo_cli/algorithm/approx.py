@@ -25,7 +25,10 @@ RESOLUTION = 2.0**-24
 
 
 class Approximation(Protocol):
-    """Chooses the support. `num_logprobs`: how many of mu's largest log-probs the rollout engine reports per token."""
+    """Chooses the support. `num_logprobs`: how many of mu's largest log-probs the rollout engine reports per token.
+
+    Unless it is the whole vocabulary, the last outcome is the rest: all tokens that are not named, together.
+    """
 
     @property
     def num_logprobs(self) -> int: ...

@@ -14,25 +14,9 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dppo_cli.algorithm.sequences import Responses
+from dppo_cli.algorithm.tokens import Tokens
 from dppo_cli.errors import ConfigError, NumericalError
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The sampled tokens of one micro-batch, float32 [N] unless stated otherwise.
-
-    `logp_anchor_N` are log-probs under the policy that the trust region is centred on: mu itself, or with
-    `anchor=recompute` the trainer's own pi_old. `divergence_N` is the divergence between this anchor and pi.
-    """
-
-    logp_pi_N: Tensor  # with gradient
-    logp_mu_N: Tensor
-    logp_anchor_N: Tensor
-    advantage_N: Tensor
-    divergence_N: Tensor
-    sequence_N: Tensor  # int64, which sequence of the micro-batch a token belongs to
-    delta_low: float
-    delta_high: float
 
 
 class TokenLoss(NamedTuple):
@@ -46,7 +30,8 @@ class Objective(Protocol):
     """Maps tokens to their losses. Sequences are never split between two calls.
 
     `needs_all_tokens`: whether tokens with A = 0 have a gradient, too. If not, their forward pass is skipped.
-    `masks`: whether it can remove a token's gradient.
+    `masks`: whether it can remove a token's gradient. An objective may also say `uses_region = True`: its mask is by
+    the distances and limits of the region. If it does not, only region=token goes with it.
     """
 
     @property
@@ -62,16 +47,16 @@ def trust_mask(
     logp_mu_N: Tensor,
     logp_pi_N: Tensor,
     divergence_N: Tensor,
-    delta_low: float,
-    delta_high: float,
+    delta_low: float | Tensor,
+    delta_high: float | Tensor,
 ) -> Tensor:
     """M = False iff (A > 0 and r > 1 and D > delta_high) or (A < 0 and r < 1 and D > delta_low).  [P] Eq. 12.
 
     All inequalities are strict, so tokens with D = delta, r = 1 or A = 0 are kept. A step back towards r = 1 is always
     kept.
 
-    Args: float [N] each. Returns: bool [N]. Raises NumericalError if a divergence is NaN: a comparison with NaN is
-    false, so the token would silently count as inside the trust region.
+    Args: float [N] each; a delta for all tokens, or [N]. Returns: bool [N]. Raises NumericalError if a divergence is
+    NaN: a comparison with NaN is false, so the token would silently count as inside the trust region.
     """
     if torch.isnan(divergence_N).any():
         broken = torch.isnan(divergence_N).nonzero().squeeze(-1).tolist()
@@ -84,12 +69,13 @@ def trust_mask(
 
 @dataclass(frozen=True)
 class DPPO:
-    """loss = -sg(M min(r, C) A) log pi,  M from the divergence.  [P] Eq. 12, 23."""
+    """loss = -sg(M min(r, C) A) log pi,  M from the region: D > delta, for one.  [P] Eq. 12, 23."""
 
     ratio_cap: float | None
 
     needs_all_tokens: ClassVar[bool] = False
     masks: ClassVar[bool] = True
+    uses_region: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_cap(self.ratio_cap)
@@ -99,9 +85,9 @@ class DPPO:
             tokens.advantage_N,
             tokens.logp_anchor_N,
             tokens.logp_pi_N.detach(),
-            tokens.divergence_N,
-            tokens.delta_low,
-            tokens.delta_high,
+            tokens.distance_N,
+            tokens.limit_N,
+            tokens.limit_N,
         )
         return _weighted(tokens, keep_N, self.ratio_cap)
 
@@ -189,7 +175,7 @@ class GSPO:
 
     def __call__(self, tokens: Tokens) -> TokenLoss:
         logp_pi_N = tokens.logp_pi_N.detach()
-        log_s_N = _sequence_mean(logp_pi_N - tokens.logp_anchor_N, tokens.sequence_N)
+        log_s_N = Responses(tokens.sequence_N).mean(logp_pi_N - tokens.logp_anchor_N)
         zero_N = torch.zeros_like(log_s_N)
         distance_N = torch.expm1(log_s_N).abs()
         keep_N = trust_mask(tokens.advantage_N, zero_N, log_s_N, distance_N, self.eps_low, self.eps_high)
@@ -268,14 +254,6 @@ def _weigh(tokens: Tokens, keep_N: Tensor, weight_N: Tensor) -> TokenLoss:
     # torch.where instead of a product: a masked token's ratio or log-prob may be infinite, and 0 * inf would be NaN.
     weight_N = torch.where(keep_N & (tokens.advantage_N != 0), weight_N * tokens.advantage_N, 0.0)
     return TokenLoss(torch.where(weight_N == 0, 0.0, -weight_N * tokens.logp_pi_N), keep_N)
-
-
-def _sequence_mean(value_N: Tensor, sequence_N: Tensor) -> Tensor:
-    """Each token's value replaced by the mean over its sequence; float32 [N]."""
-    count = int(sequence_N.max()) + 1
-    total = torch.zeros(count, device=value_N.device).index_add_(0, sequence_N, value_N)
-    tokens = torch.zeros(count, device=value_N.device).index_add_(0, sequence_N, torch.ones_like(value_N))
-    return (total / tokens)[sequence_N]
 
 
 def _check_positive(**values: float) -> None:

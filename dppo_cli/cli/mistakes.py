@@ -13,7 +13,7 @@ from dppo_cli.config.checks import did_you_mean
 from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys, recipes_dir
 from dppo_cli.errors import ConfigError
 
-MEMBERS = {"eval_sets.": "data", "data.members.": "data", "reward.members.": "reward"}
+MEMBERS = {"eval_sets.": "data", "data.members.": "data", "filter.members.": "filter", "reward.members.": "reward"}
 """Mappings from names that the user gives to choices of a group."""
 FREE = ("prompt.template_kwargs.", "data.options.", "data.weights.", "reward.weights.", *MEMBERS)
 """Keys below have names that the user gives, so none is unknown."""

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from dppo_cli.commands.runs_table import BROKEN, FAILED, FINISHED, KILLED, RUNNING, STOPPED, Row, print_runs
 from dppo_cli.config.checks import check_rules
-from dppo_cli.config.saved import MAX_BYTES
+from dppo_cli.config.saved import MAX_BYTES, PLAIN
 from dppo_cli.errors import RunError
 from dppo_cli.training.lock import LOCK, is_held
 from dppo_cli.training.run_folder import BEFORE, METRICS, SUMMARY
@@ -195,6 +195,8 @@ def _method(config: Mapping[str, Any]) -> str | None:
     words = [name.rpartition(".")[2] for name in names if name]
     if (k := _section(config, "approx").get("k")) is not None and len(words) > 2:
         words.insert(3, str(k))
+    further = [_text(_section(config, name).get("_target_")) for name in ("region", "filter")]
+    words += [name.rpartition(".")[2] for name in further if name and name not in PLAIN]
     adapter = _section(config, "adapter")
     if (r := adapter.get("r")) is not None:
         kind = ("Q" if adapter.get("quantization") else "") + ("DoRA" if adapter.get("use_dora") else "LoRA")

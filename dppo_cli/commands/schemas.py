@@ -7,9 +7,12 @@ from typing import Any
 from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.algorithm.aggregation import Aggregation
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation
+from dppo_cli.algorithm.combination import check_combination, unusual
 from dppo_cli.algorithm.divergence import Divergence
+from dppo_cli.algorithm.filters import Filter
 from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import Objective
+from dppo_cli.algorithm.region import Region
 from dppo_cli.commands.doctor import DoctorConfig as DoctorConfig  # there, because it has to load without torch
 from dppo_cli.commands.planning.cards import check_card
 from dppo_cli.commands.report import ReportConfig as ReportConfig  # for the same reason
@@ -50,6 +53,9 @@ class TrainConfig:
     reward: RewardSource
     divergence: Divergence
     approx: Approximation
+    verdict: str
+    region: Region
+    filter: Filter
     objective: Objective
     advantage: Advantage
     aggregation: Aggregation
@@ -90,6 +96,7 @@ class TrainConfig:
             "replacement_rounds = 0 with rollout.ahead": 0 in (self.replacement_rounds, steps_ahead(self.rollout)),
         }
         check_rules("", self, rules)
+        check_combination(self.loss, self.anchor)
         if self.batch.samples_per_prompt < self.advantage.min_samples:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "
@@ -121,7 +128,8 @@ class TrainConfig:
 
     @property
     def loss(self) -> Loss:
-        return Loss(self.approx, self.divergence, self.objective, self.kl_to_reference)
+        kl_weight = self.kl_to_reference
+        return Loss(self.approx, self.divergence, self.verdict, self.region, self.filter, self.objective, kl_weight)
 
     @property
     def eval_sampling(self) -> Sampling:
@@ -130,16 +138,7 @@ class TrainConfig:
 
     def unusual(self) -> list[str]:
         """What is allowed but unusual, in words."""
-        found = []
-        usual = getattr(self.divergence, "usual_delta", None)
-        for key in ("delta_low", "delta_high"):
-            delta = getattr(self.divergence, key)
-            if usual and not usual[0] <= delta <= usual[1]:
-                found.append(
-                    f"divergence.{key}={delta} lies outside {usual[0]:g} to {usual[1]:g}, where this divergence worked "
-                    "in the paper; thresholds of TV and KL are on different scales"
-                )
-        return found
+        return list(unusual(self.loss, self.sampling.max_new_tokens))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,15 @@ SIGNATURE = "# signature: "
 KEY_BYTES = 32
 MAX_BYTES = 2**18
 MAX_DEPTH = 32
+PLAIN = ("dppo_cli.algorithm.region.PerToken", "dppo_cli.algorithm.filters.KeepAll")
+"""The choices of `region` and `filter` that add nothing to the method."""
+LATER: dict[str, Any] = {
+    "hardware.processes": 1,
+    "verdict": "lower",
+    "region": {"_target_": PLAIN[0]},
+    "filter": {"_target_": PLAIN[1]},
+}
+"""Keys that a run's config did not always have, and what runs did before."""
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 
 
@@ -80,8 +89,12 @@ def read_config(path: Path, trust: bool = False) -> tuple[DictConfig, bool]:
         raise RunError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     if not isinstance(node, DictConfig) or not node:
         raise RunError(f"{path} is not a config: it holds no keys")
-    if isinstance(hardware := node.get("hardware"), DictConfig) and "processes" not in hardware:
-        hardware["processes"] = 1  # of a run from before there were several
+    for key, value in LATER.items():
+        section, _, name = key.rpartition(".")
+        parent = node.get(section) if section else node
+        is_a_run = section or "objective" in node
+        if is_a_run and isinstance(parent, DictConfig) and name not in parent:
+            parent[name] = value
     trusted = trust or is_ours(text)
     if not trusted and (found := next(filter(INTERPOLATION.search, _texts(OmegaConf.to_container(node))), None)):
         raise RunError(

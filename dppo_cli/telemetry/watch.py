@@ -10,6 +10,8 @@ QUIET_STEPS = 30
 """Steps in a row without a masked token after which the trust region is probably too wide, or nothing is learnt."""
 BUSY_SHARE = 0.20
 """Share of masked tokens above which the region is probably too narrow, or the steps are too large."""
+FILTERED_SHARE = 0.30
+"""Share of tokens above which the off-policy filter takes away much of what a step could learn from."""
 UNJUDGED_SHARE = 0.5
 """Share of samples without a score above which the reward does not fit the data, most likely."""
 LARGE_MISMATCH = 0.02
@@ -78,6 +80,11 @@ class Watch:
                     f"{max(masked):.0%} of the tokens of one sign are masked: lower optim.lr or the number of updates "
                     "per rollout, or widen the trust region; see masked_tokens.json for which tokens"
                 )
+        if (metrics.get("filtered") or 0.0) > FILTERED_SHARE:
+            found["filtered"] = (
+                f"the off-policy filter dropped {metrics['filtered']:.0%} of the tokens: widen its bounds, or lower "
+                "optim.lr or the number of updates per rollout"
+            )
         if mismatch is not None:
             if self.first_mismatch is None:
                 self.first_mismatch = mismatch

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from dppo_cli.config.saved import PLAIN
+
 HUB_NAME = re.compile(r"\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)
 """owner/name."""
 EMBEDDED = "embedded:"
@@ -133,13 +135,13 @@ def _method(config: Mapping[str, Any]) -> list[str]:
     lines = [f"- Adapter: {', '.join([_kind(config), *_settings(_section(config, 'adapter'))])}"]
     for name in config:
         node = _section(config, name)
-        if "_target_" not in node or name in ("data", "reward", "rollout"):
+        if "_target_" not in node or name in ("data", "reward", "rollout") or node["_target_"] in PLAIN:
             continue
         note = f" ({PAPER})" if node["_target_"] == DPPO else ""
         if name in ("divergence", "approx") and objective.startswith("dppo_cli.") and objective != DPPO:
             note = " (measured; this objective does not use it)"
         lines.append(_option(name, node) + note)
-    run = {key: config[key] for key in ("steps", "seed", "anchor", "kl_to_reference") if key in config}
+    run = {key: config[key] for key in ("steps", "seed", "anchor", "verdict", "kl_to_reference") if key in config}
     return [
         *lines,
         f"- Optimizer: {', '.join(['AdamW', *_settings(_section(config, 'optim'), skip=('on_nonfinite',))])}",

@@ -101,7 +101,9 @@ def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
     """The trust region's figures of one step, from the token statistics of each of its updates.
 
     `mismatch_*` is |pi - mu| at the first update, where pi has not moved yet: what the rollout engine and the trainer
-    disagree on. `shift_*` is |pi - mu| over all updates. Empty updates (every sample skipped) count for nothing; a step
+    disagree on. `shift_*` is |pi - mu| over all updates. `filtered` is the share of tokens with A != 0 that the
+    off-policy filter dropped; `undecided` that for which the divergence's other bound gives another mask, None where it
+    has none. Empty updates (every sample skipped) count for nothing; a step
     without any token gives None throughout.
     """
     parts = [part for update in updates for part in update]
@@ -111,6 +113,8 @@ def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
         "shift_max",
         "masked_positive",
         "masked_negative",
+        "filtered",
+        "undecided",
         "entropy",
         "reference_kl",
     ]
@@ -128,6 +132,8 @@ def token_metrics(updates: Sequence[Sequence[TokenStats]]) -> dict[str, Any]:
         "shift_max": float(shift_N.max()),
         "masked_positive": _mean((~seen.keep_N[seen.advantage_N > 0]).float()),
         "masked_negative": _mean((~seen.keep_N[seen.advantage_N < 0]).float()),
+        "filtered": _mean(seen.filtered_N[seen.advantage_N != 0].float()),
+        "undecided": None if seen.undecided_N is None else _mean(seen.undecided_N[seen.advantage_N != 0].float()),
         "entropy": _mean(seen.entropy_N),
         "reference_kl": _mean(seen.reference_kl_N),
     }

@@ -192,6 +192,7 @@ def _columns(completion: Completion, found: SampleStats | None) -> dict[str, Any
         "logp_pi": numbers(None if seen is None else mu.logp_N + seen.log_ratio_N),
         "divergence": numbers(None if seen is None else seen.divergence_N),
         "keep": spread(None if seen is None else seen.keep_N.tolist()),
+        "filtered": spread(None if seen is None else seen.filtered_N.tolist()),
     }
     if mu.topk_ids_NK is None or mu.topk_logp_NK is None:
         return {**columns, "top_ids": None, "top_logp_mu": None, "top_logp_pi": None}

@@ -1,7 +1,8 @@
 """What an update takes, and what it leaves behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,14 +140,23 @@ class TokenStats:
     keep_N: Tensor  # bool
     entropy_N: Tensor  # nats
     reference_kl_N: Tensor  # log pi/ref, nats; 0 without a reference term
+    filtered_N: Tensor  # bool, dropped by the off-policy filter; the trust region keeps all of these
+    undecided_N: Tensor | None  # bool, whether the other bound of D gives another mask; None where there is none
 
     def __getitem__(self, rows: slice) -> "TokenStats":
         """Those of some of the tokens."""
-        return TokenStats(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return TokenStats.map(lambda parts: parts[0][rows], [self])
 
     @staticmethod
     def cat(parts: Sequence["TokenStats"]) -> "TokenStats":
-        return TokenStats(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TokenStats)))
+        return TokenStats.map(torch.cat, parts)
+
+    @staticmethod
+    def map(change: Callable[[list[Tensor]], Tensor], parts: Sequence["TokenStats"]) -> "TokenStats":
+        """Each column made of that column of all `parts`."""
+        columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(TokenStats)]
+        changed: list[Any] = [None if column[0] is None else change(column) for column in columns]
+        return TokenStats(*changed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Table and figure of a stability sweep.
+"""Table and figure of a sweep with recipe=stability or recipe=filters.
 
     python recipes/stability/plot.py runs/stability
 
@@ -18,7 +18,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from omegaconf import OmegaConf
 
-METHODS = ["dppo-tv", "dppo-kl", "dppo-tv topk", "ppo", "clip-higher", "cispo", "pg_is", "minirl", "dppo-tv recompute"]
+NINE = ["dppo-tv", "dppo-kl", "dppo-tv topk", "ppo", "clip-higher", "cispo", "pg_is", "minirl", "dppo-tv recompute"]
+"""Of recipe=stability."""
+PARTS = {
+    "PrefixBudget": "prefix_budget",
+    "SequenceMean": "sequence_mean",
+    "ratio token": "icepop",
+    "two_way_kl token": "kpop",
+    "ratio sequence_mean": "geometric",
+    "k3 sequence_mean": "k3",
+    "ratio sequence_mean, negative only": "opsm",
+}
+"""Regions and filters of recipe=filters, which stand beside dppo-tv."""
+METHODS = [*NINE, *PARTS.values()]
 
 
 def label(config: Any) -> str:
@@ -30,9 +42,19 @@ def label(config: Any) -> str:
         if config.anchor == "recompute":
             return "minirl"
         return "clip-higher" if config.objective.eps_high > config.objective.eps_low else "ppo"
+    if (name := part(config)) is not None:
+        return name
     divergence = "kl" if config.divergence["_target_"].endswith("KL") else "tv"
     topk = " topk" if config.approx["_target_"].endswith("TopK") else ""
     return f"dppo-{divergence}{topk}{' recompute' if config.anchor == 'recompute' else ''}"
+
+
+def part(config: Any) -> str | None:
+    """Its region or filter, if it has one besides DPPO's own."""
+    band = config.filter.get("statistic") and f"{config.filter.statistic} {config.filter.scope}"
+    if band and config.filter.negative_only:
+        band += ", negative only"
+    return PARTS.get(band or config.region["_target_"].rpartition(".")[2])
 
 
 def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
@@ -52,18 +74,18 @@ def curves(runs: list[dict[str, Any]], key: str) -> np.ma.MaskedArray:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    figure, axes = plt.subplots(2, len(METHODS), figsize=(2.1 * len(METHODS), 5.2), sharex=True, sharey="row")
-    for column, method in enumerate(METHODS):
+    present = [method for method in METHODS if method in runs]
+    size = (2.1 * len(present), 5.2)
+    figure, axes = plt.subplots(2, len(present), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for column, method in enumerate(present):
         for row, (key, title) in enumerate([("reward", "reward"), ("shift_mean", "mean |pi-mu|")]):
             axis = axes[row, column]
-            for other in METHODS:
-                if other in runs:
-                    axis.plot(curves(runs[other], key).mean(0), color="0.85", linewidth=0.8, zorder=1)
-            if method in runs:
-                values = curves(runs[method], key)
-                x = np.arange(values.shape[1])
-                axis.fill_between(x, values.min(0), values.max(0), color="tab:blue", alpha=0.25, linewidth=0, zorder=2)
-                axis.plot(x, values.mean(0), color="tab:blue", linewidth=1.6, zorder=3)
+            for other in present:
+                axis.plot(curves(runs[other], key).mean(0), color="0.85", linewidth=0.8, zorder=1)
+            values = curves(runs[method], key)
+            x = np.arange(values.shape[1])
+            axis.fill_between(x, values.min(0), values.max(0), color="tab:blue", alpha=0.25, linewidth=0, zorder=2)
+            axis.plot(x, values.mean(0), color="tab:blue", linewidth=1.6, zorder=3)
             if row == 0:
                 axis.set_title(method, fontsize=10)
             else:

@@ -76,6 +76,10 @@ def pairs(draw: st.DrawFn, spread: float = 3.0) -> Pair:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
+DELTA = (0.1, 0.2)
+"""Thresholds of the tokens that `token_batches` makes, for A < 0 and A > 0."""
+
+
 def keep(advantage: float, mu: float, pi: float, divergence: float, low: float, high: float) -> bool:
     """The mask of one token, spelled as the method's two sentences."""
     if advantage > 0 and pi / mu > 1 and divergence > high:
@@ -99,15 +103,16 @@ def make_tokens(
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
+    divergence_N = column(divergence or [0.0] * len(mu)).to(dtype)
     return Tokens(
         logp_pi_N=column(pi).log().to(dtype).requires_grad_(),
         logp_mu_N=column(mu).log().to(dtype),
         logp_anchor_N=column(anchor or mu).log().to(dtype),
         advantage_N=column(advantage).to(dtype),
-        divergence_N=column(divergence or [0.0] * len(mu)).to(dtype),
+        divergence_N=divergence_N,
+        distance_N=divergence_N,
+        limit_N=column([delta[a > 0] for a in advantage]).to(dtype),
         sequence_N=torch.tensor(sequence or [0] * len(mu)),
-        delta_low=delta[0],
-        delta_high=delta[1],
     )
 
 
@@ -149,4 +154,4 @@ def token_batches(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Tokens
     pi = [min(1.0, m * math.exp(x)) for m, x in zip(mu, column(st.floats(-2, 2)), strict=True)]
     advantage = column(st.one_of(st.just(0.0), st.floats(0.1, 2), st.floats(-2, -0.1)))
     sequence = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
-    return make_tokens(mu, pi, advantage, column(st.floats(0, 0.4)), sequence=sequence, delta=(0.1, 0.2), dtype=dtype)
+    return make_tokens(mu, pi, advantage, column(st.floats(0, 0.4)), sequence=sequence, delta=DELTA, dtype=dtype)

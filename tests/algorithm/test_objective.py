@@ -35,10 +35,10 @@ def test_dppo_by_hand():
 @PROPERTY
 @given(tokens=token_batches(), cap=st.sampled_from([None, 1.0, 1.5, 5.0]))
 def test_dppo_gradient_is_mask_times_capped_ratio_times_advantage(tokens: Tokens, cap: float | None):
-    divergence, low, high = tokens.divergence_N.tolist(), tokens.delta_low, tokens.delta_high
+    divergence = tokens.divergence_N.tolist()
 
     def loss(pi: Tensor, mu: Tensor, advantage: Tensor, i: int) -> Tensor:
-        kept = reference.keep(advantage.item(), mu.item(), pi.item(), divergence[i], low, high)
+        kept = reference.keep(advantage.item(), mu.item(), pi.item(), divergence[i], *reference.DELTA)
         weight = kept * min((pi / mu).item(), cap or math.inf) * advantage.item()
         return -weight * pi.log()
 
@@ -85,7 +85,8 @@ def test_the_mask_is_anchored_and_the_weight_is_not():
 def test_low_and_high_thresholds_belong_to_the_sign_of_the_advantage():
     tokens = make_tokens([0.5] * 2, [0.6, 0.4], [1.0, -1.0], [0.15] * 2, delta=(0.1, 0.2))
     assert DPPO(None)(tokens).keep_N.tolist() == [True, False]
-    assert DPPO(None)(replace(tokens, delta_low=0.2, delta_high=0.1)).keep_N.tolist() == [False, True]
+    swapped = replace(tokens, limit_N=tokens.limit_N.flip(0))
+    assert DPPO(None)(swapped).keep_N.tolist() == [False, True]
 
 
 # Ratio masks ---------------------------------------------------------------------------------------------------------
@@ -111,7 +112,8 @@ def test_ratio_clip_is_ppo_in_float32(tokens: Tokens):
 @given(tokens=token_batches())
 def test_dppo_with_the_ratio_as_divergence_is_ppo(tokens: Tokens):
     ratio_N = (tokens.logp_pi_N.detach() - tokens.logp_mu_N).exp()
-    tokens = replace(tokens, divergence_N=(ratio_N - 1).abs(), delta_low=0.2, delta_high=0.28)
+    limit_N = torch.where(tokens.advantage_N > 0, 0.28, 0.2).double()
+    tokens = replace(tokens, distance_N=(ratio_N - 1).abs(), limit_N=limit_N)
     assert torch.equal(DPPO(None)(tokens).keep_N, RatioClip(0.2, 0.28, None)(tokens).keep_N)
     expected_N = naive_gradient(lambda pi, mu, a, i: ppo_loss(pi / mu, a, 0.2, 0.28), tokens)
     same(gradient(DPPO(None), tokens), expected_N)

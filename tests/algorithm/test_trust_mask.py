@@ -52,9 +52,7 @@ def test_mask_case_by_case(advantage, pi, divergence, kept):
 @PROPERTY
 @given(tokens=token_batches())
 def test_mask_agrees_with_its_definition(tokens: Tokens):
-    found_N = trust_mask(
-        tokens.advantage_N, tokens.logp_mu_N, tokens.logp_pi_N, tokens.divergence_N, tokens.delta_low, tokens.delta_high
-    )
+    found_N = trust_mask(tokens.advantage_N, tokens.logp_mu_N, tokens.logp_pi_N, tokens.divergence_N, *reference.DELTA)
     columns = zip(
         tokens.advantage_N.tolist(),
         tokens.logp_mu_N.exp().tolist(),
@@ -62,7 +60,7 @@ def test_mask_agrees_with_its_definition(tokens: Tokens):
         tokens.divergence_N.tolist(),
         strict=True,
     )
-    assert found_N.tolist() == [reference.keep(*column, tokens.delta_low, tokens.delta_high) for column in columns]
+    assert found_N.tolist() == [reference.keep(*column, *reference.DELTA) for column in columns]
 
 
 @PROPERTY

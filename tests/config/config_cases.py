@@ -34,6 +34,8 @@ MANDATORY = {
     ("data", "file"): ["data.path=problems.jsonl"],
     ("data", "hub"): ["data.name=owner/name"],
     ("data", "reasoning_gym"): ["data.task=spell_backward"],
+    ("filter", "band"): ["filter.high=5"],
+    ("filter", "all_of"): ["+filter@filter.members.rare=veto"],
     ("data", "mixture"): ["+data@data.members.sums=arithmetic"],
     ("reward", "function"): ["reward.path=rewards.py:score"],
     ("reward", "judge"): ["reward.url=http://localhost:8000/v1", "reward.model=judge"],

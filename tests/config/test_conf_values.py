@@ -1,12 +1,12 @@
 """What the YAML files say: the paper's settings, those of the embedded model, and what a choice sets elsewhere."""
 
+import make
 from config_cases import train_config
 
 from dppo_cli.algorithm.advantage import GroupMean
 from dppo_cli.algorithm.aggregation import TokenMean
 from dppo_cli.algorithm.approx import Binary, TopK
 from dppo_cli.algorithm.divergence import TotalVariation
-from dppo_cli.algorithm.loss import Loss
 from dppo_cli.algorithm.objective import DPPO
 from dppo_cli.config.sections import BatchPlan
 
@@ -18,7 +18,7 @@ def test_the_papers_settings() -> None:
     assert config.divergence == TotalVariation(0.15, 0.15)
     assert config.approx == TopK(20)
     assert config.objective == DPPO(ratio_cap=5.0)
-    assert config.loss == Loss(TopK(20), TotalVariation(0.15, 0.15), DPPO(ratio_cap=5.0), kl_weight=0.0)
+    assert config.loss == make.loss(TopK(20), TotalVariation(0.15, 0.15), DPPO(ratio_cap=5.0), kl_weight=0.0)
     assert config.advantage == GroupMean()
     assert config.aggregation == TokenMean()
     assert config.batch == BatchPlan(128, 8, 16, 1)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import composed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationKeyError
 
-from dppo_cli.config.saved import MAX_BYTES, MAX_DEPTH, read_config, sign, to_yaml
+from dppo_cli.config.saved import LATER, MAX_BYTES, MAX_DEPTH, read_config, sign, to_yaml
 from dppo_cli.errors import ConfigError, RunError
 
 TEXT = st.lists(st.sampled_from(["\\", "$", "{", "}", "${", "\\${", "x", ":", ".", "'", '"', "\n", " "])).map("".join)
@@ -46,6 +47,19 @@ def test_a_run_from_before_there_were_several_processes_had_one(tmp_path: Path) 
     assert read_config(old)[0].hardware.processes == 3
     old.write_text(sign("model: x\n"))
     assert "hardware" not in read_config(old)[0]
+
+
+def test_a_run_from_before_there_were_regions_and_filters_had_none(tmp_path: Path) -> None:
+    old = tmp_path / "config.yaml"
+    old.write_text(sign("objective: {_target_: a.B}\nverdict: upper\n"))
+    node, trusted = read_config(old)
+    assert trusted and node.verdict == "upper"
+    new = composed("train")
+    assert (node.region, node.filter) == (new.region, new.filter)
+    assert raw(OmegaConf.create({key: value for key, value in LATER.items() if "." not in key})) == {
+        key: raw(new)[key]  # type: ignore[index]
+        for key in ("verdict", "region", "filter")
+    }
 
 
 def test_values_are_written_resolved() -> None:

@@ -12,7 +12,8 @@ def stats(*tokens: tuple[float, float, float, bool]) -> TokenStats:
     mu_N, pi_N, advantage_N, keep = (torch.tensor(column) for column in zip(*tokens, strict=True))
     zero_N = torch.zeros_like(mu_N)
     log_ratio_N = (pi_N / mu_N).log()
-    return TokenStats(zero_N.long(), mu_N, pi_N, log_ratio_N, zero_N, advantage_N, keep, zero_N, zero_N)
+    none_N = zero_N.bool()
+    return TokenStats(zero_N.long(), mu_N, pi_N, log_ratio_N, zero_N, advantage_N, keep, zero_N, zero_N, none_N, none_N)
 
 
 def test_rows_by_hand():

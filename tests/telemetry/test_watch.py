@@ -43,6 +43,14 @@ def test_one_masked_token_of_either_sign_starts_the_count_again(awake):
     assert said(watching(), *quiet, awake, *quiet) == [[]] * (2 * QUIET_STEPS - 1)
 
 
+def test_a_filter_that_drops_much_is_named_once():
+    watch = watching()
+    assert said(watch, metrics() | {"filtered": 0.3}, metrics() | {"filtered": None}) == [[], []]
+    (text,) = watch.step(metrics() | {"filtered": 0.31})
+    assert text.startswith("the off-policy filter dropped 31% of the tokens") and "widen its bounds" in text
+    assert watch.step(metrics() | {"filtered": 0.9}) == []
+
+
 def test_steps_without_tokens_are_not_counted_as_quiet():
     found = said(watching(), *[metrics(None, None, None)] * 100, *[metrics(0.0, None)] * QUIET_STEPS)
     assert found[:-1] == [[]] * (99 + QUIET_STEPS)

@@ -1,5 +1,6 @@
 """Model cards: front matter for the hub, what they say, what they keep to themselves, and code that runs."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -58,7 +59,7 @@ def test_the_card_of_the_default_run() -> None:
         "- Advantage: Group mean",
         "- Aggregation: Token mean",
         "- Batch: `prompts_per_step=64`, `samples_per_prompt=8`, `prompts_per_update=32`, `epochs=1`",
-        "- Run: `steps=60`, `seed=1`, `anchor=rollout`, `kl_to_reference=0.0`",
+        "- Run: `steps=60`, `seed=1`, `anchor=rollout`, `verdict=lower`, `kl_to_reference=0.0`",
     ):
         assert line in text.splitlines()
     assert {"lr=0.0003", "schedule=constant", "warmup_updates=5", "temperature=1.0"} <= set(spans(text))
@@ -142,6 +143,15 @@ def test_an_objective_that_does_not_use_the_divergence_says_so() -> None:
     own = config()
     own["objective"] = {"_target_": "my_module.MyObjective"}
     assert "does not use it" not in card(own, None, "adapter")
+
+
+def test_regions_and_filters_are_shown_where_there_are_some() -> None:
+    assert not re.search("Region|Filter", card(config(), None, "adapter"))
+    text = card(config("region=prefix_budget", "filter=geometric"), None, "adapter")
+    assert "- Region: Prefix budget, `w_min=0.8`, `budget=0.02`, `adaptive=true`\n" in text
+    assert (
+        "- Filter: Band, `statistic=ratio`, `scope=sequence_mean`, `low=0.99`, `high=1.01`, `negative_only=false`\n"
+    ) in text
 
 
 def test_options_of_the_user_are_shown_in_words_with_their_settings() -> None:

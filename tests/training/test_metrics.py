@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dppo_cli.algorithm.approx import Binary
 from dppo_cli.algorithm.divergence import TotalVariation
-from dppo_cli.algorithm.loss import Loss, Visitor
+from dppo_cli.algorithm.loss import Visitor
 from dppo_cli.algorithm.objective import DPPO
 from dppo_cli.rollout.collect import Collected
 from dppo_cli.training.metrics import rollout_metrics, token_metrics
@@ -44,6 +44,18 @@ def test_edge_8_no_token_of_a_sign_is_no_fraction_of_zero():
     found = token_metrics([[stats([0.5], [0.6], [1.0])]])
     assert found["masked_positive"] == 0.0
     assert found["masked_negative"] is None
+
+
+def test_what_the_filter_dropped_and_what_the_bounds_leave_open_are_shares_of_tokens_with_an_advantage():
+    """Over micro-batches, too; tokens with A = 0 do not count."""
+    first = stats(
+        [0.5] * 4, [0.5] * 4, [1.0, -1.0, 1.0, 0.0], filtered=[True, True, False, True], undecided=[False] * 4
+    )
+    second = stats([0.5] * 2, [0.5] * 2, [1.0, -1.0], filtered=[False] * 2, undecided=[True, False])
+    found = token_metrics([[first, second]])
+    assert found["filtered"] == approx(2 / 5)
+    assert found["undecided"] == approx(1 / 5)
+    assert token_metrics([[stats([0.5], [0.5], [1.0])]])["undecided"] is None, "no other bound"
 
 
 def test_edge_1_mismatch_is_that_of_the_first_update_alone():
@@ -127,7 +139,7 @@ def collected() -> TokenStats:
         visitor(slice(0, 4), log_pi_NV)
         return logp_pi_N, torch.full((4,), 0.7)
 
-    loss = Loss(Binary(), TotalVariation(0.1, 0.1), DPPO(ratio_cap=None), kl_weight=0.1)
+    loss = make.loss(Binary(), TotalVariation(0.1, 0.1), DPPO(ratio_cap=None), kl_weight=0.1)
     return loss(packed, log_probs, logp_pi_N.detach() - 0.05)[1]
 
 

@@ -92,6 +92,7 @@ def test_what_a_line_says_of_a_sample(folder: RunFolder) -> None:
         "logp_pi": [-1.19315, None, -1.30685],
         "divergence": [0.3, None, 0.123457],
         "keep": [True, None, False],
+        "filtered": [False, None, False],
         "top_ids": None,
         "top_logp_mu": None,
         "top_logp_pi": None,
@@ -205,7 +206,7 @@ def test_samples_that_are_too_large_by_themselves_remove_no_others(folder: RunFo
         grown(folder, samples, range(6, 7))
         assert sample_steps(folder.path) == [1, 2, 3, 6]
     assert told == [
-        "the samples of step 4 are not kept: they take 0.048 MiB, which samples.max_mib=0.05 has no room for; lower "
+        "the samples of step 4 are not kept: they take 0.0481 MiB, which samples.max_mib=0.05 has no room for; lower "
         "samples.groups=4"
     ]
 

@@ -104,6 +104,9 @@ def masked(rows: Rows, events: Sequence[Event]) -> Figure | None:
     caption = (
         "Share of the tokens of each sign of the advantage that got no gradient, because pi had gone too far already."
     )
+    if any(column(rows, "filtered")):
+        curves["filtered"] = ("filtered", THIRD)
+        caption += " Filtered: the share of all tokens that the off-policy filter dropped."
     axis = share_axis([column(rows, key) for key in curves])
     return _lines("masked", "Masked tokens", caption, rows, curves, ".2%", events, **axis)
 

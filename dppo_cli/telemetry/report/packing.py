@@ -155,7 +155,7 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     for name, short in NUMBERS.items():
         values = _list(row, name, n)
         sample[short] = [_rounded(value) for value in values] if values else None
-    for name, short in (("keep", "keep"), ("sampled", "sampled")):
+    for name, short in (("keep", "keep"), ("filtered", "filtered"), ("sampled", "sampled")):
         values = _list(row, name, n)
         sample[short] = [None if v is None else int(bool(v)) for v in values] if values else None
     sample["top"] = _alternatives(row, n)

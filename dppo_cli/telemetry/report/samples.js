@@ -65,6 +65,8 @@ function dppoSamples({ steps, delta }, root) {
     },
   };
 
+  // Why a token got no gradient, if it did not: the trust region's mask, or the off-policy filter.
+  const why = (s, i) => (s.filtered && s.filtered[i] === 1 ? "filtered" : s.keep && s.keep[i] === 0 ? "masked" : null);
   const masked = (s) => (s.keep ? s.keep.reduce((n, k) => n + (k === 0), 0) : 0);
   const largest = (s) => (s.d ? s.d.reduce((m, v) => (v !== null && v > m ? v : m), -1) : -1);
   const SORTS = {
@@ -164,8 +166,8 @@ function dppoSamples({ steps, delta }, root) {
     const box = node("div", { class: "tokens", role: "group", "aria-labelledby": "tokens-label", onkeydown: keys, onmouseover: look, onfocusin: look, onclick: look });
     for (let i = start; i < end; i++) {
       const text = s.tokens ? s.tokens[i] : `#${s.ids[i]} `;
-      const off = s.keep && s.keep[i] === 0;
-      const token = node("span", { class: `tok${off ? " masked" : ""}${s.sampled && s.sampled[i] === 0 ? " unsampled" : ""}`, role: "button", tabindex: i === start ? 0 : -1, "data-i": i, "aria-label": `${visible(text)}${off ? ", masked" : ""}` });
+      const off = why(s, i);
+      const token = node("span", { class: `tok${off ? ` ${off}` : ""}${s.sampled && s.sampled[i] === 0 ? " unsampled" : ""}`, role: "button", tabindex: i === start ? 0 : -1, "data-i": i, "aria-label": `${visible(text)}${off ? `, ${off}` : ""}` });
       box.append(text === "" ? (token.append(node("span", { class: "sign" }, "∅")), token) : fill(token, text, true));
     }
     main.append(box, node("div", { class: "key" }));
@@ -200,6 +202,7 @@ function dppoSamples({ steps, delta }, root) {
       node("b", {}, `${colour.title}${known ? ":" : " was not kept"}`),
       ...(known ? colour.legend(s).map(([hue, level, text]) => swatch(hue, level, text)) : []),
       swatch("--faint", 0, "masked: no gradient", " masked"),
+      ...(s.filtered && s.filtered.includes(1) ? [swatch("--faint", 0, "filtered: no gradient", " filtered")] : []),
     );
   }
 
@@ -224,7 +227,7 @@ function dppoSamples({ steps, delta }, root) {
       "pi / mu": number(ratio(s, i)),
       divergence: `${number(s.d ? s.d[i] : null)} (δ ${number(d(s))})`,
       advantage: number(s.advantage),
-      gradient: s.sampled && s.sampled[i] === 0 ? "none: not sampled" : kept === null ? "not known" : kept ? "kept" : "masked",
+      gradient: s.sampled && s.sampled[i] === 0 ? "none: not sampled" : kept === null ? "not known" : why(s, i) || "kept",
     };
     const text = s.tokens ? s.tokens[i] : `#${s.ids[i]}`;
     detail.replaceChildren(

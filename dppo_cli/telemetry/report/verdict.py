@@ -75,6 +75,10 @@ def trust_region(run: RunData) -> Verdict:
         lines.append(f"1 token in 100 diverges by more than {p99:.2g}{against}")
     if (first := next((v for v in column(run.metrics, "mismatch_mean") if v is not None), None)) is not None:
         lines.append(f"Sampler and trainer differ by {first:.2g} in mean |pi−mu| before any update")
+    if filtered := _mean(column(run.metrics, "filtered")):
+        lines.append(f"The off-policy filter dropped {_share(filtered)} of tokens")
+    if (undecided := _mean(column(run.metrics, "undecided"))) is not None:
+        lines.append(f"The exact divergence could decide otherwise for {_share(undecided)} of tokens")
     both = [max(a or 0.0, b or 0.0) for a, b in zip(up, down, strict=True)]
     if _updates(run.config) == 1 and not any(column(run.metrics, "staleness")):
         return Verdict(question, "It has nothing to do: one update per rollout, so pi is mu", "neutral", lines)

@@ -98,6 +98,16 @@ def test_hovering_over_a_curve_shows_its_numbers(open_page: Open, html: str) -> 
     expect(page.locator("#figure-reward .hoverlayer")).to_contain_text("0.800")
 
 
+def test_a_token_that_the_filter_dropped(open_page: Open, tmp_path: Path) -> None:
+    row = sample(["1", "2", "3"], keep=[True, False, True], filtered=[True, False, False])
+    page = open_page(run_page(write_run(tmp_path / "run", 3, {1: [row]}, summary(3))))
+    classes = [token.get_attribute("class") for token in page.locator(".tokens .tok").all()]
+    assert classes == ["tok filtered", "tok masked", "tok"]
+    page.locator(".tokens .tok").nth(0).hover()
+    expect(page.get_by_role("complementary", name="Token")).to_contain_text("filtered")
+    expect(page.locator(".key")).to_contain_text("filtered: no gradient")
+
+
 def test_samples_by_mouse(open_page: Open, html: str) -> None:
     page = open_page(html)
     expect(page.locator(".tokens .tok")).to_have_text(["late"])

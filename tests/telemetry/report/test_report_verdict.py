@@ -63,6 +63,16 @@ def test_with_one_update_per_rollout_the_trust_region_has_nothing_to_do(tmp_path
     assert answer.startswith("It has nothing to do") and tone == "neutral"
 
 
+def test_filters_and_open_decisions_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 2)
+    assert not any("filter" in line or "exact" in line for line in trust_region(read_run(run)).lines)
+    rows = [{**metrics(i, 9), "filtered": 0.1 * i, "undecided": 0.02} for i in (1, 2)]
+    write_lines(run / "metrics.jsonl", rows)
+    lines = trust_region(read_run(run)).lines
+    assert "The off-policy filter dropped 15.0% of tokens" in lines
+    assert "The exact divergence could decide otherwise for 2.0% of tokens" in lines
+
+
 def test_unless_samples_are_of_earlier_steps(tmp_path: Path) -> None:
     found = region(tmp_path, [0.0, 0.01], "batch.prompts_per_update=64", stale=1.0)
     assert found == ("Yes: it masked tokens in 1 of 2 steps", "good")
