@@ -1,7 +1,6 @@
 """What Hydra calls for each job, in this process or, under a launcher, in another."""
 
 import gc
-import importlib
 import os
 import traceback
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dppo_cli.cli.stop import by_joblib, stopped_with_the_sweep, times
 from dppo_cli.cli.sweep import JobRecord
 from dppo_cli.cli.table import COMMANDS
 from dppo_cli.errors import ConfigError, DppoError, RunError, Stopped
+from dppo_cli.processes.lasting import load
 
 
 @dataclass
@@ -104,8 +104,8 @@ class HydraJob:
             node.pop("recipes", None)
         command = COMMANDS[self.command]
         # Most import torch, which help, typing errors and `dppo doctor` do without.
-        module = importlib.import_module(f"dppo_cli.commands.{command.module}")
-        prepare = importlib.import_module(f"dppo_cli.commands.{command.prepare}").prepare
+        module = load(f"dppo_cli.commands.{command.module}")
+        prepare = load(f"dppo_cli.commands.{command.prepare}").prepare
         try:
             node = prepare(node, _words())
             config = build(getattr(module, command.schema), node)

@@ -4,7 +4,6 @@
 which it has to join when it is asked to.
 """
 
-import importlib
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dppo_cli.processes.lasting import load
 from dppo_cli.processes.line import Line
 from dppo_cli.world import World
 
@@ -41,7 +41,7 @@ def main(work: str, descriptor: str, rank: str, size: str) -> None:
     # Hydra does so in the main process: libraries log at their import what concerns nobody.
     logging.getLogger().addHandler(logging.NullHandler())
     module, _, function = work.partition(":")
-    live = getattr(importlib.import_module(module), function)
+    live = getattr(load(module), function)
     live(Line(Connection(int(descriptor))), World(int(rank), int(size)))
     sys.stdout.flush()
     # Without leaving its world, which may wait for a process that is gone.
