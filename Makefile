@@ -54,12 +54,13 @@ bench: $(VENV)/installed
 bench-gpu: $(if $(PY),,$(VENV)/installed)
 	$(or $(PY),$(BIN)/python) benchmarks/gpu.py $(WORDS)
 
-# Format check, lint, strict types, tests.
+# Format check, lint, strict types, tests. By name: pytest would leave modules of few tests to the end, where those are that
+# take 40 seconds, and one of them runs alone.
 test: $(VENV)/installed $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),$(VENV)/triton)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TWO) $(BIN)/pytest -n 2 --dist loadfile
+	$(TWO) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests that take minutes: the accuracy of the default run over three seeds.
 test-slow: $(VENV)/installed
