@@ -17,6 +17,8 @@ CONNECTING = 10.0
 """Seconds that a server may take to accept a connection, or to say what it serves."""
 GONE = {429, 500, 502, 503, 504}
 """Statuses of servers that are busy, start, or have lost their engine."""
+NOT_ALLOWED = {401, 403}
+"""Statuses of servers that want a key."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,18 @@ def find(url: str, key: str | None, patience: float, start: str) -> Served:
         except httpx2.HTTPError as error:
             why = words(str(error).encode(), key) or type(error).__name__
         if time.monotonic() >= until:
-            raise RolloutError(f"{absent(url, why, patience, start)}; or sample in this process: rollout=local")
+            raise RolloutError(
+                f"{absent(url, why, patience, start)}; or sample in this process: rollout=local (a run that goes on "
+                "cannot; its rollout.url may change)"
+            )
         if not told:
             # Said at once: warnings are shown when a run starts, which now waits.
             text = f"dppo: no vLLM server answers at {url} ({why}); waiting {patience:g} seconds for one: {start}"
             print(text, file=sys.stderr, flush=True)
             told = True
         time.sleep(PAUSE)
-    if reply.status_code in (401, 403):
-        raise RolloutError(f"the vLLM server at {url} wants another key than that which rollout.api_key_env names")
+    if reply.status_code in NOT_ALLOWED:
+        raise not_allowed(url, key)
     try:
         base = next(model for model in reply.json()["data"] if not model.get("parent"))
         name, longest = str(base["id"]), base.get("max_model_len")
@@ -66,6 +71,15 @@ def find(url: str, key: str | None, patience: float, start: str) -> Served:
 
 def headers(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def not_allowed(url: str, key: str | None) -> RolloutError:
+    if key is None:
+        return RolloutError(
+            f"the vLLM server at {url} wants an API key, and none was sent: rollout.api_key_env is null; export "
+            "VLLM_API_KEY=..., and name this variable: rollout.api_key_env=VLLM_API_KEY"
+        )
+    return RolloutError(f"the vLLM server at {url} wants another key than that which rollout.api_key_env names")
 
 
 def absent(url: str, why: str, patience: float, start: str) -> str:

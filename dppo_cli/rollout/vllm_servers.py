@@ -18,7 +18,18 @@ from typing import Any
 import httpx2
 
 from dppo_cli.errors import RolloutError
-from dppo_cli.rollout.vllm_http import CONNECTING, GONE, PAUSE, Served, absent, headers, status_and_words, words
+from dppo_cli.rollout.vllm_http import (
+    CONNECTING,
+    GONE,
+    NOT_ALLOWED,
+    PAUSE,
+    Served,
+    absent,
+    headers,
+    not_allowed,
+    status_and_words,
+    words,
+)
 
 # anyio 4.16 says so of a request that is given up in the moment in which it begins to connect.
 warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)
@@ -254,7 +265,8 @@ class Servers:
         if not server.gone:
             server.gone = True
             others = self._others(server)
-            what = f"{others} others go on" if others else f"waiting {self.patience:g} seconds for it"
+            going_on = "1 other goes on" if others == 1 else f"{others} others go on"
+            what = going_on if others else f"waiting {self.patience:g} seconds for it"
             self.warn(f"the vLLM server at {server.url} does not answer ({why}); {what}")
 
     def _others(self, server: Server) -> int:
@@ -262,8 +274,9 @@ class Servers:
         return sum(not other.gone for other in self.servers if other is not server)
 
     def _refused(self, server: Server, status: int, reply: bytes) -> RolloutError:
-        hint = " (its key is in the variable that rollout.api_key_env names)" if status in (401, 403) else ""
-        said = words(reply, self.key)
+        if status in NOT_ALLOWED:
+            return not_allowed(server.url, self.key)
+        hint, said = "", words(reply, self.key)
         if "lora" in said.lower() or "logprobs" in said:
             hint = f"; start it with: {server.served.start}"
         return RolloutError(f"the vLLM server at {server.url} refuses: {status} {said}{hint}")

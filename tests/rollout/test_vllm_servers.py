@@ -12,7 +12,7 @@ from engines import sampling
 from vllm_cases import OPTIONS, change, opened, tokens
 from vllm_server import error
 
-from dppo_cli.errors import RolloutError
+from dppo_cli.errors import ConfigError, RolloutError
 from dppo_cli.rollout.vllm import VLLMRollout
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -38,7 +38,7 @@ def test_nobody_answers(adapted, model, capsys) -> None:
     assert said[-1:] == [f"dppo: no vLLM server answers at {NOBODY} ({refused}); waiting 0.1 seconds for one: {start}"]
     assert str(caught.value) == (
         f"no vLLM server has answered at {NOBODY} for rollout.patience=0.1 seconds ({refused}); start one: {start}; or "
-        "sample in this process: rollout=local"
+        "sample in this process: rollout=local (a run that goes on cannot; its rollout.url may change)"
     )
 
 
@@ -86,8 +86,27 @@ def test_weights_a_little_different(adapted, server) -> None:
 def test_keys(adapted, server, monkeypatch) -> None:
     """The key goes to the server and nowhere else."""
     server.key = "sesame"
-    with pytest.raises(RolloutError, match="wants another key than that which rollout"):
+    with pytest.raises(RolloutError) as caught:
         VLLMRollout(server.url, **OPTIONS).load(adapted, make.fail)
+    none = (
+        f"the vLLM server at {server.url} wants an API key, and none was sent: rollout.api_key_env is null; export "
+        "VLLM_API_KEY=..., and name this variable: rollout.api_key_env=VLLM_API_KEY"
+    )
+    assert str(caught.value) == none
+    named = {**OPTIONS, "api_key_env": "VLLM_TEST_KEY"}
+    monkeypatch.delenv("VLLM_TEST_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"api_key_env=VLLM_TEST_KEY, but .*; export VLLM_TEST_KEY="):
+        VLLMRollout(server.url, **named).load(adapted, make.fail)
+    monkeypatch.setenv("VLLM_TEST_KEY", "wrong")
+    with pytest.raises(RolloutError, match=r"wants another key than that which rollout.api_key_env names"):
+        VLLMRollout(server.url, **named).load(adapted, make.fail)
+    server.key = None
+    with opened(adapted, server) as engine:
+        server.key = "sesame"
+        with pytest.raises(RolloutError) as caught:
+            engine.sync(1)
+        assert str(caught.value) == none
+    server.key = "sesame"
     monkeypatch.setenv("VLLM_TEST_KEY", "sesame")
     with opened(adapted, server, api_key_env="VLLM_TEST_KEY") as engine:
         assert len(tokens(engine)) == 8

@@ -35,7 +35,7 @@ def test_others_go_on_without_one(adapted, server, model) -> None:
         assert tokens(engine) == before
         assert len(said) == 1
         assert said[0].startswith(f"the vLLM server at {other.url} does not answer (")
-        assert said[0].endswith("; 1 others go on")
+        assert said[0].endswith("; 1 other goes on")
         with vllm_server.serving(model, other.server_port) as back:
             engine.sync(2)
             assert tokens(engine) == before
