@@ -43,6 +43,9 @@ class VLLM(ThreadingHTTPServer):
         self.hold = threading.Event()
         """Completions wait for it."""
         self.hold.set()
+        self.runs = threading.Event()
+        """All answers wait for it."""
+        self.runs.set()
 
     def get_request(self) -> tuple[Any, Any]:
         found = super().get_request()
@@ -145,6 +148,7 @@ class Handler(BaseHTTPRequestHandler):
     def found(self, body: Any) -> tuple[int, Any]:
         vllm, path = self.server, self.path
         vllm.asked.append((path, body))
+        vllm.runs.wait(30)
         for end, answers in vllm.refuse.items():
             if path.endswith(end) and answers:
                 return answers.pop(0)
@@ -181,6 +185,7 @@ def serving(folder: Path, port: int = 0) -> Iterator[VLLM]:
     finally:
         server.shutdown()
         server.hold.set()
+        server.runs.set()
         for connection in server.connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

@@ -14,7 +14,7 @@ from dppo_cli.errors import RolloutError
 PAUSE = 1.0
 """Seconds between two attempts at servers of which none answers."""
 CONNECTING = 10.0
-"""Seconds that a server may take to accept a connection, or to say what it serves."""
+"""Seconds that a server may take to accept a connection, or to say what it serves; and between two such questions."""
 GONE = {429, 500, 502, 503, 504}
 """Statuses of servers that are busy, start, or have lost their engine."""
 NOT_ALLOWED = {401, 403}

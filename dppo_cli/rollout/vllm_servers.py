@@ -1,16 +1,16 @@
 """Asks vLLM servers over HTTP: all of them to load an adapter, whichever has the least to do for samples.
 
 A server that does not answer is waited for, or done without while others do. One that was started again gets the
-adapter again, and what it was asked.
+adapter again, and what it was asked. One that hangs is found by asking it what it serves while it works on requests.
 """
 
 import asyncio
-import time
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 
 from dppo_cli.errors import RolloutError
+from dppo_cli.rollout.vllm_gone import Attempts, GoneError, Watch
 from dppo_cli.rollout.vllm_http import (
     CONNECTING,
     GONE,
@@ -56,37 +57,7 @@ class Server:
     asked: int = 0  # requests that it works on, or that wait for their turn
     compared: bool = False  # with the trainer's model, since it was last away
     gone: bool = False  # when it was last asked, it did not answer
-
-
-class GoneError(Exception):
-    """A server cannot be reached, or says that it cannot work. The text says why. `heard`: it had taken the request."""
-
-    def __init__(self, text: str, heard: bool = False) -> None:
-        super().__init__(text)
-        self.heard = heard
-
-
-class Attempts:
-    """How long attempts at a request have failed in a row.
-
-    It counts anew after one that a server had worked on for longer than that.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.since: float | None = None
-        self.begun = 0.0
-
-    def begin(self) -> None:
-        """Another begins."""
-        self.begun = time.monotonic()
-
-    def over(self, why: GoneError) -> bool:
-        """Whether the attempt that has failed now was the last."""
-        now = time.monotonic()
-        if self.since is None or (why.heard and now - self.begun > self.seconds):
-            self.since = now
-        return now - self.since >= self.seconds
+    watch: Watch = field(default_factory=Watch)
 
 
 class Servers:
@@ -114,6 +85,7 @@ class Servers:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx2.Timeout(self.timeout, connect=CONNECTING)
         self.http = httpx2.AsyncClient(headers=headers(self.key), timeout=timeout, limits=limits)
+        self.watches = [self._run(s.watch.run(self.http, s.url, partial(self._patience_with, s))) for s in self.servers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,6 +129,8 @@ class Servers:
             server.asked += 1
             try:
                 async with server.turns:
+                    if server.gone and self._others(server):
+                        continue  # It went while this request waited for its turn.
                     attempts.begin()
                     return await self._ask(server, body, adapter)
             except GoneError as why:
@@ -233,7 +207,8 @@ class Servers:
     async def _post(self, server: Server, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
         """Status and answer. Raises GoneError, or RolloutError for an answer that takes too long."""
         try:
-            reply = await self.http.post(f"{server.url}{path}", json=body)
+            async with server.watch.request():
+                reply = await self.http.post(f"{server.url}{path}", json=body)
         except httpx2.ReadTimeout:
             late = f"has not answered within rollout.timeout={self.timeout:g} seconds"
             if self._others(server):
@@ -268,6 +243,10 @@ class Servers:
             going_on = "1 other goes on" if others == 1 else f"{others} others go on"
             what = going_on if others else f"waiting {self.patience:g} seconds for it"
             self.warn(f"the vLLM server at {server.url} does not answer ({why}); {what}")
+
+    def _patience_with(self, server: Server) -> float:
+        # None with one that was gone before: a new adapter waits until that has loaded it, or has not.
+        return 0.0 if server.gone else self.patience
 
     def _others(self, server: Server) -> int:
         """How many answer besides."""

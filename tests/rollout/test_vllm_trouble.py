@@ -11,9 +11,9 @@ from engines import sampling
 from vllm_cases import change, opened, tokens
 
 from dppo_cli.errors import RolloutError
-from dppo_cli.rollout import vllm_servers
+from dppo_cli.rollout import vllm_gone
 from dppo_cli.rollout.engine import in_order
-from dppo_cli.rollout.vllm_servers import Attempts, GoneError
+from dppo_cli.rollout.vllm_gone import Attempts, GoneError
 from dppo_cli.types import Status
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -43,7 +43,7 @@ def test_a_request_that_kills_the_server_each_time_ends_the_run(adapted, server)
 def test_failures_far_apart_are_no_absence(monkeypatch) -> None:
     """An attempt that was worked on for longer than the patience begins the count anew; one that found nobody not."""
     now = 0.0
-    monkeypatch.setattr(vllm_servers.time, "monotonic", lambda: now)
+    monkeypatch.setattr(vllm_gone.time, "monotonic", lambda: now)
     for heard, expected in ((True, [False, False, True]), (False, [False, True, True])):
         attempts, found = Attempts(10.0), []
         for begun, ended in ((0.0, 1.0), (2.0, 100.0), (100.0, 111.0 if heard else 101.0)):
