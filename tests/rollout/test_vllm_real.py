@@ -5,11 +5,14 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import make
 import pytest
 import torch
@@ -22,6 +25,7 @@ from dppo_cli.errors import RolloutError
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.rollout.vllm import VLLMEngine, VLLMRollout
+from dppo_cli.rollout.vllm_http import CONNECTING
 from dppo_cli.rollout.vllm_probe import start_command
 from dppo_cli.types import Prompt, Status
 
@@ -177,6 +181,24 @@ def test_a_server_that_dies_and_is_started_again(policy, port, prompts, server) 
         server.wait()
         with serving(policy, port):
             assert make.tokens(in_order(engine.generate(prompts, 4, sampling(6), 0, seed=1))) == before
+
+
+def test_a_busy_server_says_what_it_serves(policy, port, server) -> None:
+    """That is how one that hangs is known from one that is busy."""
+    with opened(policy, port):
+        url, seconds = f"http://127.0.0.1:{port}/v1", []
+        name = httpx2.get(f"{url}/models").json()["data"][0]["id"]
+        body = {"model": name, "prompt": [5, 6], "n": 64, "max_tokens": 200, "ignore_eos": True}
+        with ThreadPoolExecutor() as pool:
+            busy = [pool.submit(httpx2.post, f"{url}/completions", json=body, timeout=300) for _ in range(4)]
+            while not all(request.done() for request in busy):
+                begun = time.perf_counter()
+                assert httpx2.get(f"{url}/models", timeout=CONNECTING).status_code == 200
+                seconds.append(time.perf_counter() - begun)
+                time.sleep(0.2)
+        assert {request.result().status_code for request in busy} == {200}
+        print(f"{len(seconds)} answers while busy, the slowest in {max(seconds):.2f} s")
+        assert len(seconds) >= 5
 
 
 def test_log_probs_without_the_temperature_are_refused(policy, prompts) -> None:

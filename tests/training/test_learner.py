@@ -10,6 +10,7 @@ import torch
 from updates import (
     ADVANTAGES,
     MASKING,
+    OVER_RESPONSES,
     UNCLIPPED,
     assert_equal_gradients,
     assert_identical,
@@ -46,9 +47,12 @@ def test_the_gradient_is_that_of_a_dense_implementation(train_config, model, kl)
     assert result.gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["dppo", "gspo", "ipo"])
-def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(train_config, objective):
-    config = train_config(f"objective={objective}", *MASKING, UNCLIPPED, "kl_to_reference=0.1", "approx=topk")
+@pytest.mark.parametrize(
+    "words",
+    [("objective=dppo",), ("objective=gspo",), ("objective=ipo",), *OVER_RESPONSES],
+)
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(train_config, words):
+    config = train_config(*words, *MASKING, UNCLIPPED, "kl_to_reference=0.1", "approx=topk")
     gradients, positions, counts = [], [], []
     for budget, chunk in ((10**6, 10**6), (1, 256), (64, 3)):
         policy, groups = off_policy(config)

@@ -9,7 +9,9 @@ import make
 import pytest
 import torch
 from updates import (
+    ADVANTAGES,
     MASKING,
+    OVER_RESPONSES,
     UNCLIPPED,
     assert_equal_gradients,
     assert_identical,
@@ -23,6 +25,7 @@ from updates import (
     rollout,
 )
 
+from dppo_cli.algorithm.loss import uses_region
 from dppo_cli.algorithm.objective import Objective, TokenLoss, Tokens
 from dppo_cli.commands.assembly import make_learner
 from dppo_cli.config import conf_tree
@@ -37,14 +40,21 @@ class Everything:
 
     needs_all_tokens = True
 
+    @property
+    def uses_region(self) -> bool:
+        return uses_region(self.inner)
+
     def __call__(self, tokens: Tokens) -> TokenLoss:
         return self.inner(tokens)
 
 
-@pytest.mark.parametrize("objective", ["dppo", "ppo", "gspo", "drpo", "pg_is"])
+@pytest.mark.parametrize(
+    "words",
+    [*((f"objective={objective}",) for objective in ("dppo", "ppo", "gspo", "drpo", "pg_is")), *OVER_RESPONSES],
+)
 @pytest.mark.parametrize("budget", [10**6, 64])
-def test_skipping_samples_without_advantage_leaves_the_gradient_bit_for_bit(train_config, objective, budget):
-    config = train_config(f"objective={objective}", *MASKING, UNCLIPPED, f"hardware.tokens_per_micro_batch={budget}")
+def test_skipping_samples_without_advantage_leaves_the_gradient_bit_for_bit(train_config, words, budget):
+    config = train_config(*words, *MASKING, UNCLIPPED, f"hardware.tokens_per_micro_batch={budget}")
     advantages = (0.0, -0.5, 0.0, -1.5, 0.75, 0.0, -1.0, 0.0)
     policy, groups = off_policy(config, advantages)
     without, skipping = gradient(make_learner(policy, config), groups)
@@ -56,6 +66,23 @@ def test_skipping_samples_without_advantage_leaves_the_gradient_bit_for_bit(trai
     assert skipping.num_positions < running.num_positions
     assert_identical(without, with_all)
     assert any(g.abs().max() > 0 for g in without)
+
+
+def test_what_a_filter_drops_stays_in_the_divisor(train_config):
+    """The gradient is that of the same batch in which the dropped responses have no advantage."""
+    wide = (UNCLIPPED, "divergence.delta_low=1", "divergence.delta_high=1")
+    policy, groups = off_policy(config := train_config(*wide, "filter=opsm"))
+    found, result = gradient(make_learner(policy, config), groups)
+    seen = TokenStats.cat(result.stats)
+    of_each = seen.filtered_N.split([len(c.mu.logp_N) for c in completions(groups)])
+    dropped = [bool(of.all()) for of in of_each]
+    assert dropped == [bool(of.any()) for of in of_each] and 0 < sum(dropped) < len(dropped)
+    left = iter([0.0 if gone else a for gone, a in zip(dropped, ADVANTAGES, strict=True)])
+    assert all(a < 0 for gone, a in zip(dropped, ADVANTAGES, strict=True) if gone)
+    policy, groups = off_policy(config := train_config(*wide))
+    less = [replace(group, advantages=[next(left) for _ in group.completions]) for group in groups]
+    expected, _ = gradient(make_learner(policy, config), less)
+    assert_equal_gradients(found, expected)
 
 
 def test_a_batch_without_any_advantage_changes_nothing(train_config):

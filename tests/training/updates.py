@@ -19,6 +19,12 @@ ADVANTAGES = (1.0, -0.5, 0.25, -1.5, 0.75, 2.0, -1.0, 0.5)
 """Of two samples of each of the four prompts of `make.MIXED`."""
 UNCLIPPED = "optim.max_grad_norm=null"
 MASKING = ("divergence.delta_low=0.01", "divergence.delta_high=0.01")
+OVER_RESPONSES = (
+    ("region=prefix_budget", "region.budget=0.05"),
+    ("region=sequence_mean", "region.upper=0.5"),
+    ("filter=k3", "filter.high=0.3"),
+)
+"""Regions and a filter that look at whole responses; they touch some of those of `off_policy`, and not all."""
 
 
 def rollout(
