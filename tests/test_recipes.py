@@ -70,6 +70,17 @@ def test_the_methods_of_the_filters_recipe_are_named_after_their_parts(plot: Mod
     assert {build(TrainConfig, node).batch.updates_per_step for node in nodes.values()} == {64}
 
 
+def test_runs_from_before_there_were_filters_have_their_names(tmp_path: Path, plot: ModuleType) -> None:
+    node = OmegaConf.create(OmegaConf.to_container(recipe("stability", "+recipes/method=ppo")))
+    for key in ("region", "filter", "verdict"):
+        del node[key]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/config.yaml").write_text(OmegaConf.to_yaml(node))
+    (tmp_path / "0/summary.json").write_text("{}")
+    (tmp_path / "0/metrics.jsonl").write_text("{}\n")
+    assert list(plot.read(tmp_path)) == ["ppo"]
+
+
 def test_the_picture_and_table_of_a_sweep(tmp_path: Path, plot: ModuleType) -> None:
     for job, (method, seed, reward) in enumerate([("dppo_tv", 1, 0.5), ("dppo_tv", 2, 0.7), ("cispo", 1, 0.1)]):
         folder = tmp_path / str(job)

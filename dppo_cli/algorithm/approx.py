@@ -13,15 +13,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dppo_cli.algorithm.divergence import RESOLUTION
 from dppo_cli.errors import ConfigError
 from dppo_cli.types import PolicyReport
 
 WHOLE_VOCABULARY = -1
 """`num_logprobs` of an approximation that needs all of mu. Inference servers use the same value."""
-
-RESOLUTION = 2.0**-24
-"""Floor of a mass that is computed as 1 - p in float32. Below it the difference is only rounding. If it were rounded to
-0 under only one of the two policies, their KL divergence could be infinite."""
 
 
 class Approximation(Protocol):

@@ -23,15 +23,25 @@ def check_combination(loss: Loss, anchor: str) -> None:
     exact = loss.approx.num_logprobs == WHOLE_VOCABULARY
     if loss.verdict == "upper" and not exact and not isinstance(loss.divergence, Bounded):
         raise ConfigError("verdict=upper needs a divergence with an upper bound (a method `slack`); use verdict=lower")
-    for key, usual, is_usual in (
-        ("region", "token", isinstance(loss.region, PerToken)),
-        ("verdict", "lower", loss.verdict == "lower"),
-    ):
-        if not is_usual and not uses_region(loss.objective):
-            raise ConfigError(
-                f"{key} is for an objective that masks by the divergence: use objective=dppo, or {key}={usual}"
-            )
-    if anchor == "recompute" and not isinstance(loss.region, PerToken):
+    plain = isinstance(loss.region, PerToken)
+    if not plain and not uses_region(loss.objective):
+        raise ConfigError("region is for an objective that masks by it: use objective=dppo, or region=token")
+    if loss.verdict == "upper" and not loss.compares_divergence:
+        raise ConfigError(
+            "verdict=upper is for a trust region of the divergence: use objective=dppo with region=token or "
+            "prefix_budget, or verdict=lower"
+        )
+    if loss.verdict == "upper" and isinstance(loss.region, PrefixBudget) and loss.region.adaptive:
+        raise ConfigError(
+            "region.adaptive=true gives a response of larger divergence a larger budget, so verdict=upper would keep "
+            "what the exact divergence masks: add region.adaptive=false"
+        )
+    if anchor == "recompute" and any(band.statistic == "divergence" for band in _bands(loss.filter)):
+        raise ConfigError(
+            "with anchor=recompute the divergence is that from the trainer's own policy, which says nothing about mu: "
+            "use another filter, such as filter=k3"
+        )
+    if anchor == "recompute" and not plain:
         raise ConfigError(
             "anchor=recompute is an ablation of the trust region of single tokens: use region=token, or anchor=rollout"
         )
@@ -48,7 +58,7 @@ def check_combination(loss: Loss, anchor: str) -> None:
         )
 
 
-def unusual(loss: Loss, max_new_tokens: int) -> Iterator[str]:
+def unusual(loss: Loss, anchor: str, max_new_tokens: int) -> Iterator[str]:
     """What is allowed but unusual, in words. `max_new_tokens`: of a response."""
     deltas = {key: getattr(loss.divergence, key) for key in ("delta_low", "delta_high")}
     usual = getattr(loss.divergence, "usual_delta", None)
@@ -64,18 +74,27 @@ def unusual(loss: Loss, max_new_tokens: int) -> Iterator[str]:
             "verdict=upper with approx=binary masks every token that moves outward, unless it was nearly certain: one "
             "log-prob says little about the other tokens; approx=topk says more"
         )
-    never = binary and isinstance(loss.divergence, KL) and uses_region(loss.objective)
+    is_kl = isinstance(loss.divergence, KL)
+    masks_beyond_delta = uses_region(loss.objective) and isinstance(loss.region, PerToken) and anchor == "rollout"
     for band in _bands(loss.filter):
         if (band.statistic, band.scope) == ("ratio", "sequence_sum") and max_new_tokens > LONG:
             yield (
                 f"the product of up to {max_new_tokens} ratios is nearly always far from 1, so this filter drops most "
                 "long responses; filter=geometric takes their mean"
             )
-        is_token_kl = (band.statistic, band.scope) == ("two_way_kl", "token")
-        if never and is_token_kl and band.high is not None and band.high <= min(deltas.values()):
+        if band.high is None:
+            continue
+        if band.statistic == "divergence" and band.high <= LARGEST_KL_BUDGET and not is_kl:
             yield (
-                f"this filter drops every token with a KL above {band.high:g}, so the trust region, with thresholds of "
-                f"{deltas['delta_low']:g} and {deltas['delta_high']:g}, never masks one"
+                f"this filter drops what has a divergence above {band.high:g}, which is a bound for KL; this run's "
+                "divergence is another, and its scale, too: use divergence=kl"
+            )
+        same = band.statistic == "divergence" or (band.statistic == "two_way_kl" and binary and is_kl)
+        whole = band.scope == "token" and not band.negative_only and loss.verdict == "lower"
+        if masks_beyond_delta and same and whole and band.high <= min(deltas.values()):
+            yield (
+                f"this filter drops every token with a divergence above {band.high:g}, so the trust region, with "
+                f"thresholds of {deltas['delta_low']:g} and {deltas['delta_high']:g}, never masks one"
             )
 
 

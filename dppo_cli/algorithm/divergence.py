@@ -17,6 +17,10 @@ from torch import Tensor
 
 from dppo_cli.errors import ConfigError
 
+RESOLUTION = 2.0**-24
+"""Floor of a mass that is computed as 1 - p in float32. Below it the difference is only rounding. If it were rounded to
+0 under only one of the two policies, their KL divergence could be infinite."""
+
 
 class Divergence(Protocol):
     """D(mu, pi) per token, with the threshold delta for tokens of negative (low) and positive (high) advantage."""
@@ -88,9 +92,10 @@ class KL:
         """m log(p / pi_min), nats [N]; m, p: masses of the rest.
 
         sum mu log(mu/pi) over it is at least m log(m/p), the log-sum inequality, and at most m log(m/pi_min), where
-        pi_min is the smallest probability of any token. Infinite where that is 0.
+        pi_min is the smallest probability of any token. Infinite where that is 0, unless m is only rounding.
         """
-        return log_mu_rest_N.exp() * (log_pi_rest_N - log_pi_NV.amin(-1)).clamp(min=0.0)
+        factor_N = (log_pi_rest_N - log_pi_NV.amin(-1)).clamp(min=0.0)
+        return torch.where(log_mu_rest_N.exp() <= RESOLUTION, 0.0, log_mu_rest_N.exp() * factor_N)
 
 
 def kl(log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class AllOf:
 
     members: Mapping[str, Filter]
 
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ConfigError("filter=all_of has no members: add filter.members.NAME=CHOICE, or use filter=none")
+
     @property
     def splits_responses(self) -> bool:
         return any(member.splits_responses for member in self.members.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation
 from dppo_cli.algorithm.divergence import Bounded, Divergence
 from dppo_cli.algorithm.filters import Filter
-from dppo_cli.algorithm.objective import Objective, kl_to_reference
+from dppo_cli.algorithm.objective import Objective, kl_to_reference, refuse_nan
 from dppo_cli.algorithm.region import Region
 from dppo_cli.algorithm.tokens import Tokens
 from dppo_cli.types import Batch, TokenStats
@@ -68,6 +68,7 @@ class Loss:
                 slack_N[rows] = self.divergence.slack(log_mu_CS[:, -1], log_pi_CS[:, -1], log_pi_CV)
 
         logp_pi_N, entropy_N = log_probs(measure)
+        refuse_nan(lower_N)
         bounds = (lower_N, lower_N + slack_N)
         divergence_N, other_N = bounds if self.verdict == "lower" else reversed(bounds)
         tokens = self._tokens(batch, logp_pi_N, divergence_N)
@@ -79,13 +80,20 @@ class Loss:
             loss_N = loss_N + self.kl_weight * kl_to_reference(kept.logp_pi_N, logp_ref_N, batch.mu.logp_N)
             reference_kl_N = logp_pi_N.detach() - logp_ref_N
         undecided_N = None
-        if uses_region(self.objective) and (exact or isinstance(self.divergence, Bounded)):
-            with torch.no_grad():
-                undecided_N = (
-                    keep_N != self.objective(self._tokens(batch, logp_pi_N, other_N).without(filtered_N)).keep_N
-                )
+        if self.compares_divergence and (exact or isinstance(self.divergence, Bounded)):
+            undecided_N = (keep_N & ~filtered_N) != self._has_gradient(self._tokens(batch, logp_pi_N.detach(), other_N))
         stats = _stats(batch, tokens, keep_N, entropy_N, reference_kl_N, filtered_N, undecided_N)
         return torch.where(filtered_N, 0.0, loss_N), stats
+
+    @property
+    def compares_divergence(self) -> bool:
+        """Whether the trust region is one of the divergence."""
+        return uses_region(self.objective) and self.region.uses_divergence
+
+    def _has_gradient(self, tokens: Tokens) -> Tensor:
+        """Which tokens filter and mask keep, bool [N]."""
+        keep_N = self.filter(tokens)
+        return keep_N & self.objective(tokens.without(~keep_N)).keep_N
 
     def _tokens(self, batch: Batch, logp_pi_N: Tensor, divergence_N: Tensor) -> Tokens:
         delta_N = torch.where(batch.advantage_N > 0, self.divergence.delta_high, self.divergence.delta_low)

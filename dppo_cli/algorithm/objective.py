@@ -58,13 +58,18 @@ def trust_mask(
     Args: float [N] each; a delta for all tokens, or [N]. Returns: bool [N]. Raises NumericalError if a divergence is
     NaN: a comparison with NaN is false, so the token would silently count as inside the trust region.
     """
+    refuse_nan(divergence_N)
+    leaves_up_N = (advantage_N > 0) & (logp_pi_N > logp_mu_N) & (divergence_N > delta_high)
+    leaves_down_N = (advantage_N < 0) & (logp_pi_N < logp_mu_N) & (divergence_N > delta_low)
+    return ~(leaves_up_N | leaves_down_N)
+
+
+def refuse_nan(divergence_N: Tensor) -> None:
+    """Raise NumericalError if a divergence is NaN."""
     if torch.isnan(divergence_N).any():
         broken = torch.isnan(divergence_N).nonzero().squeeze(-1).tolist()
         text = f"the divergence of {len(broken)} of {divergence_N.numel()} tokens is NaN: log-probs are broken"
         raise NumericalError(text, broken)
-    leaves_up_N = (advantage_N > 0) & (logp_pi_N > logp_mu_N) & (divergence_N > delta_high)
-    leaves_down_N = (advantage_N < 0) & (logp_pi_N < logp_mu_N) & (divergence_N > delta_low)
-    return ~(leaves_up_N | leaves_down_N)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ tokens of the longest, T_b tokens of one response; only tokens that the model sa
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +28,14 @@ class Limits(NamedTuple):
 class Region(Protocol):
     """Maps the tokens of a micro-batch to their distances and limits. Responses are never split between two calls.
 
+    `uses_divergence`: whether it depends on D.
+
     `divergence_N`: D of each token. `delta_N`: its threshold, by the sign of its advantage. `log_ratio_N`: log of pi
     over the policy on which the region is centred. `sequence_N`: see `Tokens`. float32 [N] but for the last.
     """
+
+    @property
+    def uses_divergence(self) -> bool: ...
 
     def __call__(self, divergence_N: Tensor, delta_N: Tensor, log_ratio_N: Tensor, sequence_N: Tensor) -> Limits: ...
 
@@ -38,6 +43,8 @@ class Region(Protocol):
 @dataclass(frozen=True)
 class PerToken:
     """Outside: D > delta, each token for itself.  [P] Eq. 12."""
+
+    uses_divergence: ClassVar[bool] = True
 
     def __call__(self, divergence_N: Tensor, delta_N: Tensor, log_ratio_N: Tensor, sequence_N: Tensor) -> Limits:
         return Limits(divergence_N, delta_N)
@@ -60,6 +67,8 @@ class PrefixBudget:
     budget: float
     adaptive: bool
 
+    uses_divergence: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 < self.w_min <= 1:
             raise ConfigError(f"region.w_min={self.w_min} is outside (0, 1]")
@@ -70,13 +79,15 @@ class PrefixBudget:
         responses = Responses(sequence_N)
         t_T = torch.arange(responses.shape[1], device=divergence_N.device)
         weight_BT = 1 - (1 - self.w_min) * t_T / (responses.count_B1 - 1).clamp(min=1)
-        distance_BT = weight_BT * responses.padded(divergence_N)
+        divergence_BT = responses.padded(divergence_N)
         budget_B1 = divergence_N.new_full((responses.shape[0], 1), self.budget)
         if self.adaptive:
             budget_B1 = responses.quantile(divergence_N, 0.9).clamp(self.budget, 2 * self.budget)
-        left_BT = budget_B1 * _before(weight_BT) - _before(distance_BT)
+        # b W - S as one sum: the difference of two large ones would have a larger error.
+        left_BT = (weight_BT * (budget_B1 - divergence_BT)).cumsum(-1)
+        left_BT = torch.nn.functional.pad(left_BT[:, :-1], (1, 0))  # of the tokens before each
         limit_N = delta_N + responses.flat(left_BT).clamp(max=0.0)
-        return Limits(responses.flat(distance_BT), limit_N)
+        return Limits(responses.flat(weight_BT * divergence_BT), limit_N)
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,8 @@ class SequenceMean:
 
     upper: float
 
+    uses_divergence: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not self.upper > 0:
             raise ConfigError(f"region.upper={self.upper} must be positive")
@@ -97,8 +110,3 @@ class SequenceMean:
     def __call__(self, divergence_N: Tensor, delta_N: Tensor, log_ratio_N: Tensor, sequence_N: Tensor) -> Limits:
         mean_N = Responses(sequence_N).mean(torch.expm1(log_ratio_N).abs())
         return Limits(mean_N, torch.full_like(mean_N, self.upper))
-
-
-def _before(value_BT: Tensor) -> Tensor:
-    """The sum of each row's values before each, [B, T]."""
-    return torch.nn.functional.pad(value_BT.cumsum(-1)[:, :-1], (1, 0))

@@ -10,7 +10,7 @@ from torch import Tensor
 class Responses:
     """Which of N tokens belong together. `count_B1`: float32, the number of tokens of each response, 0 if it has none.
 
-    Sums are over padded rows, not by adding at an index, so that on a GPU, too, equal input gives equal results.
+    Sums are over padded rows, not by adding at an index, whose order on a GPU is another in each run.
     """
 
     def __init__(self, sequence_N: Tensor) -> None:

@@ -35,8 +35,5 @@ class Tokens:
         return replace(
             self,
             logp_pi_N=torch.where(dropped_N, self.logp_mu_N, self.logp_pi_N),
-            logp_anchor_N=torch.where(dropped_N, self.logp_mu_N, self.logp_anchor_N),
             advantage_N=self.advantage_N.masked_fill(dropped_N, 0.0),
-            divergence_N=self.divergence_N.masked_fill(dropped_N, 0.0),
-            distance_N=self.distance_N.masked_fill(dropped_N, 0.0),
         )

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.commands.trained import CONFIG, key_of, read_summary, run_config
 from dppo_cli.config.build import absolute, raw_value
-from dppo_cli.config.saved import read_config
+from dppo_cli.config.saved import LATER, read_config
 from dppo_cli.errors import ConfigError, RunError
 from dppo_cli.policy.adapter import SETTINGS, read_settings
 from dppo_cli.training.checkpoint import FOLDER, check, installed, newest_good, step_of
@@ -218,9 +218,14 @@ def check_problems(
 
 
 def method_hash(config_yaml: str) -> str:
-    """SHA-256 of the part of a config that says what a step computes."""
-    flat = _flat(OmegaConf.create(config_yaml))
-    method = {key: value for key, value in flat.items() if not _may_change(key)}
+    """SHA-256 of the part of a config that says what a step computes.
+
+    Keys that came later count only where they say something else than runs did before.
+    """
+    flat, later = _flat(OmegaConf.create(config_yaml)), _flat(LATER)
+    method = {
+        key: value for key, value in flat.items() if not _may_change(key) and not (key in later and later[key] == value)
+    }
     return sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
 
 

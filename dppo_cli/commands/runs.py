@@ -195,8 +195,10 @@ def _method(config: Mapping[str, Any]) -> str | None:
     words = [name.rpartition(".")[2] for name in names if name]
     if (k := _section(config, "approx").get("k")) is not None and len(words) > 2:
         words.insert(3, str(k))
-    further = [_text(_section(config, name).get("_target_")) for name in ("region", "filter")]
-    words += [name.rpartition(".")[2] for name in further if name and name not in PLAIN]
+    for part in (_section(config, "region"), _section(config, "filter")):
+        if (name := _text(part.get("_target_"))) and name not in PLAIN:
+            band = [_text(part.get(key)) or "" for key in ("statistic", "scope")]  # of a filter
+            words += [name.rpartition(".")[2], *filter(None, band)]
     adapter = _section(config, "adapter")
     if (r := adapter.get("r")) is not None:
         kind = ("Q" if adapter.get("quantization") else "") + ("DoRA" if adapter.get("use_dora") else "LoRA")

@@ -138,7 +138,7 @@ class TrainConfig:
 
     def unusual(self) -> list[str]:
         """What is allowed but unusual, in words."""
-        return list(unusual(self.loss, self.sampling.max_new_tokens))
+        return list(unusual(self.loss, self.anchor, self.sampling.max_new_tokens))
 
 
 @dataclass(frozen=True)

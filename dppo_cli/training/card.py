@@ -23,6 +23,7 @@ FOLDERS = re.compile(r"(?<![^\s=:,;'\"(\[])(?:~[^\s/]*)?/(?:[^\s/]*/)*(?=[^\s/])
 SECRET = re.compile(r"(?:api|access|auth|private)_?key|token$|secret|passw|credential", re.IGNORECASE)
 LABELS = {"approx": "Approximation"}
 DPPO = "dppo_cli.algorithm.objective.DPPO"
+SEQUENCE_MEAN = "dppo_cli.algorithm.region.SequenceMean"
 PAPER = "[arXiv 2602.04879](https://arxiv.org/abs/2602.04879)"
 
 
@@ -140,6 +141,8 @@ def _method(config: Mapping[str, Any]) -> list[str]:
         note = f" ({PAPER})" if node["_target_"] == DPPO else ""
         if name in ("divergence", "approx") and objective.startswith("dppo_cli.") and objective != DPPO:
             note = " (measured; this objective does not use it)"
+        elif name == "divergence" and _section(config, "region").get("_target_") == SEQUENCE_MEAN:
+            note = " (measured; this region does not use it)"
         lines.append(_option(name, node) + note)
     run = {key: config[key] for key in ("steps", "seed", "anchor", "verdict", "kl_to_reference") if key in config}
     return [

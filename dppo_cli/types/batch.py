@@ -137,11 +137,11 @@ class TokenStats:
     log_ratio_N: Tensor  # log pi/mu
     divergence_N: Tensor
     advantage_N: Tensor
-    keep_N: Tensor  # bool
+    keep_N: Tensor  # bool, kept by the objective's mask
     entropy_N: Tensor  # nats
     reference_kl_N: Tensor  # log pi/ref, nats; 0 without a reference term
-    filtered_N: Tensor  # bool, dropped by the off-policy filter; the trust region keeps all of these
-    undecided_N: Tensor | None  # bool, whether the other bound of D gives another mask; None where there is none
+    filtered_N: Tensor  # bool, dropped by the off-policy filter
+    undecided_N: Tensor | None  # bool, whether the other bound of D decides otherwise; None where it cannot
 
     def __getitem__(self, rows: slice) -> "TokenStats":
         """Those of some of the tokens."""

@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from omegaconf import OmegaConf
+
+from dppo_cli.config.saved import read_config
 
 NINE = ["dppo-tv", "dppo-kl", "dppo-tv topk", "ppo", "clip-higher", "cispo", "pg_is", "minirl", "dppo-tv recompute"]
 """Of recipe=stability."""
@@ -51,10 +52,13 @@ def label(config: Any) -> str:
 
 def part(config: Any) -> str | None:
     """Its region or filter, if it has one besides DPPO's own."""
-    band = config.filter.get("statistic") and f"{config.filter.statistic} {config.filter.scope}"
-    if band and config.filter.negative_only:
-        band += ", negative only"
-    return PARTS.get(band or config.region["_target_"].rpartition(".")[2])
+    kind, region = (config[name]["_target_"].rpartition(".")[2] for name in ("filter", "region"))
+    if kind == "KeepAll":
+        return PARTS.get(region)
+    if kind != "Band":
+        return kind
+    band = f"{config.filter.statistic} {config.filter.scope}{', negative only' if config.filter.negative_only else ''}"
+    return PARTS.get(band, band)
 
 
 def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
@@ -64,7 +68,7 @@ def read(sweep: Path) -> dict[str, list[dict[str, Any]]]:
         folder = summary.parent
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         entry = {"steps": steps, "summary": json.loads(summary.read_text())}
-        runs.setdefault(label(OmegaConf.load(folder / "config.yaml")), []).append(entry)
+        runs.setdefault(label(read_config(folder / "config.yaml")[0]), []).append(entry)
     return runs
 
 

@@ -65,6 +65,12 @@ def test_with_every_token_named_both_bounds_are_the_divergence():
         assert upper == pytest.approx(exact, abs=2e-6)
 
 
+def test_a_token_that_both_exclude_leaves_no_slack_where_all_others_are_named():
+    """The mass of the rest is a rounding there."""
+    pair = Pair([0.5, 0.5, 0.0], [0.4, 0.6, 0.0], 0)
+    assert bounds(NATS, pair, 3) == pytest.approx((0.02041, 0.02041), abs=1e-5)
+
+
 def test_a_token_that_pi_excludes_leaves_the_kl_without_an_upper_bound():
     log_mu, log_pi = logs([0.5, 0.3, 0.2])[0], torch.tensor([0.5, 0.5, 0.0]).log()
     support = binary_support(log_mu[:1], log_pi[:1])

@@ -29,7 +29,7 @@ class Hellinger:
     [
         (("region=prefix_budget",), "use objective=dppo, or region=token"),
         (("region=sequence_mean",), "use objective=dppo, or region=token"),
-        (("verdict=upper", "approx=topk"), "use objective=dppo, or verdict=lower"),
+        (("verdict=upper", "approx=topk"), "use objective=dppo with region=token or prefix_budget, or verdict=lower"),
     ],
 )
 def test_regions_need_an_objective_that_masks_by_them(objective: str, words: tuple[str, ...], advice: str):
@@ -46,6 +46,9 @@ def test_regions_need_an_objective_that_masks_by_them(objective: str, words: tup
         (("objective=gspo", "filter=icepop"), "filter=geometric"),
         (("objective=gspo", "filter=all_of", "filter.members.x=kpop"), "filter=geometric"),
         (("verdict=both",), "verdict=both"),
+        (("verdict=upper", "region=sequence_mean"), "or verdict=lower"),
+        (("verdict=upper", "region=prefix_budget"), "add region.adaptive=false"),
+        (("anchor=recompute", "filter=trm"), "says nothing about mu"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: tuple[str, ...], text: str):
@@ -57,7 +60,7 @@ def test_what_goes_together_is_not_refused():
     built_of("region=prefix_budget", "divergence=kl", "region.budget=0.002")
     built_of("objective=gspo", "filter=geometric")
     built_of("anchor=recompute", "filter=icepop")
-    built_of("verdict=upper", "approx=full", "region=prefix_budget", "filter=trm")
+    built_of("verdict=upper", "approx=full", "region=prefix_budget", "region.adaptive=false", "filter=trm")
 
 
 def test_an_upper_verdict_needs_a_divergence_with_one():
@@ -74,6 +77,8 @@ def test_an_upper_verdict_needs_a_divergence_with_one():
         (("verdict=upper",), "verdict=upper with approx=binary masks every token that moves outward"),
         (("filter=sequence_ratio", "sampling.max_new_tokens=500"), "the product of up to 500 ratios"),
         (("filter=kpop", "filter.high=0.05", "divergence=kl"), "the trust region, with thresholds of 0.05 and 0.05,"),
+        (("filter=band", "filter.statistic=divergence", "filter.high=0.1"), "a divergence above 0.1, so the trust"),
+        (("filter=trm", "filter.members.max.high=0.5"), "a divergence above 0.002, which is a bound for KL"),
         (("filter=all_of", "filter.members.a=kpop", "filter.members.a.high=0.01", "divergence=kl"), "never masks one"),
     ],
 )
@@ -88,6 +93,11 @@ def test_usual_combinations_are_not():
         ("filter=sequence_ratio", "sampling.max_new_tokens=100"),
         ("filter=kpop", "filter.high=0.1", "divergence=kl"),
         ("filter=kpop", "filter.high=0.05", "divergence=tv"),
+        # The region can mask what this filter leaves.
+        ("filter=kpop", "filter.high=0.05", "divergence=kl", "filter.negative_only=true"),
+        ("filter=kpop", "filter.high=0.05", "divergence=kl", "anchor=recompute"),
+        ("filter=kpop", "filter.high=0.05", "divergence=kl", "region=prefix_budget", "region.budget=0.002"),
+        ("filter=band", "filter.statistic=divergence", "filter.high=0.2"),
         ("filter=trm", "divergence=kl", "approx=full"),
     ):
         assert built_of(*words).unusual() == []

@@ -102,7 +102,18 @@ def test_all_of_keeps_what_every_member_keeps():
     assert kept(both, of_ratios([1.0, 3.0, 1.0, 5e-5], sequence=[0, 0, 1, 1])) == [1, 0, 0, 0]
     assert both.splits_responses
     assert not choice("=trm").splits_responses
-    assert kept(AllOf({}), of_ratios([9.0])) == [1]
+    with pytest.raises(ConfigError, match=r"filter=all_of has no members: add filter\.members\.NAME=CHOICE"):
+        AllOf({})
+
+
+def test_both_bounds_are_kept():
+    tokens = make_tokens([0.5] * 4, [0.5] * 4, [1.0] * 4, [0.125, 0.25, 0.5, 1.0], dtype=torch.float32)
+    assert kept(Band("divergence", "token", 0.25, 0.5, False), tokens) == [0, 1, 1, 0]
+
+
+def test_negative_only_leaves_tokens_without_advantage():
+    tokens = make_tokens([0.5] * 3, [0.5] * 3, [-1.0, 0.0, 1.0], [0.9] * 3, dtype=torch.float32)
+    assert kept(Band("divergence", "token", None, 0.5, True), tokens) == [0, 1, 1]
 
 
 def test_no_filter_keeps_everything():

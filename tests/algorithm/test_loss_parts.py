@@ -11,9 +11,10 @@ from six_tokens import ADVANTAGES, DPPO_CAPPED, LOW, MU, PI, REFERENCE, WEIGHT, 
 
 from dppo_cli.algorithm.approx import WHOLE_VOCABULARY, Approximation, Binary, Full, TopK
 from dppo_cli.algorithm.divergence import KL, TotalVariation
-from dppo_cli.algorithm.filters import Band
+from dppo_cli.algorithm.filters import Band, Filter, KeepAll
 from dppo_cli.algorithm.objective import DPPO, DRPO, IPO, Objective, RatioClip
-from dppo_cli.algorithm.region import PrefixBudget, SequenceMean
+from dppo_cli.algorithm.region import PerToken, PrefixBudget, Region, SequenceMean
+from dppo_cli.errors import NumericalError
 from dppo_cli.types import Batch, PolicyReport
 
 TV = TotalVariation(LOW, 0.2)
@@ -133,5 +134,37 @@ def test_more_named_tokens_leave_less_undecided():
     close(full.divergence_N, exact)
 
 
-def test_objectives_without_a_region_have_nothing_undecided():
+def test_where_the_divergence_decides_nothing_nothing_is_undecided():
     assert run(make.loss(Binary(), TV, RatioClip(0.2, 0.2, None), 0.0))[2].undecided_N is None
+    assert run(make.loss(Binary(), TV, DPPO_CAPPED, 0.0, region=SequenceMean(0.3)))[2].undecided_N is None
+
+
+def test_what_the_filter_decides_by_the_divergence_counts_as_undecided():
+    """No token by the lower bound of D, all by the upper one; tokens 0 and 4 have no gradient either way."""
+    band = Band("divergence", "token", None, 0.3, False)
+    for verdict in ("lower", "upper"):
+        seen = run(make.loss(Binary(), TV, DPPO_CAPPED, 0.0, filter=band, verdict=verdict))[2]
+        assert seen.filtered_N.tolist() == [verdict == "upper"] * 6
+        assert seen.undecided_N is not None
+        assert seen.undecided_N.tolist() == [False, True, True, True, False, True]
+    # What another filter drops is decided.
+    ratios = Band("ratio", "token", 0.9, 1.6, False)
+    seen = run(make.loss(Binary(), TV, DPPO_CAPPED, 0.0, filter=ratios))[2]
+    assert seen.undecided_N is not None
+    assert seen.undecided_N.tolist() == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("region", [PerToken(), SequenceMean(0.3), PrefixBudget(0.8, 0.02, True)])
+@pytest.mark.parametrize(
+    "filter",
+    [KeepAll(), Band("ratio", "token", 0.9, 1.6, False), Band("divergence", "sequence_mean", None, 1.0, False)],
+)
+def test_a_divergence_that_is_nan_is_neither_kept_nor_filtered(region: Region, filter: Filter):
+    """The sampled tokens' own log-probs are sound."""
+    made = batch()
+    assert made.mu.topk_logp_NK is not None
+    topk_logp_NK = made.mu.topk_logp_NK.clone()
+    topk_logp_NK[0, 0] = math.nan
+    made = replace(made, anchor=replace(made.mu, topk_logp_NK=topk_logp_NK))
+    with pytest.raises(NumericalError, match="divergence of 1 of 6 tokens is NaN"):
+        run(make.loss(TopK(2), TV, DPPO_CAPPED, 0.0, region=region, filter=filter), made)

@@ -43,9 +43,11 @@ def test_the_prefix_budget_by_hand():
 
 
 def test_a_prefix_that_has_not_moved_leaves_no_more_than_delta():
-    assert kept(FIXED, [0.05, 0.04, 0.02, 0.18], UP) == [1, 1, 1, 0]
     # w_T D = 0.8 x 0.18 = 0.144 would be inside of delta, but the prefix has used more than its budget.
+    assert kept(FIXED, [0.05, 0.04, 0.02, 0.18], UP) == [1, 1, 1, 0]
     assert kept(FIXED, [0.01, 0.01, 0.01, 0.18], UP) == [1, 1, 1, 1]
+    # 0.8 x 0.2 = 0.16, and nothing of the budget is used.
+    assert kept(FIXED, [0.0, 0.0, 0.0, 0.2], UP) == [1, 1, 1, 0]
 
 
 def test_a_response_of_one_token_has_weight_1():

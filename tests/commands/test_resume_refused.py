@@ -1,7 +1,9 @@
 """What a resume refuses, by name and with nothing changed, and what it takes."""
 
+import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from helpers import read_json, read_lines, train, write_rewards
 from omegaconf import OmegaConf
 
 from dppo_cli.cli.main import main
+from dppo_cli.commands import resume
 from dppo_cli.commands import train as command
+from dppo_cli.config.saved import sign
 from dppo_cli.training.run_folder import RunFolder
 
 WORDS = ("steps=4", "optim.lr=0.01", "eval.every=2", "eval.success_reward=0.45", "checkpoint.every=0")
@@ -156,6 +160,25 @@ def test_a_config_that_was_edited_after_the_checkpoint_is_refused(run: Path, ref
 
 
 # What is taken
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_run_from_before_there_were_regions_and_filters_goes_on(
+    auto: bool, run: Path, again: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its config nor the hash of that in its checkpoint knows of them."""
+    node = OmegaConf.load(run / "config.yaml")
+    for key in ("region", "filter", "verdict"):
+        del node[key]
+    (run / "config.yaml").write_text(sign(OmegaConf.to_yaml(node)))
+    known = {key: value for key, value in resume._flat(node).items() if not resume._may_change(key)}
+    manifest = run / "checkpoints/step-2/manifest.json"
+    of_then = {"config_sha256": sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}
+    manifest.write_text(json.dumps(read_json(manifest) | of_then))
+    assert main(["train", "resume=run", "filter=icepop"]) == 2
+    assert "filter._target_=dppo_cli.algorithm.filters.Band cannot replace" in capsys.readouterr().err
+    assert (again("run_dir=run", "resume=auto") if auto else main(["train", "resume=run"])) == 0
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_more_steps_under_a_constant_learning_rate(run: Path, work: Path, again: Callable[..., int]) -> None:

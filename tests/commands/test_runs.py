@@ -148,10 +148,13 @@ def test_the_table(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_region_and_a_filter_are_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(work / "runs/more", summary=SUMMARY)
-    parts = "region: {_target_: dppo_cli.algorithm.region.PrefixBudget}\nfilter: {_target_: my.Filter}\n"
+    parts = (
+        "region: {_target_: dppo_cli.algorithm.region.PrefixBudget}\n"
+        "filter: {_target_: dppo_cli.algorithm.filters.Band, statistic: k3, scope: token}\n"
+    )
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + parts)
     (row,) = listed(capsys)
-    assert row["method"] == "DPPO KL TopK 20 GroupStd PrefixBudget Filter QLoRA r=16"
+    assert row["method"] == "DPPO KL TopK 20 GroupStd PrefixBudget Band k3 token QLoRA r=16"
 
 
 def test_what_is_known_of_the_accuracy(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

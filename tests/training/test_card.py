@@ -154,6 +154,12 @@ def test_regions_and_filters_are_shown_where_there_are_some() -> None:
     ) in text
 
 
+def test_a_region_that_does_not_use_the_divergence_says_so() -> None:
+    text = card(config("region=sequence_mean"), None, "adapter")
+    assert "- Region: Sequence mean, `upper=0.2`\n" in text
+    assert "`delta_high=0.15` (measured; this region does not use it)\n" in text
+
+
 def test_options_of_the_user_are_shown_in_words_with_their_settings() -> None:
     run = config()
     run["divergence"] = {"_target_": "my_module.Hellinger", "delta_low": 0.02, "delta_high": 0.03}

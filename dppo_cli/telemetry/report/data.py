@@ -80,7 +80,9 @@ class RunData:
         return {name: {"before": of, "after": None, "difference": None} for name, of in known.items() if of}
 
     def delta(self, side: str) -> float | None:
-        """The trust region's threshold for tokens with A > 0 (`high`) or A < 0 (`low`)."""
+        """The trust region's threshold for tokens with A > 0 (`high`) or A < 0 (`low`); None where it has another."""
+        if str(section(self.config, "region").get("_target_", "")).endswith(".SequenceMean"):
+            return None
         return number(section(self.config, "divergence").get(f"delta_{side}"))
 
 

@@ -106,7 +106,7 @@ def masked(rows: Rows, events: Sequence[Event]) -> Figure | None:
     )
     if any(column(rows, "filtered")):
         curves["filtered"] = ("filtered", THIRD)
-        caption += " Filtered: the share of all tokens that the off-policy filter dropped."
+        caption += " Filtered: the share of tokens with A ≠ 0 that the off-policy filter dropped."
     axis = share_axis([column(rows, key) for key in curves])
     return _lines("masked", "Masked tokens", caption, rows, curves, ".2%", events, **axis)
 

@@ -37,6 +37,7 @@ CURVES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "entropy": ("Entropy", ".3f", {"rangemode": "tozero"}),
     "masked_positive": ("Masked tokens, A > 0", ".2%", {"share": True}),
     "masked_negative": ("Masked tokens, A < 0", ".2%", {"share": True}),
+    "filtered": ("Tokens that the off-policy filter dropped", ".2%", {"share": True}),
     "divergence_p99": ("Divergence, 99% of tokens below", ".2~e", {"log": "~g"}),
     "response_tokens": ("Tokens of a response", ".4~g", {"rangemode": "tozero"}),
     "time.tokens_per_second": ("Tokens per second", ".3~s", {"rangemode": "tozero", "tickformat": "~s"}),

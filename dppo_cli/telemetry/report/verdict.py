@@ -76,9 +76,9 @@ def trust_region(run: RunData) -> Verdict:
     if (first := next((v for v in column(run.metrics, "mismatch_mean") if v is not None), None)) is not None:
         lines.append(f"Sampler and trainer differ by {first:.2g} in mean |pi−mu| before any update")
     if filtered := _mean(column(run.metrics, "filtered")):
-        lines.append(f"The off-policy filter dropped {_share(filtered)} of tokens")
+        lines.append(f"The off-policy filter dropped {_share(filtered)} of tokens with A\u00a0≠\u00a00")
     if (undecided := _mean(column(run.metrics, "undecided"))) is not None:
-        lines.append(f"The exact divergence could decide otherwise for {_share(undecided)} of tokens")
+        lines.append(f"The exact divergence could decide otherwise for {_share(undecided)} of them")
     both = [max(a or 0.0, b or 0.0) for a, b in zip(up, down, strict=True)]
     if _updates(run.config) == 1 and not any(column(run.metrics, "staleness")):
         return Verdict(question, "It has nothing to do: one update per rollout, so pi is mu", "neutral", lines)

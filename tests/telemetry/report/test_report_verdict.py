@@ -69,8 +69,8 @@ def test_filters_and_open_decisions_are_told(tmp_path: Path) -> None:
     rows = [{**metrics(i, 9), "filtered": 0.1 * i, "undecided": 0.02} for i in (1, 2)]
     write_lines(run / "metrics.jsonl", rows)
     lines = trust_region(read_run(run)).lines
-    assert "The off-policy filter dropped 15.0% of tokens" in lines
-    assert "The exact divergence could decide otherwise for 2.0% of tokens" in lines
+    assert "The off-policy filter dropped 15.0% of tokens with A\u00a0≠\u00a00" in lines
+    assert "The exact divergence could decide otherwise for 2.0% of them" in lines
 
 
 def test_unless_samples_are_of_earlier_steps(tmp_path: Path) -> None:
