@@ -102,7 +102,7 @@ class Band:
         for key, bound in (("low", self.low), ("high", self.high)):
             if bound is not None and not (bound > 0 if self.statistic == "ratio" else bound >= 0):
                 least = "positive" if self.statistic == "ratio" else "at least 0"
-                raise ConfigError(f"filter.{key}={bound:g} must be {least}: {self.statistic} is never below")
+                raise ConfigError(f"filter.{key}={bound:g} must be {least}: {self.statistic} is never below 0")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ConfigError(f"filter.low={self.low:g} is above filter.high={self.high:g}: nothing would be kept")
 

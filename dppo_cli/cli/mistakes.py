@@ -15,6 +15,8 @@ from dppo_cli.errors import ConfigError
 
 MEMBERS = {"eval_sets.": "data", "data.members.": "data", "filter.members.": "filter", "reward.members.": "reward"}
 """Mappings from names that the user gives to choices of a group."""
+OF_SEVERAL = {"data": "mixture", "filter": "all_of", "reward": "mixture"}
+"""The choice of a group that has members."""
 FREE = ("prompt.template_kwargs.", "data.options.", "data.weights.", "reward.weights.", *MEMBERS)
 """Keys below have names that the user gives, so none is unknown."""
 
@@ -25,10 +27,15 @@ def member(key: str, value: str) -> str | None:
     Raises ConfigError for a choice that the group does not have.
     """
     for prefix, group in MEMBERS.items():
-        if key.startswith(prefix) and re.fullmatch(r"[A-Za-z_]\w*", name := key.removeprefix(prefix)) and name:
-            if value not in groups()[group]:
-                raise ConfigError(f"{key}={value}: {_no_such_choice(group, value)}")
-            return group
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or "." in name:
+            continue
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigError(f"{key}={value}: a name has letters, digits and _ only, and no digit at its start")
+        for choice in value.split(","):
+            if choice not in groups()[group]:
+                raise ConfigError(f"{key}={value}: {_no_such_choice(group, choice)}")
+        return group
     return None
 
 
@@ -44,6 +51,9 @@ def check_words(command: str, overrides: Sequence[str]) -> None:
     for key, value in words:
         if key not in known and not key.startswith(FREE):
             raise ConfigError(_no_such_key(key, known))
+        if key in choosable and (value.startswith("[") or not value):
+            several = f"; for several: {key}={OF_SEVERAL[key]} {key}.members.NAME=CHOICE" if key in OF_SEVERAL else ""
+            raise ConfigError(f"{key}={value} is no choice: {key} takes the name of one{several}")
         for choice in value.split(",") if key in choosable else []:
             if re.fullmatch(r"[A-Za-z_]\w*", choice) and choice != "null" and choice not in groups()[key]:
                 raise ConfigError(_no_such_choice(key, choice))

@@ -71,6 +71,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
             if leaf not in OF_THE_COMMAND and old not in (new, absolute(new)):
                 _check_may_change(str(run), leaf, old, new)
                 OmegaConf.update(saved, leaf, new)
+        _check_nothing_is_left_out(str(run), _flat(raw_value(saved, key), key), _flat(raw_value(node, key), key))
     saved.run_dir, saved.resume = _name_of(Path(str(run))), str(run)
     return saved
 
@@ -238,6 +239,16 @@ def _check_may_change(run: str, key: str, old: Any, new: Any) -> None:
         raise ConfigError(
             f"{key}={new} cannot replace {key}={old} of the run in {run}: it would be another run. Leave it out to go "
             "on, or start a new run"
+        )
+
+
+def _check_nothing_is_left_out(run: str, of_run: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Of the keys below one that was typed, those that the run has and the words do not: a member, for one."""
+    if lacking := [key for key in of_run if key not in typed and not _may_change(key)]:
+        key = lacking[0]
+        raise ConfigError(
+            f"{key}={of_run[key]} of the run in {run} is not among what was typed: it would be another run. Type none "
+            "of it to go on, or start a new run"
         )
 
 

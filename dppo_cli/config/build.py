@@ -94,7 +94,14 @@ class _Builder:
             if node.get(name, MISSING) == MISSING:
                 raise ConfigError(f"{key} is not set; add {key}=...")
             values[name] = self.value(hints[name], node[name], key)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            # An option names its keys by its group, and may be a member somewhere below it.
+            group, below, _ = where.partition(".")
+            if not below:
+                raise
+            raise ConfigError(re.sub(rf"(?<![\w.]){group}\.(?=\w)", f"{where}.", str(error))) from None
 
     def value(self, hint: Any, node: Any, where: str) -> Any:
         """What a field with this hint holds."""

@@ -50,6 +50,13 @@ pytestmark = pytest.mark.usefixtures("work")
         (["steps=" + 5000 * "9"], ["steps has a number with more than 4,300 digits"]),
         (["approx=topk", "approx.k=5000"], ["approx.k=5000", "rollout.max_logprobs=1024"]),
         (["approx=topk", "approx.k=0"], ["approx.k=0", "at least 1"]),
+        (["region=prefix_budget", "region.w_min=2"], ["region.w_min=2.0 is outside (0, 1]"]),
+        (["filter=icepop", "filter.low=9"], ["filter.low=9 is above filter.high=5: nothing would be kept"]),
+        (
+            ["filter=all_of", "filter.members.x=icepop", "filter.members.x.low=9"],
+            ["filter.members.x.low=9 is above filter.members.x.high=5"],
+        ),
+        (["filter=all_of"], ["filter=all_of has no members: add filter.members.NAME=CHOICE"]),
         (["adapter=qlora", "rollout.weights=adapter"], ["rollout.weights=adapter", "dequantized", "quantized"]),
         (
             ["rollout.weights=dequantized"],
@@ -94,7 +101,8 @@ pytestmark = pytest.mark.usefixtures("work")
             ["batch.prompts_per_step=1000000000 makes 8,000,000,000 samples at once", "this machine has"],
         ),
         (["data=${.}"], ["Hydra cannot make a config of these words: data=${.}"]),
-        (["rollout=[[1]]"], ["Hydra cannot make a config of these words: rollout=[[1]]"]),
+        (["+rollout=[[1]]"], ["Hydra cannot make a config of these words: +rollout=[[1]]"]),
+        (["rollout=[[1]]"], ["rollout=[[1]] is no choice: rollout takes the name of one"]),
         (["run_dir=" + "x" * 256], ["x" * 256 + ": File name too long"]),
         (["run_dir=" + "a/" * 300], ["is more than 200 folders deep; name another folder"]),
         (["optim.eps=1e-320"], ["optim.eps=1e-320 is smaller than 1.2e-38, the smallest float32"]),

@@ -37,6 +37,17 @@ pytestmark = pytest.mark.usefixtures("work")
         (["train", "+unknown.key=1"], ["no key unknown", "Choices: adapter"]),
         (["train", "+divergence.detla=1"], ["no key divergence.detla", "did you mean 'delta_low'?"]),
         (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
+        (
+            ["train", "filter=[icepop,veto]"],
+            ["filter takes the name of one; for several: filter=all_of filter.members."],
+        ),
+        (["train", "region="], ["region= is no choice: region takes the name of one"]),
+        (
+            ["train", "filter=all_of", "filter.members.1=veto"],
+            ["filter.members.1=veto: a name has letters, digits and _"],
+        ),
+        (["train", "filter=all_of", "filter.members.x=icepop,vetto"], ["filter=vetto; did you mean 'veto'?"]),
+        (["train", "filter=all_of", "filter.members.x=icepop,veto"], ["filter.members.x=icepop,veto", "add -m"]),
         (["train", "recipe=nowhere"], ["no recipe 'nowhere'"]),
         (["train", "~divergence"], ["divergence is not set"]),
         (["eval", "divergence=tv"], ["no key divergence", "Choices: checkpoint, data, hardware, model"]),

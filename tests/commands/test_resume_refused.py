@@ -162,6 +162,18 @@ def test_a_config_that_was_edited_after_the_checkpoint_is_refused(run: Path, ref
 # What is taken
 
 
+def test_a_member_that_was_left_out_is_asked_for(
+    work: Path, again: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = ("filter=all_of", "filter.members.band=icepop", "filter.members.rare=veto")
+    assert again(*members, "steps=1", "run_dir=both") == 0
+    assert main(["train", "resume=both", *members[:2], "steps=2"]) == 2
+    assert "filter.members.rare._target_=dppo_cli.algorithm.filters.Band of the run in both is not among what was" in (
+        capsys.readouterr().err
+    )
+    assert main(["train", "resume=both", *members, "steps=2"]) == 0
+
+
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_run_from_before_there_were_regions_and_filters_goes_on(
     auto: bool, run: Path, again: Callable[..., int], capsys: pytest.CaptureFixture[str]

@@ -81,9 +81,9 @@ def divergence(run: RunData, events: Sequence[Event]) -> Figure | None:
         "divergence_p90": ("90%", QUANTILES[1]),
         "divergence_p50": ("median", QUANTILES[0]),
     }
-    caption = (
-        "Quantiles over tokens of the divergence of pi from mu, and the threshold delta: tokens above it may be masked."
-    )
+    of = "the upper bound of the divergence" if run.config.get("verdict") == "upper" else "the divergence"
+    caption = f"Quantiles over tokens of {of} of pi from mu"
+    caption += ", and the threshold delta: tokens above it may be masked." if run.delta("high") is not None else "."
     figure = _lines("divergence", "Divergence against delta", caption, run.metrics, curves, ".2~e", events, log="~g")
     if figure is None:
         return None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dppo_cli.config.saved import PLAIN
 from dppo_cli.telemetry.report.curves import Event
 from dppo_cli.telemetry.report.data import RunData, differences, flat, read_run, section
 from dppo_cli.telemetry.report.figures import run_figures
@@ -15,6 +16,8 @@ from dppo_cli.training.run_folder import samples_path
 
 RESERVE = 100_000
 """Bytes kept free for the marks around the samples."""
+PARTS = ("objective", "divergence", "approx", "region", "filter")
+"""Of the method, as its line names them."""
 
 
 def run_page(path: Path, served: Served | None = None) -> str:
@@ -56,10 +59,9 @@ def run_page(path: Path, served: Served | None = None) -> str:
 
 def _method(config: Mapping[str, Any]) -> str:
     """Example: TotalVariation, Binary, DPPO on embedded:arithmetic_1m."""
-    names = [
-        str(section(config, name).get("_target_", "")).rpartition(".")[2]
-        for name in ("objective", "divergence", "approx")
-    ]
+    parts = [str(section(config, name).get("_target_", "")) for name in PARTS]
+    names = [part.rpartition(".")[2] for part in parts if part not in PLAIN]
+    names += ["verdict=upper"] if config.get("verdict") == "upper" else []
     return " ".join(
         filter(None, [", ".join(filter(None, names)), f"on {section(config, 'model').get('path', 'a model')}"])
     )

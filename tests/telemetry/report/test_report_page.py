@@ -268,3 +268,14 @@ def test_figures_of_nonsense_are_left_out(tmp_path: Path) -> None:
     assert set(data_of(html)["figures"]) == {"accuracy", "divergence"}
     text = Parsed(html).text
     assert "50.0% after" in text and "metrics.jsonl has lines of no step, which were left out: 1" in text
+
+
+def test_the_method_names_what_stands_beside_the_paper(tmp_path: Path) -> None:
+    assert "DPPO, TotalVariation, Binary on embedded:arithmetic_1m" in run_page(write_run(tmp_path / "plain", 2))
+    words = ("filter=k3", "verdict=upper", "approx=topk")
+    html = run_page(write_run(tmp_path / "upper", 2, overrides=words))
+    assert "DPPO, TotalVariation, TopK, Band, verdict=upper on" in html
+    assert "Quantiles over tokens of the upper bound of the divergence of pi from mu, and the threshold delta" in html
+    html = run_page(write_run(tmp_path / "mean", 2, overrides=("region=sequence_mean",)))
+    assert "DPPO, TotalVariation, Binary, SequenceMean on" in html
+    assert "Quantiles over tokens of the divergence of pi from mu." in html and "delta = 0.15" not in html
