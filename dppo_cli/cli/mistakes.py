@@ -53,7 +53,7 @@ def check_words(command: str, overrides: Sequence[str]) -> None:
             raise ConfigError(_no_such_key(key, known))
         if key in choosable and (value.startswith("[") or not value):
             several = f"; for several: {key}={OF_SEVERAL[key]} {key}.members.NAME=CHOICE" if key in OF_SEVERAL else ""
-            raise ConfigError(f"{key}={value} is no choice: {key} takes the name of one{several}")
+            raise ConfigError(f"{key}={value} is an invalid value: {key} takes one choice{several}")
         for choice in value.split(",") if key in choosable else []:
             if re.fullmatch(r"[A-Za-z_]\w*", choice) and choice != "null" and choice not in groups()[key]:
                 raise ConfigError(_no_such_choice(key, choice))

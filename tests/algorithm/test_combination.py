@@ -9,6 +9,7 @@ from helpers import built_of
 from dppo_cli.algorithm.approx import Binary, Full
 from dppo_cli.algorithm.combination import check_combination
 from dppo_cli.algorithm.objective import DPPO
+from dppo_cli.algorithm.region import PrefixBudget
 from dppo_cli.errors import ConfigError
 
 
@@ -57,10 +58,13 @@ def test_what_does_not_go_together_is_refused(words: tuple[str, ...], text: str)
 
 
 def test_what_goes_together_is_not_refused():
-    built_of("region=prefix_budget", "divergence=kl", "region.budget=0.002")
-    built_of("objective=gspo", "filter=geometric")
-    built_of("anchor=recompute", "filter=icepop")
-    built_of("verdict=upper", "approx=full", "region=prefix_budget", "region.adaptive=false", "filter=trm")
+    assert built_of("region=prefix_budget", "divergence=kl", "region.budget=0.002").region == PrefixBudget(
+        0.8, 0.002, True
+    )
+    assert not built_of("objective=gspo", "filter=geometric").loss.compares_divergence
+    assert built_of("anchor=recompute", "filter=icepop").filter.splits_responses
+    words = ("approx=full", "region=prefix_budget", "region.adaptive=false", "filter=trm")
+    assert built_of("verdict=upper", *words).loss.compares_divergence
 
 
 def test_an_upper_verdict_needs_a_divergence_with_one():

@@ -102,7 +102,7 @@ pytestmark = pytest.mark.usefixtures("work")
         ),
         (["data=${.}"], ["Hydra cannot make a config of these words: data=${.}"]),
         (["+rollout=[[1]]"], ["Hydra cannot make a config of these words: +rollout=[[1]]"]),
-        (["rollout=[[1]]"], ["rollout=[[1]] is no choice: rollout takes the name of one"]),
+        (["rollout=[[1]]"], ["rollout=[[1]] is an invalid value: rollout takes one choice"]),
         (["run_dir=" + "x" * 256], ["x" * 256 + ": File name too long"]),
         (["run_dir=" + "a/" * 300], ["is more than 200 folders deep; name another folder"]),
         (["optim.eps=1e-320"], ["optim.eps=1e-320 is smaller than 1.2e-38, the smallest float32"]),

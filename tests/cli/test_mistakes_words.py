@@ -39,9 +39,9 @@ pytestmark = pytest.mark.usefixtures("work")
         (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
         (
             ["train", "filter=[icepop,veto]"],
-            ["filter takes the name of one; for several: filter=all_of filter.members."],
+            ["filter takes one choice; for several: filter=all_of filter.members."],
         ),
-        (["train", "region="], ["region= is no choice: region takes the name of one"]),
+        (["train", "region="], ["region= is an invalid value: region takes one choice"]),
         (
             ["train", "filter=all_of", "filter.members.1=veto"],
             ["filter.members.1=veto: a name has letters, digits and _"],
