@@ -102,7 +102,7 @@ def kl(log_mu_NS: Tensor, log_pi_NS: Tensor) -> Tensor:
     """KL(mu || pi) in nats, float32 [N], from two log-probability tensors [N, S] of any float dtype."""
     log_mu_NS, log_pi_NS = log_mu_NS.float(), log_pi_NS.float()
     mu_NS = log_mu_NS.exp()
-    # If mu is NaN, it is not 0, so its term stays NaN, and `trust_mask` raises an error.
+    # If mu is NaN, it is not 0, so its term stays NaN, and `refuse_nan` finds it.
     terms_NS = torch.where(mu_NS == 0, 0.0, mu_NS * (log_mu_NS - log_pi_NS))
     # In exact arithmetic the sum is >= 0. Rounding can give -1e-9, which is not a valid divergence.
     return terms_NS.sum(-1).clamp(min=0.0)
