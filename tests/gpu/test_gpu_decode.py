@@ -98,6 +98,7 @@ def test_attention_in_triton_reads_true_lengths_of_shared_prompts(
     assert difference(split, device, dtype, key_heads, query_heads, size) <= CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @torch.inference_mode()
 def test_a_step_does_not_wait_for_the_device(config_of, adapter: str) -> None:
@@ -118,8 +119,8 @@ def test_a_step_does_not_wait_for_the_device(config_of, adapter: str) -> None:
 
         put()
         sequences.step(8, 16)  # libraries are loaded
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             sequences.step(8, 16)
             put()
             sequences.move(slots[6:], slots[:2], 16)

@@ -2,7 +2,7 @@
 
 from compiled import Specimen
 
-from dppo_cli.kernels.fused.nf4 import choose, nf4_product, words_of
+from dppo_cli.kernels.fused.nf4 import FEW, choose, nf4_product, words_of
 from dppo_cli.kernels.fused.nf4_product import H100
 
 SIGNATURE = {
@@ -30,14 +30,15 @@ def product(sizes: tuple[int, ...], inputs: int, rows: int, wide: bool) -> Speci
         "WORDS": words_of(inputs),
         "WARPS": how.warps,
         "STAGES": how.stages,
-        "WIDE": wide,
+        "WIDE": wide or how.rows == FEW,
         "FULL": True,
+        "SHUFFLE": True,
     }
     aligned = tuple(name for name in SIGNATURE if name != "rows")
     return Specimen(nf4_product, SIGNATURE, constants, {"num_warps": how.warps}, aligned)
 
 
-CHOSEN = ((16, "down"), (64, "q k v"), (128, "down"))
+CHOSEN = ((8, "down"), (16, "down"), (64, "q k v"), (128, "down"))
 SPECIMENS = {
     f"{rows} {name}{', wide' if wide else ''}": product(*LAYERS[name], rows, wide)
     for rows, name in CHOSEN

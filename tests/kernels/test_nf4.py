@@ -135,7 +135,7 @@ def test_parts_are_chosen_to_fill_a_gpu():
 def test_compiled_for_gpus():
     """Nothing spills, and as many programs fit on a multiprocessor as `choose` counts on."""
     found = taken("specimens_nf4")
-    assert len(found) == 6
+    assert len(found) == 8
     for name, of in found.items():
         rows, wide = int(name.split()[0]), name.endswith("wide")
         taken_here = of["80" if wide else "90"]

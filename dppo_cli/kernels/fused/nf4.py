@@ -51,6 +51,7 @@ def nf4_product(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     FULL: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):
     """A tile of outputs of one layer for a block of rows, from a part of the inputs.
 
@@ -95,10 +96,10 @@ def nf4_product(
         scale = tl.load(absmax_ptr + k // 64 + block)[:, :, None]
         scale = tl.broadcast_to(scale, [OUTPUT_BLOCK, SCALES, 4 * WORDS // SCALES])
         scale = _in_lanes(scale, WARPS, WORDS)
-        w0, w1 = _decoded(table, words, scale, 4), _decoded(table, words, scale, 0)
-        w2, w3 = _decoded(table, words, scale, 12), _decoded(table, words, scale, 8)
-        w4, w5 = _decoded(table, words, scale, 20), _decoded(table, words, scale, 16)
-        w6, w7 = _decoded(table, words, scale, 28), _decoded(table, words, scale, 24)
+        w0, w1 = _decoded(table, words, scale, 4, SHUFFLE), _decoded(table, words, scale, 0, SHUFFLE)
+        w2, w3 = _decoded(table, words, scale, 12, SHUFFLE), _decoded(table, words, scale, 8, SHUFFLE)
+        w4, w5 = _decoded(table, words, scale, 20, SHUFFLE), _decoded(table, words, scale, 16, SHUFFLE)
+        w6, w7 = _decoded(table, words, scale, 28, SHUFFLE), _decoded(table, words, scale, 24, SHUFFLE)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         weight = tl.join(even, tl.join(tl.join(w1, w5), tl.join(w3, w7))).to(kind)
         # Dimensions: repeats, 2 x 8 outputs of a warp; words, pairs (4 and 2 apart) and halves of inputs.
@@ -145,8 +146,20 @@ def _in_lanes(x, WARPS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _decoded(table, words, scale, SHIFT: tl.constexpr):
-    return tl.gather(table, (words >> SHIFT) & 15, 1) * scale
+def _decoded(table, words, scale, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Code times scale. A shuffle among 16 lanes reads four bits of its index, and none has to be cut off before."""
+    if SHUFFLE:
+        code = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;",
+            "=f,f,r",
+            [table, words >> SHIFT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        code = tl.gather(table, (words >> SHIFT) & 15, 1)
+    return code * scale
 
 
 @triton.jit
@@ -184,6 +197,11 @@ def _finish(
     tl.store(out_ptr + row[None] * OUTPUTS + output[:, None], out.to(kind), mask=inside & real)
 
 
+FEW = 8
+"""Rows of the smallest tile. Triton multiplies it by the older tensor-core instructions, on Hopper, too, which leave
+registers for twice as many programs at once."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a launch is cut: outputs and rows of a tile, parts of the inputs, and a program's warps and loads ahead."""
@@ -203,9 +221,9 @@ def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: 
     Hopper's: they may have 99 KiB of shared memory, and 8 warps share the decoding of more than 32 rows.
     """
     most = 64 if wide else 128
-    row_block = min(most, max(16, triton.next_power_of_2(rows)))
+    row_block = min(most, max(FEW, triton.next_power_of_2(rows)))
     crowded = row_block == most
-    base = Tiling(rows=row_block, warps=8 if crowded else 4)
+    base = Tiling(rows=row_block, warps=8 if crowded else 4, stages=3 if row_block == FEW else 2)
     tiles = sum(-(-size // base.outputs) for size in sizes) * -(-rows // row_block)
     needed = min(3, most // row_block)
     steps = inputs // (32 * words_of(inputs))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dppo_cli.kernels.devices import CUDA
 from dppo_cli.kernels.four_bits import MOST_ROWS as MOST_ROWS
 from dppo_cli.kernels.four_bits import biases_of, scales_of
-from dppo_cli.kernels.fused.nf4 import Tiling, choose, nf4_product, words_of
+from dppo_cli.kernels.fused.nf4 import FEW, Tiling, choose, nf4_product, words_of
 from dppo_cli.kernels.joined import joined
 from dppo_cli.kernels.probe import apart
 
@@ -55,6 +55,7 @@ class Nf4Product:
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else H100
         # Hopper's tensor cores take two inputs after each other from a thread, Triton gives the older ones four.
         self.wide = on_cuda and torch.cuda.get_device_capability(device)[0] != 9
+        self.shuffle = on_cuda and torch.version.cuda is not None
 
     def __call__(self, x: Tensor, low: Tensor, tiling: Tiling | None = None) -> list[Tensor]:
         """x [..., I] and low [..., r of each layer, side by side] in 16 bits, at most `MOST_ROWS`; [..., O] each."""
@@ -81,8 +82,9 @@ class Nf4Product:
             WORDS=words,
             WARPS=how.warps,
             STAGES=how.stages,
-            WIDE=self.wide,
+            WIDE=self.wide or how.rows == FEW,
             FULL=rows % how.rows == 0,
+            SHUFFLE=self.shuffle,
             num_warps=how.warps,
         )
         return list(out_RO.view(*x.shape[:-1], outputs).split(self.sizes, dim=-1))
