@@ -32,7 +32,6 @@ def product(sizes: tuple[int, ...], inputs: int, rows: int, wide: bool) -> Speci
         "STAGES": how.stages,
         "WIDE": wide or how.rows == FEW,
         "FULL": True,
-        "SHUFFLE": True,
     }
     aligned = tuple(name for name in SIGNATURE if name != "rows")
     return Specimen(nf4_product, SIGNATURE, constants, {"num_warps": how.warps}, aligned)

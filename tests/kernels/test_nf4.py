@@ -128,7 +128,7 @@ def test_parts_are_chosen_to_fill_a_gpu():
         return sum(-(-size // how.outputs) for size in sizes) * how.splits * -(-rows // how.rows)
 
     for sizes, inputs in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)):
-        for rows, least in ((1, 384), (16, 384), (64, 192), (128, 96), (256, 96)):
+        for rows, least in ((1, 224), (16, 384), (64, 192), (128, 96), (256, 96)):
             assert programs(sizes, inputs, rows) >= least
 
 

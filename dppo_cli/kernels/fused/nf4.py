@@ -51,7 +51,6 @@ def nf4_product(
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     FULL: tl.constexpr,
-    SHUFFLE: tl.constexpr,
 ):
     """A tile of outputs of one layer for a block of rows, from a part of the inputs.
 
@@ -96,10 +95,10 @@ def nf4_product(
         scale = tl.load(absmax_ptr + k // 64 + block)[:, :, None]
         scale = tl.broadcast_to(scale, [OUTPUT_BLOCK, SCALES, 4 * WORDS // SCALES])
         scale = _in_lanes(scale, WARPS, WORDS)
-        w0, w1 = _decoded(table, words, scale, 4, SHUFFLE), _decoded(table, words, scale, 0, SHUFFLE)
-        w2, w3 = _decoded(table, words, scale, 12, SHUFFLE), _decoded(table, words, scale, 8, SHUFFLE)
-        w4, w5 = _decoded(table, words, scale, 20, SHUFFLE), _decoded(table, words, scale, 16, SHUFFLE)
-        w6, w7 = _decoded(table, words, scale, 28, SHUFFLE), _decoded(table, words, scale, 24, SHUFFLE)
+        w0, w1 = _decoded(table, words, scale, 4), _decoded(table, words, scale, 0)
+        w2, w3 = _decoded(table, words, scale, 12), _decoded(table, words, scale, 8)
+        w4, w5 = _decoded(table, words, scale, 20), _decoded(table, words, scale, 16)
+        w6, w7 = _decoded(table, words, scale, 28), _decoded(table, words, scale, 24)
         even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
         weight = tl.join(even, tl.join(tl.join(w1, w5), tl.join(w3, w7))).to(kind)
         # Dimensions: repeats, 2 x 8 outputs of a warp; words, pairs (4 and 2 apart) and halves of inputs.
@@ -146,20 +145,8 @@ def _in_lanes(x, WARPS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _decoded(table, words, scale, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Code times scale. A shuffle among 16 lanes reads four bits of its index, and none has to be cut off before."""
-    if SHUFFLE:
-        code = tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;",
-            "=f,f,r",
-            [table, words >> SHIFT],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        code = tl.gather(table, (words >> SHIFT) & 15, 1)
-    return code * scale
+def _decoded(table, words, scale, SHIFT: tl.constexpr):
+    return tl.gather(table, (words >> SHIFT) & 15, 1) * scale
 
 
 @triton.jit
@@ -217,7 +204,8 @@ def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: 
     """By the number of steps that the busiest multiprocessor makes.
 
     A program takes as long as two steps to begin and end, and adding the parts up as long as reading them. Fewer
-    programs at once than a multiprocessor needs to hide what it waits for leave it idle. `wide`, cards other than
+    programs at once than a multiprocessor needs to hide what it waits for leave it idle; with few rows, and three loads
+    ahead, hardly more than one are enough. `wide`, cards other than
     Hopper's: they may have 99 KiB of shared memory, and 8 warps share the decoding of more than 32 rows.
     """
     most = 64 if wide else 128
@@ -225,12 +213,12 @@ def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: 
     crowded = row_block == most
     base = Tiling(rows=row_block, warps=8 if crowded else 4, stages=3 if row_block == FEW else 2)
     tiles = sum(-(-size // base.outputs) for size in sizes) * -(-rows // row_block)
-    needed = min(3, most // row_block)
+    needed = 1.3 if row_block == FEW else min(3, most // row_block)
     steps = inputs // (32 * words_of(inputs))
 
     def cost(splits: int) -> float:
         added = 0.0 if splits == 1 else 1.4 * row_block / 16
-        programs: int = max(needed, -(-tiles * splits // processors))
+        programs: float = max(needed, -(-tiles * splits // processors))
         return programs * (steps // splits + 2 + added)
 
     # Parts of one step each, which are no loop, gave wrong sums on an H100 (Triton 3.6), and alone they did not.

@@ -55,7 +55,6 @@ class Nf4Product:
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else H100
         # Hopper's tensor cores take two inputs after each other from a thread, Triton gives the older ones four.
         self.wide = on_cuda and torch.cuda.get_device_capability(device)[0] != 9
-        self.shuffle = on_cuda and torch.version.cuda is not None
 
     def __call__(self, x: Tensor, low: Tensor, tiling: Tiling | None = None) -> list[Tensor]:
         """x [..., I] and low [..., r of each layer, side by side] in 16 bits, at most `MOST_ROWS`; [..., O] each."""
@@ -84,7 +83,6 @@ class Nf4Product:
             STAGES=how.stages,
             WIDE=self.wide or how.rows == FEW,
             FULL=rows % how.rows == 0,
-            SHUFFLE=self.shuffle,
             num_warps=how.warps,
         )
         return list(out_RO.view(*x.shape[:-1], outputs).split(self.sizes, dim=-1))
