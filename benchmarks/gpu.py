@@ -36,8 +36,8 @@ from gpu_trace import STEPS as TRACES
 from measure import BUILD
 
 ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_shared"
-ORDER += " update_plain trace trace_update kernels gemm_nf4 step gpu_80gb decode_nf4 static_nf4 topk_nf4 update_nf4"
-ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb gpu_24gb gemma3 phi4 peer"
+ORDER += " update_plain trace trace_update kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4"
+ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb gemma3 phi4 peer"
 STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES, **FAMILIES, **PEERS}[name] for name in ORDER.split()}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0
@@ -83,7 +83,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help=f"steps, separated by commas: {', '.join(STEPS)}")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", BUILD)), help="folder of the results")
     args = parser.parse_args(words)
     chosen = args.only.split(",") if args.only else list(STEPS)
@@ -97,9 +96,9 @@ def main(words: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     for name in chosen:
         limit, work = STEPS[name]
-        left = args.seconds - (time.monotonic() - start)
+        left = TOTAL - (time.monotonic() - start)
         if left < 5:
-            bench.add(name, not_run=f"the {args.seconds:g} s of all steps are over")
+            bench.add(name, not_run=f"the {TOTAL:.0f} s of all steps are over")
             continue
         try:
             with _limit(min(limit, left)):

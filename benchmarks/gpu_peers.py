@@ -31,39 +31,24 @@ def generate(bench: Bench) -> None:
 
 
 def peer(bench: Bench) -> None:
-    """TRL's DPPOTrainer with the same shapes, its second step; in half the rows at once where memory runs out."""
+    """TRL's DPPOTrainer with the same shapes, its second step."""
     try:
-        import trl.experimental.dppo  # noqa: F401
+        from datasets import Dataset
+        from peer_step import StepClock
+        from trl.experimental.dppo import DPPOConfig, DPPOTrainer
     except ImportError as error:
         bench.add("whole step, TRL", not_run=f"{error}")
         return
-    group = bench.size.group
-    for rows in (group, group // 2):
-        bench.forget()
-        try:
-            _peer(bench, rows)
-        except torch.OutOfMemoryError as error:
-            bench.add(f"whole step, TRL, {rows} rows at once", failed=str(error).splitlines()[0])
-        else:
-            return
-
-
-def _peer(bench: Bench, rows: int) -> None:
-    """`rows`: of a micro-batch."""
-    from datasets import Dataset
-    from peer_step import StepClock
-    from trl.experimental.dppo import DPPOConfig, DPPOTrainer
-
     size, on_cuda = bench.size, bench.device.type == "cuda"
+    bench.forget()
     texts = [" ".join(f"w{i}" for i in p.token_ids) for p in prompts_of(size, 2 * size.prompts, size.prompt)]
     clock = StepClock()
     settings = DPPOConfig(
         output_dir=str(BUILD / "peer_gpu"),
         num_generations=size.group,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=size.prompts * size.group // rows,
+        per_device_train_batch_size=size.group,
+        gradient_accumulation_steps=size.prompts,
         max_completion_length=size.new,
-        generation_kwargs={"min_new_tokens": size.new},
         max_steps=2,
         learning_rate=1e-5,
         beta=0.0,
@@ -84,22 +69,13 @@ def _peer(bench: Bench, rows: int) -> None:
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock],
     )
-    found: dict[str, float | str] = {"rows_at_once": rows}
-    try:
-        _, peak = bench.timed(trainer.train)
-    except TimeoutError as error:
-        found["not_ended"] = str(error)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    _, peak = bench.timed(trainer.train)
     seconds = [after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]
-    if seconds:
-        found |= {"first_s": seconds[0], "response_tokens": clock.tokens[-1]}
-    if len(seconds) > 1:
-        found["seconds"] = seconds[1]
-    bench.add("whole step, TRL", **found, peak_gib=or_nothing(peak))
+    bench.add("whole step, TRL", seconds=seconds[-1], response_tokens=clock.tokens[-1], peak_gib=or_nothing(peak))
 
 
 STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "generate": (60, generate),
-    "peer": (180, peer),
+    "peer": (110, peer),
 }
 """As in gpu_steps.py."""
