@@ -23,6 +23,8 @@ from dppo_cli.policy.policy import Policy
 
 NO_END = (-1,)
 """No token ends a response, so all have the length that was asked for."""
+SPECIAL = ("pad", "end", "unknown")
+"""The first tokens."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,12 @@ def config(size: Size, *words: str) -> TrainConfig:
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ...: one for each token."""
-    backend = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w2"))
+    """A word for each token: w3, w4, ... after those of `SPECIAL`, which are found inside of words, too."""
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocabulary))]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="unknown"))
     backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1", unk_token="w2")
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 @torch.no_grad()

@@ -5,31 +5,13 @@ Prints one line of JSON: seconds per step, mean response tokens per step.
 
 import argparse
 import json
-import time
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from step_clock import StepClock
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.dppo import DPPOConfig, DPPOTrainer
-
-
-class StepClock(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, which include sampling wherever it happens."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-        self.tokens: list[float] = []
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self.marks.append(time.perf_counter())
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.marks.append(time.perf_counter())
-
-    def on_log(self, *args: object, logs: dict[str, float], **kwargs: object) -> None:
-        if "completions/mean_length" in logs:
-            self.tokens.append(logs["completions/mean_length"])
 
 
 def contains_answer(completions: list[list[dict[str, str]]], answer: list[str], **_: object) -> list[float]:
@@ -89,7 +71,7 @@ def main() -> None:
         callbacks=[clock],
     )
     trainer.train()
-    seconds = [after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]
+    seconds = clock.seconds
     print(json.dumps({"seconds": seconds, "response_tokens": clock.tokens[: len(seconds)]}))
 
 
