@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from gpu_cards import STEPS as CARDS
 from gpu_decode import STEPS as DECODING
 from gpu_families import STEPS as FAMILIES
 from gpu_fused import STEPS as FUSED
@@ -36,9 +37,13 @@ from gpu_trace import STEPS as TRACES
 from measure import BUILD
 
 ORDER = "probe decode topk static static_topk static_ways refill long blocks generate update update_shared"
-ORDER += " update_plain trace trace_update kernels gemm_nf4 step decode_nf4 static_nf4 topk_nf4 update_nf4"
-ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb gemma3 phi4 peer"
-STEPS = {name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES, **FAMILIES, **PEERS}[name] for name in ORDER.split()}
+ORDER += " update_plain trace trace_update kernels gemm_nf4 step gpu_80gb decode_nf4 static_nf4 topk_nf4 update_nf4"
+ORDER += " update_nf4_whole update_nf4_kept trace_nf4 trace_update_nf4 gpu_16gb gpu_24gb"
+ORDER += " gemma3 phi4 peer"
+STEPS = {
+    name: {**MOST, **DECODING, **FUSED, **PRODUCTS, **TRACES, **CARDS, **FAMILIES, **PEERS}[name]
+    for name in ORDER.split()
+}
 """Two policies do not fit beside each other: those of one base follow each other."""
 TOTAL = 480.0
 """Seconds for all steps together."""

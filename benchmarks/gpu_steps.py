@@ -2,8 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import in_order
 from dppo_cli.types import Completion, Example, Group, PolicyReport, Prompt, Score, Status
 
-CARD_16GB = 15.6 * 2**30
-"""Bytes that a program sees of a card of 16 GB."""
 BF16, NF4 = ("adapter=lora", "hardware=gpu_80gb"), ("adapter=qlora", "hardware=gpu_24gb", "rollout.weights=quantized")
 NF4_KEPT = ("adapter=qlora", "hardware=gpu_80gb", "rollout.weights=quantized")
 
@@ -46,6 +43,10 @@ class Bench:
 
     def forget(self) -> None:
         self.policies.clear()
+        self.collect()
+
+    def collect(self) -> None:
+        """Give back what nothing needs any more."""
         gc.collect()
         empty_cache(self.device)
 
@@ -63,7 +64,11 @@ class Bench:
         work()
         if on_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+        return time.perf_counter() - start, self.peak()
+
+    def peak(self) -> float | None:
+        """GiB since the last `timed` began, also of work that failed."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
 
     def copy_bandwidth(self) -> float:
         """Bytes a second, read and written."""
@@ -183,37 +188,6 @@ def step(bench: Bench) -> None:
     bench.add("whole step, bf16 LoRA", seconds=seconds, peak_gib=or_nothing(peak))
 
 
-def small_card(bench: Bench) -> None:
-    """hardware=gpu_16gb with no more memory than that: a sub-batch with room for 256 + 2,048 tokens, and an update."""
-    size, words = bench.size, ("adapter=qlora", "hardware=gpu_16gb", "rollout=local_16gb")
-    settings = config(size, *words)
-    bench.forget()
-    with _capped(CARD_16GB) if bench.device.type == "cuda" else nullcontext():
-        of = bench.policy(words)
-        short, new = max(2, size.new // 8), 4 * size.new
-        room = prompts_of(size, 2, size.prompt + new - short)
-        learner = make_learner(of, settings, print)
-        with settings.rollout.load(of, print) as engine:
-            engine.sync(version=0)
-            rows, sampling = settings.rollout.concurrent_sequences // 2, Sampling(1.0, 1.0, 0, 0.0, short, [])
-            _, peak = bench.timed(lambda: in_order(engine.generate(room, rows, sampling, 0, seed=0)))
-        bench.add(f"gpu_16gb, sampling {2 * rows} sequences of {size.prompt + new}", peak_gib=or_nothing(peak))
-        groups = groups_of(size, prompts_of(size, 1, size.prompt), new)
-        seconds, peak = bench.timed(lambda: learner.update(groups))
-        bench.add(f"gpu_16gb, update of {size.group} such sequences", seconds=seconds, peak_gib=or_nothing(peak))
-    bench.forget()
-
-
-@contextmanager
-def _capped(size: float) -> Iterator[None]:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 def or_nothing(peak: float | None) -> float | str:
     return "" if peak is None else peak
 
@@ -230,6 +204,5 @@ STEPS: dict[str, tuple[float, Callable[[Bench], None]]] = {
     "update_nf4": (70, lambda b: update(b, NF4, "update, QLoRA, recomputing")),
     "update_nf4_whole": (90, lambda b: update(b, NF4, "update, QLoRA, recomputing, not packed", WholeSequences)),
     "update_nf4_kept": (70, lambda b: update(b, NF4_KEPT, "update, QLoRA, nothing recomputed")),
-    "gpu_16gb": (70, small_card),
 }
 """Seconds a step may take, and its work; those of one base one after the other."""

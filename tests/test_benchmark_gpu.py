@@ -23,6 +23,11 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["what"]: row for row in found["rows"]}
     assert [row for row in found["rows"] if "failed" in row] == []
+
+    def of_card(name: str, slots: int) -> list[str]:
+        whats = f"1 tokens of each of {slots} sequences of", "update of 2 sequences of"
+        return [f"{name}, {what} 8 + {new}" for new in (8, 32) for what in whats]
+
     # Those of the other files gpu_*.py have tests of their own.
     decoding = ("static step", "long-tailed", "long prompts", "looking every")
     assert len([name for name in rows if name.startswith(decoding)]) == 14
@@ -36,14 +41,15 @@ def test_every_step_of_the_gpu_benchmark_runs_on_a_cpu(script: Any, tmp_path: Pa
         "update, bf16 LoRA, prompts first, 2 x 2 x (8 + 8)",
         "update, bf16 LoRA, plain modules, 2 x 2 x (8 + 8)",
         "whole step, bf16 LoRA",
+        *of_card("gpu_80gb", 160),
         "decode, NF4 + LoRA, 2 rows",
         "decode, NF4 + LoRA, 4 rows",
         "decode, NF4 + LoRA, 4 rows, top-20",
         "update, QLoRA, recomputing, 2 x 2 x (8 + 8)",
         "update, QLoRA, recomputing, not packed, 2 x 2 x (8 + 8)",
         "update, QLoRA, nothing recomputed, 2 x 2 x (8 + 8)",
-        "gpu_16gb, sampling 16 sequences of 40",
-        "gpu_16gb, update of 2 such sequences",
+        *of_card("gpu_16gb", 16),
+        *of_card("gpu_24gb", 32),
         *(
             f"{family}, bf16 + LoRA, {of}"
             for family in ("Gemma 3 1B", "Phi-4-mini")
