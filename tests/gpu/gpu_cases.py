@@ -150,7 +150,8 @@ def attention_over_segments_agrees_with_plain_operations(
             out = attend(*of, row, 0.1, chosen, window)
             return [out.detach(), *torch.autograd.grad((out * torch.cos(out.detach())).sum(), of)]
 
-        torch.use_deterministic_algorithms(True)
+        # Of plain operations torch would ask for a setting of cuBLAS that takes effect at the start of a process.
+        torch.use_deterministic_algorithms(kernel is not Plain)
         try:
             first, second = found(of, kernel), found(of, kernel)
         finally:
