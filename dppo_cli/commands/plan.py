@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
+WORTH = 0.95
+"""Of the time of a step: what a change has to bring to be worth a line."""
 RUN = train.run_train
 """What is planned. Its module is imported so that this process has all libraries that a run has."""
 
@@ -82,6 +84,12 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
         change = planner.change_that_fits(config, found)
     speed = machine.speed()
     took = seconds(config, found, machine, speed)
+    faster = None
+    if fits and (more := planner.more_at_once(config, found)) is not None:
+        words, changed, needs = more
+        step = seconds(changed, needs, machine, speed).step
+        if step < WORTH * took.step:
+            faster = {"words": words, "seconds_per_step": step, "peak_memory_gib": needs.memory.peak / GIB}
     checkpointed = {
         config.hardware.gradient_checkpointing: found.update.activations / GIB,
         other.hardware.gradient_checkpointing: planner.update(other).activations / GIB,
@@ -100,6 +108,7 @@ def make_report(config: PlanConfig, machine: Machine, runtime: float) -> dict[st
         "phases": {name: _gib(parts) for name, parts in found.memory.phases.items()},
         "activations_gib": {"plain": checkpointed[False], "gradient_checkpointing": checkpointed[True]},
         "change": None if change is None else {"words": change[0], "peak_memory_gib": change[1].memory.peak / GIB},
+        "faster": faster,
         "seconds_per_step": took.step,
         "seconds": asdict(took),
         "hours": config.steps * took.step / 3600,
@@ -173,6 +182,7 @@ def show(report: dict[str, Any]) -> None:
             f"{_time(report['seconds_per_step'])} a step at most ({sampling}, {_time(seconds['update'])} updating), "
             f"{_time(3600 * report['hours'])} in all; rewards and evaluations not counted",
         ),
+        *_faster(report["faster"]),
         ("speed", report["speed"]["source"]),
     ]
     print_table("estimate", rows, console)
@@ -186,6 +196,14 @@ def _processes(count: int, device: str) -> list[tuple[str, str]]:
         if count > 1
         else []
     )
+
+
+def _faster(faster: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """A row, where there is something."""
+    if faster is None:
+        return []
+    needs = f"{_time(faster['seconds_per_step'])} a step at most, {faster['peak_memory_gib']:.2f} GiB at the peak"
+    return [("faster", f"{faster['words']}: {needs}")]
 
 
 def _show_memory(report: dict[str, Any], console: RichConsole) -> None:

@@ -1,6 +1,7 @@
 """`dppo plan`: what it says, what fits, and what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,39 @@ def test_prompts_of_evaluations_are_counted_whatever_the_groups() -> None:
     assert sizes == pytest.approx([sizes[0], sizes[0] * 36 / 32, sizes[0] * 40 / 32], rel=0.02)
     fewer = report(machine(24, "cuda"), *words, "rollout.concurrent_sequences=32", "data.eval_problems=8")
     assert fewer["parts"]["prompts before sampling"] == pytest.approx(sizes[0] / 4, rel=0.05)
+
+
+def test_more_sequences_at_once_are_named_if_they_fit_and_pay() -> None:
+    words = ("batch.prompts_per_step=64", "batch.prompts_per_update=16", "prompt_tokens=20", "data.eval_problems=16")
+    few = (*words, "rollout.concurrent_sequences=32")
+    found = report(machine(24, "cuda"), *few)
+    assert found["batch"]["samples"] == 512 and found["faster"]["words"] == "rollout.concurrent_sequences=512"
+    then = report(machine(24, "cuda"), *words, found["faster"]["words"])
+    assert found["faster"] == {
+        "words": "rollout.concurrent_sequences=512",
+        "seconds_per_step": then["seconds_per_step"],
+        "peak_memory_gib": then["peak_memory_gib"],
+    }
+    assert then["seconds_per_step"] < 0.95 * found["seconds_per_step"] and then["faster"] is None
+    # A tenth of the card is left: where 512 would just fit 256 are named, and where 64 would, none.
+    for free, would_fit, named in ((1.0, 512, "rollout.concurrent_sequences=256"), (0.72, 64, None)):
+        card = machine(free, "cuda")
+        faster = report(card, *few)["faster"]
+        assert (faster and faster["words"]) == named
+        assert report(card, *words, f"rollout.concurrent_sequences={would_fit}")["fits"]
+    # Half of them at once take 4% more time.
+    assert report(machine(24, "cuda"), *words, "rollout.concurrent_sequences=256")["faster"] is None
+
+
+def test_what_is_faster_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["card=l4", "prompt_tokens=20", "batch.prompts_per_step=64", "batch.prompts_per_update=16"]
+    assert main(["plan", *words, "rollout.concurrent_sequences=32"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(
+        r"faster rollout\.concurrent_sequences=512: [\d.]+ m?s a step at most, [\d.]+ GiB at the peak", shown
+    )
+    assert main(["plan", *words]) == 0
+    assert "faster" not in capsys.readouterr().out
 
 
 # What it refuses

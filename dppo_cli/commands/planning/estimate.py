@@ -26,6 +26,8 @@ from dppo_cli.rollout.weights import SamplingWeights
 
 T = TypeVar("T")
 
+SPARE = 0.9
+"""Of the free memory: most of it that a change which is only for speed may need."""
 SMALLEST_BUDGET = 64
 """Tokens of a micro-batch below which an update only gets slower."""
 PARAMETERS = re.compile(r"([\d.]+) (billion|million) parameters")
@@ -143,6 +145,25 @@ class Planner:
         if key not in self.prompts:
             self.prompts[key] = find_prompts(config, self._shapes(config).policy, self.prompt_tokens)
         return self.prompts[key]
+
+    def more_at_once(self, config: TrainConfig, now: Estimate) -> tuple[str, TrainConfig, Estimate] | None:
+        """More sequences sampled at once, in words, as a config, and what it needs: all of a step, or half, and so on.
+
+        None where all are sampled at once already, or more would need more than `SPARE`.
+        """
+        rollout, group = config.rollout, config.batch.samples_per_prompt
+        if not isinstance(rollout, LocalRollout):
+            return None
+        prompts = len(now.prompts.step)
+        while (concurrent := prompts * group) > rollout.concurrent_sequences:
+            least = now.memory.least + now.sampling.cache * concurrent / max(1, now.sampling.sequences)
+            if least < SPARE * self.machine.free:
+                more = replace(config, rollout=replace(rollout, concurrent_sequences=concurrent))
+                found = self.estimate(more)
+                if found.memory.peak + found.memory.reserve <= SPARE * self.machine.free:
+                    return f"rollout.concurrent_sequences={concurrent}", more, found
+            prompts //= 2
+        return None
 
     def change_that_fits(self, config: TrainConfig, now: Estimate) -> tuple[str, Estimate] | None:
         """The first single change with which it fits, in words of the command line, and the estimate with it."""
