@@ -10,13 +10,63 @@ from typing import Any
 
 from dppo_cli.cli.hydra_keys import MAY_BE_SET, hydra_config
 from dppo_cli.config.checks import did_you_mean
-from dppo_cli.config.conf_tree import config_dir, dotted_keys, groups, groups_of, known_keys, recipes_dir
+from dppo_cli.config.conf_tree import (
+    config_dir,
+    dotted_keys,
+    groups,
+    groups_of,
+    known_keys,
+    of_another_choice,
+    recipes_dir,
+)
 from dppo_cli.errors import ConfigError
 
 MEMBERS = {"eval_sets.": "data", "data.members.": "data", "filter.members.": "filter", "reward.members.": "reward"}
 """Mappings from names that the user gives to choices of a group."""
 OF_SEVERAL = {"data": "mixture", "filter": "all_of", "reward": "mixture"}
 """The choice of a group that has members."""
+OF_OTHERS = {
+    "learning_rate": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "max_grad_norm": "optim.max_grad_norm",
+    "max_steps": "steps",
+    "total_training_steps": "steps",
+    "num_train_epochs": "batch.epochs",
+    "ppo_epochs": "batch.epochs",
+    "batch_size": "batch.prompts_per_step",
+    "train_batch_size": "batch.prompts_per_step",
+    "ppo_mini_batch_size": "batch.prompts_per_update",
+    "per_device_train_batch_size": "hardware.tokens_per_micro_batch",
+    "micro_batch_size": "hardware.tokens_per_micro_batch",
+    "num_generations": "batch.samples_per_prompt",
+    "group_size": "batch.samples_per_prompt",
+    "max_completion_length": "sampling.max_new_tokens",
+    "max_response_length": "sampling.max_new_tokens",
+    "max_tokens": "sampling.max_new_tokens",
+    "temperature": "sampling.temperature",
+    "beta": "kl_to_reference",
+    "kl": "kl_to_reference",
+    "kl_coef": "kl_to_reference",
+    "delta": "divergence.delta_low",
+    "epsilon": "objective.eps",
+    "top_k": "approx.k",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "model.name": "model.path",
+    "model_name_or_path": "model.path",
+    "output_dir": "run_dir",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "eval.every",
+    "num_processes": "hardware.processes",
+    "dtype": "hardware.dtype",
+    "device": "hardware.device",
+}
+"""By names that other tools have: keys here."""
+MOST_MEANT = 4
+"""Keys of one name that are all shown."""
 FREE = ("prompt.template_kwargs.", "data.options.", "data.weights.", "reward.weights.", *MEMBERS)
 """Keys below have names that the user gives, so none is unknown."""
 
@@ -75,6 +125,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"{', '.join(keys) or 'a word'} has a number with more than 4,300 digits"
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match.group(1)
+        if says := of_another_choice(key):
+            return says
         return _no_such_key(key, (_hydra_keys if key.startswith("hydra.") else _composed_keys)(command, overrides))
     if message.startswith("Error merging override ") and error.__cause__ is not None:
         return f"{first.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"
@@ -129,10 +181,34 @@ def _no_such_key(key: str, keys: Sequence[str]) -> str:
     if key in keys:
         below = [k for k in keys if k.startswith(f"{key}.")]
         return f"{key} cannot be set as a whole here; set {', '.join(below or [key])}"
-    parent = key.rpartition(".")[0]
-    close = difflib.get_close_matches(key, [k for k in keys if k != parent], n=1, cutoff=0.6)
-    siblings = sorted({k.removeprefix(f"{parent}.").split(".")[0] for k in keys if k.startswith(f"{parent}.")})
+    parent, meant = key.rpartition(".")[0], _meant(key, keys)
+    siblings = _below(parent, keys)
     if not siblings:
-        parent, siblings = "", sorted({k.split(".")[0] for k in keys})
-    hint = f"; did you mean {close[0]}?" if close else "."
+        parent, siblings = "", _below("", keys)
+    hint = f"; did you mean {_either(meant)}?" if meant else "."
     return f"there is no key {key}{hint} Choices{f' in {parent}' if parent else ''}: {', '.join(siblings)}"
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
+
+
+def _below(parent: str, keys: Sequence[str]) -> list[str]:
+    """Names of the keys directly below one."""
+    prefix = f"{parent}." if parent else ""
+    return sorted({k.removeprefix(prefix).split(".")[0] for k in keys if k.startswith(prefix)})
+
+
+def _meant(key: str, keys: Sequence[str]) -> list[str]:
+    """Keys that may be meant: that which other tools call so, near names in its section, this name in others."""
+    parent, _, name = key.rpartition(".")
+    for known in (key, name):
+        if OF_OTHERS.get(known) in keys:
+            return [OF_OTHERS[known]]
+    beside = _below(parent, keys) if parent else []
+    if close := difflib.get_close_matches(name, beside, n=1, cutoff=0.6):
+        return [f"{parent}.{close[0]}"]
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == name]
+    if 0 < len(elsewhere) <= MOST_MEANT:
+        return sorted(elsewhere, key=lambda k: (k.startswith("eval"), k))
+    return [] if beside else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)

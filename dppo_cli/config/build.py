@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dppo_cli.config.checks import did_you_mean, escaped
+from dppo_cli.config.conf_tree import of_another_choice
 from dppo_cli.errors import ConfigError
 
 T = TypeVar("T")
@@ -86,7 +87,8 @@ class _Builder:
         known = {f.name: f for f in fields(cls) if f.init}
         for key in node:
             if key not in known and key != "_target_":
-                raise ConfigError(f"there is no key {_join(where, key)}{did_you_mean(str(key), known)}")
+                full = _join(where, key)
+                raise ConfigError(of_another_choice(full) or f"there is no key {full}{did_you_mean(str(key), known)}")
         hints = typing.get_type_hints(cls, include_extras=True)
         values = {}
         for name in known:
@@ -144,6 +146,9 @@ class _Builder:
         """Numbers, text, and lists and mappings of them, converted and checked by OmegaConf."""
         marks = {mark for h in (hint, *typing.get_args(hint)) for mark in getattr(h, "__metadata__", ())}
         is_file = FILE in marks
+        kinds = [h for h in (typing.get_args(hint) if _is_union(hint) else (hint,)) if h is not type(None)]
+        if not isinstance(node, list | None) and all(typing.get_origin(kind) is list for kind in kinds):
+            raise ConfigError(f"{where}={node} must be a list, {where}=[{node}] for one value")
         try:
             leaf = OmegaConf.structured(_leaf(_without_annotations(hint)))
             # Resolved already: what still looks like an interpolation is text.

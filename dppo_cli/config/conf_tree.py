@@ -60,6 +60,31 @@ def known_keys(command: str) -> list[str]:
     return list(keys)
 
 
+def of_another_choice(key: str) -> str | None:
+    """What to choose to have a key, in words; None for a key that no choice of its group has."""
+    group, having = key.partition(".")[0], _choices_with(key)
+    if not having:
+        return None
+    if len(having) == 1:
+        return f"{key} is a key of {group}={having[0]}, which is not chosen; add {group}={having[0]}"
+    choices = f"{', '.join(having[:-1])} and {having[-1]}"
+    return f"{key} is a key of {group}={choices}, of which none is chosen; add {group}={having[0]}, for example"
+
+
+def _choices_with(key: str) -> list[str]:
+    """The choices of a key's group that have it, their own or from the choices that they extend."""
+    group = key.partition(".")[0]
+
+    def has(choice: str) -> bool:
+        text = (config_dir() / group / f"{choice}.yaml").read_text()
+        node = _load(text)
+        extended = [entry for entry in node.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+        own = "@package _global_" not in text and key in dotted_keys({group: node})
+        return own or any(has(entry) for entry in extended if entry in groups()[group])
+
+    return [choice for choice in groups().get(group, []) if has(choice)]
+
+
 def dotted_keys(config: dict[str, Any]) -> list[str]:
     """Every key of a config, nested keys included, without Hydra's own keys."""
     keys: list[str] = []

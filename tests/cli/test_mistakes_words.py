@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dppo_cli.cli.main import main
+from dppo_cli.cli.mistakes import OF_OTHERS
 from dppo_cli.cli.table import COMMANDS
-from dppo_cli.config.conf_tree import config_dir
+from dppo_cli.config.conf_tree import config_dir, known_keys
 
 pytestmark = pytest.mark.usefixtures("work")
 
@@ -32,8 +33,30 @@ pytestmark = pytest.mark.usefixtures("work")
             ["train", "divergence.delta_hi=1"],
             ["no key divergence.delta_hi", "did you mean divergence.delta_high?", "delta_high, delta_low"],
         ),
-        (["train", "approx.k=5"], ["no key approx.k"]),
-        (["train", "data=file", "data.operands=9"], ["no key data.operands", "Choices in data: answer_c"]),
+        (["train", "approx.k=5"], ["approx.k is a key of approx=topk, which is not chosen; add approx=topk"]),
+        (
+            ["train", "filter.bounds=1", "filter=geometric"],
+            ["no key filter.bounds. Choices in filter: high, low"],
+        ),
+        (
+            ["train", "filter.low=0.9"],
+            [
+                "is a key of filter=band, geometric, ",
+                " and veto, of which none is chosen; add filter=band, for example",
+            ],
+        ),
+        (["train", "filter.members.x=veto"], ["filter.members is a key of filter=all_of and trm, of which none"]),
+        (["train", "reward.members.x=exact"], ["reward.members is a key of reward=mixture, which is not chosen"]),
+        (["train", "data=file", "data.operands=9"], ["data.operands is a key of data=arithmetic", "add data="]),
+        (["train", "lr=1e-4"], ["no key lr; did you mean optim.lr?"]),
+        (["train", "learning_rate=1e-4"], ["no key learning_rate; did you mean optim.lr?"]),
+        (["train", "trainer.num_generations=4"], ["did you mean batch.samples_per_prompt? Choices: adapter"]),
+        (["train", "model.name=x"], ["did you mean model.path?"]),
+        (["train", "samples_per_prompt=4"], ["did you mean batch.samples_per_prompt or eval.samples_per_prompt?"]),
+        (["train", "path=x"], ["did you mean adapter.path, data.path, model.path or reward.path?"]),
+        (["train", "objective.c=1"], ["no key objective.c. Choices in objective: delta, eps"]),
+        (["eval", "learning_rate=1"], ["no key learning_rate. Choices: checkpoint"]),
+        (["train", "data.operands=9"], ["data.operands=9 must be a list, data.operands=[9] for one value"]),
         (["train", "+unknown.key=1"], ["no key unknown", "Choices: adapter"]),
         (["train", "+divergence.detla=1"], ["no key divergence.detla", "did you mean 'delta_low'?"]),
         (["train", "approx=topk,binary"], ["approx=topk,binary", "add -m"]),
@@ -61,6 +84,11 @@ def test_misspelt_words(words: list[str], parts: list[str], refused: Callable[..
     line = refused(*words)
     for part in parts:
         assert part in line
+
+
+def test_names_of_other_tools_stand_for_keys() -> None:
+    keys = known_keys("train")
+    assert set(OF_OTHERS.values()) <= set(keys) and not set(OF_OTHERS) & set(keys)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,8 @@ def test_the_jobs_of_a_sweep(run: Path) -> None:
     ("words", "says"),
     [
         ("data.eval_problem=2", "no key data.eval_problem; did you mean data.eval_problems?"),
-        ("data.answer_column=a", "there is no key data.answer_column"),
-        ("reward.timeout=5", "there is no key reward.timeout"),
+        ("data.answer_column=a", "data.answer_column is a key of data="),
+        ("reward.timeout=5", "reward.timeout is a key of reward=code, function, "),
         ("rollout.max_logprob=9", "no key rollout.max_logprob; did you mean rollout.max_logprobs?"),
         ("hardware.dtyp=float32", "no key hardware.dtyp; did you mean hardware.dtype?"),
         ("data.eval_problems=0", "data.eval_problems=0"),

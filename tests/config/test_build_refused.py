@@ -115,7 +115,7 @@ def test_a_module_that_fails_is_named_with_its_reason(tmp_path: Path, monkeypatc
         ({"pen": {"width": None, "colour": None}}, "pen.width: Incompatible value 'None'"),
         ({"pen": {"width": {"a": 1}, "colour": None}}, "pen.width: "),
         ({"title": ["a"]}, "title: "),
-        ({"sizes": 0.9}, "sizes: "),
+        ({"sizes": 0.9}, "sizes=0.9 must be a list, sizes=[0.9] for one value"),
         ({"shape": collage(square(), square("x"))}, "shape.parts[1].side: Value 'x'"),
         ({"shape": collage(a=square("x"))}, "shape.named.a.side: Value 'x'"),
         ({"pne": 1}, "there is no key pne; did you mean 'pen'? Choices: extra, frame"),
