@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from helpers import read_json, read_lines, train, write_rewards
 
+from dppo_cli.config.conf_tree import known_keys
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -60,3 +62,11 @@ def test_the_docs_name_every_key_of_a_sample(model: Path, work: Path) -> None:
     table = [line for line in (DOCS / "runs.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     named = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert named == list(read_lines(work / "runs/last/samples/step-1.jsonl")[0])
+
+
+def test_the_names_beside_those_of_other_tools_are_keys() -> None:
+    text = (DOCS / "other_tools.md").read_text(encoding="utf-8")
+    named = [
+        key for row in re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE) for key in re.findall(r"`(.*?)`", row)
+    ]
+    assert len(named) == 30 and set(named) <= set(known_keys("train"))

@@ -27,11 +27,9 @@ OF_SEVERAL = {"data": "mixture", "filter": "all_of", "reward": "mixture"}
 """The choice of a group that has members."""
 OF_OTHERS = {
     "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "max_grad_norm": "optim.max_grad_norm",
     "max_steps": "steps",
     "total_training_steps": "steps",
-    "num_train_epochs": "batch.epochs",
+    "num_iterations": "batch.epochs",
     "ppo_epochs": "batch.epochs",
     "batch_size": "batch.prompts_per_step",
     "train_batch_size": "batch.prompts_per_step",
@@ -48,8 +46,7 @@ OF_OTHERS = {
     "kl": "kl_to_reference",
     "kl_coef": "kl_to_reference",
     "delta": "divergence.delta_low",
-    "epsilon": "objective.eps",
-    "top_k": "approx.k",
+    "epsilon": "objective.eps_low",
     "rank": "adapter.r",
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
@@ -61,8 +58,6 @@ OF_OTHERS = {
     "save_steps": "checkpoint.every",
     "eval_steps": "eval.every",
     "num_processes": "hardware.processes",
-    "dtype": "hardware.dtype",
-    "device": "hardware.device",
 }
 """By names that other tools have: keys here."""
 MOST_MEANT = 4
