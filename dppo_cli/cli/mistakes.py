@@ -121,7 +121,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match.group(1)
         if says := of_another_choice(key):
-            return says
+            group, run = key.partition(".")[0], next((word for word in overrides if word.startswith("resume=")), None)
+            return says if run in (None, "resume=auto") else f"with {run}, type the run's own {group}=... beside {key}"
         return _no_such_key(key, (_hydra_keys if key.startswith("hydra.") else _composed_keys)(command, overrides))
     if message.startswith("Error merging override ") and error.__cause__ is not None:
         return f"{first.removeprefix('Error merging override ')}: {str(error.__cause__).partition(chr(10))[0]}"

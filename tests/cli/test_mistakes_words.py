@@ -45,6 +45,11 @@ pytestmark = pytest.mark.usefixtures("work")
                 " and veto, of which none is chosen; add filter=band, for example",
             ],
         ),
+        (["train", "resume=a", "filter.low=0.9"], ["with resume=a, type the run's own filter=... beside filter.low"]),
+        (
+            ["train", "resume=auto", "run_dir=a", "approx.k=9"],
+            ["approx.k is a key of approx=topk, which is not chosen"],
+        ),
         (["train", "filter.members.x=veto"], ["filter.members is a key of filter=all_of and trm, of which none"]),
         (["train", "reward.members.x=exact"], ["reward.members is a key of reward=mixture, which is not chosen"]),
         (["train", "data=file", "data.operands=9"], ["data.operands is a key of data=arithmetic", "add data="]),
