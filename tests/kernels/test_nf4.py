@@ -120,6 +120,18 @@ def test_it_finds_itself_right(dtype):
     assert nf4_product.difference(torch.device("cpu"), dtype) < 2**-8
 
 
+def test_it_looks_at_tiles_of_both_kinds_of_instructions(monkeypatch):
+    seen, product = [], Nf4Product.__call__
+
+    def noted(self, x, low, tiling=None):
+        seen.append((tiling.rows, tiling.splits))
+        return product(self, x, low, tiling)
+
+    monkeypatch.setattr(Nf4Product, "__call__", noted)
+    nf4_product.difference(torch.device("cpu"), torch.bfloat16)
+    assert seen == [(8, 1), (8, 2), (16, 1), (16, 2)]
+
+
 def test_parts_are_chosen_to_fill_a_gpu():
     def programs(sizes, inputs: int, rows: int, wide: bool = False) -> int:
         how = nf4.choose(sizes, inputs, rows, 132, wide)

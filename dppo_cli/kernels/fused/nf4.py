@@ -205,8 +205,8 @@ def choose(sizes: Sequence[int], inputs: int, rows: int, processors: int, wide: 
 
     A program takes as long as two steps to begin and end, and adding the parts up as long as reading them. Fewer
     programs at once than a multiprocessor needs to hide what it waits for leave it idle; with few rows, and three loads
-    ahead, hardly more than one are enough. `wide`, cards other than
-    Hopper's: they may have 99 KiB of shared memory, and 8 warps share the decoding of more than 32 rows.
+    ahead, hardly more than one are enough. `wide`, cards other than Hopper's: they may have 99 KiB of shared memory,
+    and 8 warps share the decoding of more than 32 rows.
     """
     most = 64 if wide else 128
     row_block = min(most, max(FEW, triton.next_power_of_2(rows)))

@@ -89,7 +89,7 @@ class Nf4Product:
 
 
 def difference(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest, relative to the largest output, from dequantised weights in float64, for two layers and few rows."""
+    """The largest, relative to the largest output, from dequantised weights in float64: two layers, both tiles."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -115,5 +115,5 @@ def difference(device: torch.device, dtype: torch.dtype) -> float:
         plain.append(base.double() + 0.5 * (low[:, 8 * i : 8 * i + 8].double() @ b.double().t()))
     expected = torch.cat(plain, dim=1)
     product = Nf4Product(layers, b_Or, [0.5, 0.5])
-    tried = (product(x, low, Tiling(splits=splits)) for splits in (1, 2))
+    tried = (product(x, low, Tiling(rows=rows, splits=splits)) for rows in (FEW, 16) for splits in (1, 2))
     return apart((torch.cat(found, dim=1), expected) for found in tried)
