@@ -5,6 +5,7 @@ DppoError                 one line: what is wrong, what you have, what to type  
 ├── ModelError            weights, tokenizer or architecture
 ├── DataError             a data file, a line or a column of it
 ├── RewardError           the user's reward function
+├── ReplyError            the user's environment or tools
 ├── RolloutError          a server that samples
 ├── RunError              a run folder, an export target, the disk
 └── NumericalError        NaN or infinity where none may be                        exit status 1
@@ -35,6 +36,10 @@ class DataError(DppoError):
 
 class RewardError(DppoError):
     """The reward function cannot be loaded, failed, or did not return a list of numbers."""
+
+
+class ReplyError(DppoError):
+    """A function that answers the model cannot be loaded, failed, or did not return a reply."""
 
 
 class RolloutError(DppoError):

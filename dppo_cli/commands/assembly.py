@@ -6,6 +6,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dppo_cli.commands.schemas import TrainConfig
+from dppo_cli.config.sections import Prompting
+from dppo_cli.environment.environment import Environment
 from dppo_cli.policy.policy import Policy
 from dppo_cli.processes.crew import Crew
 from dppo_cli.reward.scorer import Scorer
@@ -13,6 +15,7 @@ from dppo_cli.rollout.ahead import AheadCollector
 from dppo_cli.rollout.collect import Collector, InStepCollector
 from dppo_cli.rollout.engine import RolloutEngine, RolloutSource, in_each_process, steps_ahead
 from dppo_cli.rollout.shared import SharedEngine
+from dppo_cli.rollout.turns import TurnsEngine
 from dppo_cli.telemetry.table import print_warning
 from dppo_cli.training.learner import Learner
 from dppo_cli.training.order import ORDERS, LookAhead, PromptOrder
@@ -50,6 +53,13 @@ def load_engine(source: RolloutSource, policy: Policy, crew: Crew, warn: Callabl
     """The engine of this process, or those of all processes of the crew as one."""
     engine = source.load(policy, warn)
     return SharedEngine(engine, crew) if crew.size > 1 and in_each_process(source) else engine
+
+
+def in_turns(
+    engine: RolloutEngine, environment: Environment | None, policy: Policy, prompting: Prompting
+) -> RolloutEngine:
+    """The engine itself, or with an environment that answers the model."""
+    return engine if environment is None else TurnsEngine(engine, environment, policy, prompting)
 
 
 def make_order(config: TrainConfig, prompts: Sequence[Prompt]) -> PromptOrder:

@@ -67,7 +67,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     if runs[1] == BASE:
         second = OmegaConf.merge(first, {"run": None, "adapter": None})
     else:
-        settings = {name: first[name] for name in ("data", "reward", "sampling", "success_reward")}
+        settings = {name: first[name] for name in ("data", "reward", "environment", "sampling", "success_reward")}
         with _of_the_other():
             second = evaluate.prepare(OmegaConf.create({**own, **settings, "run": runs[1]}), typed)
     kept = {key: given[key] for key in ("run", "other", "shown", "out", "json")}

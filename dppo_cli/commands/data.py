@@ -12,11 +12,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from dppo_cli.commands.assembly import in_turns
 from dppo_cli.commands.planning.shapes import read_source
-from dppo_cli.commands.problems import read_problems
+from dppo_cli.commands.problems import prompting_with, read_problems
 from dppo_cli.commands.schemas import DataConfig
 from dppo_cli.config.checks import visible
 from dppo_cli.data.examples import content
+from dppo_cli.environment.environment import Environment
 from dppo_cli.errors import ConfigError, ModelError, RunError
 from dppo_cli.policy.encoder import Encoder
 from dppo_cli.policy.loading import load_policy
@@ -48,8 +50,10 @@ def run_data(config: DataConfig, config_yaml: str) -> dict[str, Any]:
     told: list[str] = []
     train, sets = read_problems(config, told.append)
     encoder = _encoder(config)
-    prompts = {"train": encoder.encode(train, config.prompt)}
-    prompts |= {name: encoder.encode(examples, config.prompt) for name, examples in sets.items()}
+    environment = config.environment.load(told.append)
+    prompting = prompting_with(environment, config.prompt, encoder)
+    prompts = {"train": encoder.encode(train, prompting)}
+    prompts |= {name: encoder.encode(examples, prompting) for name, examples in sets.items()}
     report: dict[str, Any] = {
         "sets": {name: _lengths(of, encoder, config.sampling.max_new_tokens) for name, of in prompts.items()},
         "duplicates": len(train) - len(set(map(content, train))),
@@ -64,7 +68,7 @@ def run_data(config: DataConfig, config_yaml: str) -> dict[str, Any]:
     if scorer is not None and config.check:
         report["reward"] = try_reward(scorer, prompts["train"], encoder, config)
     if scorer is not None and config.difficulty:
-        report["difficulty"] = measure_difficulty(config, prompts["train"], scorer)
+        report["difficulty"] = measure_difficulty(config, prompts["train"], scorer, environment)
     report["warnings"] = told + _doubts(report, config)
     if config.json:
         print(json.dumps(report, indent=2, allow_nan=False))
@@ -145,7 +149,9 @@ def _completion(text: str, encoder: Encoder) -> Completion:
     return Completion(ids, sampled, PolicyReport(torch.zeros(len(ids))), text, Status.FINISHED, versions=(0,))
 
 
-def measure_difficulty(config: DataConfig, prompts: list[Prompt], scorer: Scorer) -> dict[str, Any]:
+def measure_difficulty(
+    config: DataConfig, prompts: list[Prompt], scorer: Scorer, environment: Environment | None
+) -> dict[str, Any]:
     """How often the model solves each problem; writes those that are kept. Raises RunError if it cannot."""
     with phase("loading the model"):
         policy = load_policy(
@@ -155,7 +161,8 @@ def measure_difficulty(config: DataConfig, prompts: list[Prompt], scorer: Scorer
     chosen = fitting[: config.problems]
     n = config.batch.samples_per_prompt
     rates: list[float | None] = []
-    with config.rollout.load(policy, print_warning) as engine:
+    prompting = prompting_with(environment, config.prompt, policy.encoder)
+    with in_turns(config.rollout.load(policy, print_warning), environment, policy, prompting) as engine:
         engine.sync(version=0)
         for start in range(0, len(chosen), AT_ONCE):
             part = chosen[start : start + AT_ONCE]

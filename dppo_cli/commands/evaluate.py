@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dppo_cli.commands.assembly import load_engine
+from dppo_cli.commands.assembly import in_turns, load_engine
 from dppo_cli.commands.plain import base_config
+from dppo_cli.commands.problems import prompting_with
 from dppo_cli.commands.replica import WORK
 from dppo_cli.commands.schemas import EvalConfig
 from dppo_cli.commands.trained import find_trained
@@ -26,7 +27,7 @@ from dppo_cli.training.run_folder import check_free, default_run_dir
 from dppo_cli.types import Status
 from dppo_cli.world import World
 
-OF_THE_RUN = ("data", "reward", "rollout", "hardware")
+OF_THE_RUN = ("data", "reward", "environment", "rollout", "hardware")
 """Sections that are the run's, apart from the keys that the user sets."""
 
 
@@ -96,7 +97,7 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
     """Load what `config` names; sample, score and count. `adapter`: the folder of a run's, None for a plain model."""
     task = config.data.load(warn)
     with phase("loading the reward"):
-        scorer = config.reward.load(warn)
+        scorer, environment = config.reward.load(warn), config.environment.load(warn)
     device = resolve_device(config.hardware)[0].type
     # One process asks servers for everybody.
     processes = config.hardware.processes if in_each_process(config.rollout) else 1
@@ -112,9 +113,10 @@ def measure(config: EvalConfig, adapter: Path | None, warn: Callable[[str], None
             policy = load_policy(
                 config.model, config.hardware, warn=warn_of, adapter=config.adapter, saved_adapter=adapter
             )
-            prompts = policy.encode(task.heldout, config.prompt)
+            prompting = prompting_with(environment, config.prompt, policy.encoder)
+            prompts = policy.encode(task.heldout, prompting)
             prompts = policy.encoder.fitting(prompts, config.sampling.max_new_tokens, config.prompt.too_long, warn)
-            engine = load_engine(config.rollout, policy, crew, warn_of)
+            engine = in_turns(load_engine(config.rollout, policy, crew, warn_of), environment, policy, prompting)
             crew.ended()
         in_processes = f" in {crew.size} processes" if crew.size > 1 else ""
         with engine, phase(f"sampling {len(prompts)} problems{in_processes}"):

@@ -29,7 +29,7 @@ from dppo_cli.commands.exporting.gguf import (
 from dppo_cli.commands.exporting.merge import SAME, load_trained, merge, read_model, size_of, write_model
 from dppo_cli.commands.exporting.modelfile import modelfile
 from dppo_cli.commands.exporting.publish import check_hub, publish
-from dppo_cli.commands.schemas import BASES, DTYPES, FORMATS, QUANTISATIONS, ExportConfig
+from dppo_cli.commands.schemas_of_trained import BASES, DTYPES, FORMATS, QUANTISATIONS, ExportConfig
 from dppo_cli.commands.trained import CONFIG, TrainedRun, find_trained, folder_of, run_config
 from dppo_cli.config.checks import check_choice
 from dppo_cli.config.conf_tree import config_dir
@@ -49,7 +49,7 @@ PLAIN_CPU = Hardware(
 )
 """Where an export is compared unless the user says otherwise: exact, and wherever there is memory for the base."""
 
-OF_THE_RUN = ("model", "adapter", "data", "reward", "prompt", "sampling", "eval", "seed")
+OF_THE_RUN = ("model", "adapter", "data", "reward", "environment", "prompt", "sampling", "eval", "seed")
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -57,7 +57,7 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
     check_choice("format", node.format, FORMATS)
     check_choice("dtype", node.dtype, (*DTYPES, *QUANTISATIONS))
     check_choice("base", node.base, BASES)
-    own = OmegaConf.masked_copy(node, ["data", "reward"])
+    own = OmegaConf.masked_copy(node, ["data", "reward", "environment"])
     base = run_config(folder_of(str(node.run)), own, bool(node.trust))
     # Unresolved, so that values of the environment stay where they are.
     given: Any = OmegaConf.to_container(base)

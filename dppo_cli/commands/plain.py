@@ -9,7 +9,7 @@ from dppo_cli.commands.trained import folder_of, run_config
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.errors import ConfigError
 
-CHOICES = {"reward": "exact", "rollout": "local", "hardware": "auto"}
+CHOICES = {"reward": "exact", "environment": "none", "rollout": "local", "hardware": "auto"}
 """Of the groups, for a plain model."""
 PLAIN: dict[str, Any] = {
     "adapter": None,

@@ -52,8 +52,9 @@ def work(line: Line, world: World) -> None:
         serve(line, methods, out_of_memory)
 
 
-def numbered(engine: RolloutEngine, prompts: Sequence[Prompt], *how: Any) -> Iterator[tuple[int, list[Completion]]]:
-    """As `RolloutEngine.generate`, with each prompt's number in the whole call."""
-    *_, first = how
+def numbered(
+    engine: RolloutEngine, start: int, prompts: Sequence[Prompt], *how: Any
+) -> Iterator[tuple[int, list[Completion]]]:
+    """As `RolloutEngine.generate`, of the part of the prompts that begins with number `start` of the whole call."""
     for number, completions in engine.generate(prompts, *how) if prompts else ():
-        yield first + number, completions
+        yield start + number, completions

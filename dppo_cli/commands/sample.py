@@ -19,7 +19,7 @@ from dppo_cli.config.sections import Prompting, Sampling
 from dppo_cli.errors import ConfigError, DataError, ModelError, NumericalError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.engine import derive_seed
 from dppo_cli.rollout.stop_strings import before_first
 from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import print_to_stderr

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dppo_cli.commands.assembly import (
+    in_turns,
     load_engine,
     make_collector,
     make_learner,
@@ -21,7 +22,7 @@ from dppo_cli.commands.assembly import (
     shared_learner,
     with_processes,
 )
-from dppo_cli.commands.problems import encoded_problems
+from dppo_cli.commands.problems import encoded_problems, prompting_with
 from dppo_cli.commands.replica import WORK, work
 from dppo_cli.commands.resume import Earlier, check_problems, find_earlier, method_hash
 from dppo_cli.commands.schemas import TrainConfig
@@ -148,6 +149,7 @@ def _run(
     console = make_console(config.console, masked, config.eval.every)
     with console.phase("loading the reward"):
         scorer = config.reward.load(lambda text: warn(text))
+        environment = config.environment.load(lambda text: warn(text))
     if earlier.checkpoint is not None:
         # It has the weights; the folder that they started from may be gone.
         config = replace(config, adapter=replace(config.adapter, path=None))
@@ -155,8 +157,10 @@ def _run(
         crew.warned = early
         crew.begin_all("load", config)
         policy = load_policy(config.model, config.hardware, warn=early.append, adapter=config.adapter, seed=config.seed)
-    train_prompts, sets = encoded_problems(config, policy.encoder, early.append)
+    prompting = prompting_with(environment, config.prompt, policy.encoder)
+    train_prompts, sets = encoded_problems(config, prompting, policy.encoder, early.append)
     engine = load_engine(config.rollout, policy, crew, lambda text: crew.warn(text))
+    engine = in_turns(engine, environment, policy, prompting)
     learner = shared_learner(make_learner(policy, config, lambda text: warn(text), crew.world), crew)
     crew.ended()  # loading
     if crew.size > config.batch.prompts_per_update:

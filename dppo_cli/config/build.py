@@ -37,12 +37,15 @@ CODE = "code"
 CodePath = Annotated[str, FILE, CODE]
 """The hint of a `FilePath` that names code, such as the function of a reward."""
 
+CodePaths = Annotated[Any, FILE, CODE]
+"""A `CodePath`, or a list of them."""
+
 SECRET = "secret"
 SecretName = Annotated[str, SECRET]
 """The hint of an option that names an environment variable whose value is sent to a server, which the config names,
 too."""
 
-OPTIONS = tuple(f"dppo_cli.{room}." for room in ("algorithm", "data", "reward", "rollout"))
+OPTIONS = tuple(f"dppo_cli.{room}." for room in ("algorithm", "data", "environment", "reward", "rollout"))
 """Where our own option classes are. A `_target_` anywhere else names the user's code."""
 
 MISSING = "???"

@@ -26,13 +26,18 @@ SIGNATURE = "# signature: "
 KEY_BYTES = 32
 MAX_BYTES = 2**18
 MAX_DEPTH = 32
-PLAIN = ("dppo_cli.algorithm.region.PerToken", "dppo_cli.algorithm.filters.KeepAll")
-"""The choices of `region` and `filter` that add nothing to the method."""
+PLAIN = (
+    "dppo_cli.algorithm.region.PerToken",
+    "dppo_cli.algorithm.filters.KeepAll",
+    "dppo_cli.environment.environment.NoEnvironment",
+)
+"""The choices of `region`, `filter` and `environment` that add nothing to the method."""
 LATER: dict[str, Any] = {
     "hardware.processes": 1,
     "verdict": "lower",
     "region": {"_target_": PLAIN[0]},
     "filter": {"_target_": PLAIN[1]},
+    "environment": {"_target_": PLAIN[2]},
 }
 """Keys that a run's config did not always have, and what runs did before."""
 INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")

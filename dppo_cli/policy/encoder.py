@@ -1,7 +1,7 @@
 """From text to token ids."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,9 @@ BATCH = 256
 
 BATCH_CHARACTERS = 2**20
 """Characters tokenised at once. A tokenizer may need 350 bytes for each, and ends the process when it gets none."""
+
+MARK = "(what the model said)"
+"""In the place of a turn of the model, in a text that a template has made."""
 
 UNKNOWN_POSITIONS = 2**20
 """The limit of a model that does not name one: more than can be trained on."""
@@ -75,6 +78,30 @@ class Encoder:
         warn(f"{len(prompts) - len(kept)} of {len(prompts)} problems are too long and left out ({text})")
         return kept
 
+    def reply(self, messages: Messages, prompting: Prompting, eos_ids: Sequence[int], ended_by: int) -> list[int]:
+        """Token ids that put `messages` after a turn of the model, and the beginning of its next turn.
+
+        `ended_by`: the last token of that turn. If it is one of `eos_ids`, the end of the turn that the template writes
+        is left out. Raises ModelError if the template refuses such messages.
+        """
+        if prompting.template == "plain":
+            text = "".join(message["content"] for message in messages)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # In a conversation whose text is known, so that what follows the model's turn can be told from it.
+        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        rendered = self._rendered([*before, *map(dict, messages)], prompting, tokenize=False)
+        _, found, after = str(rendered).rpartition(MARK)
+        if not found:
+            raise ModelError(f"the chat template of {self.path} leaves out what the model has said before a reply")
+        ids = list(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ids and ids[0] in eos_ids and ended_by in eos_ids else ids
+
+    def shows_tools(self, prompting: Prompting) -> bool:
+        """Whether the chat template writes the tools that it is given."""
+        chat = [{"role": "user", "content": "?"}]
+        without = replace(prompting, template_kwargs={**prompting.template_kwargs, "tools": None})
+        return bool(self._rendered(chat, prompting) != self._rendered(chat, without))
+
     def _check_beginning(self, index: int, text: str, prompting: Prompting) -> None:
         """Raise DataError for a long prompt whose beginning alone has more tokens than the model can hold.
 
@@ -94,21 +121,21 @@ class Encoder:
     def _token_ids(self, texts: list[str], chats: Sequence[Messages], prompting: Prompting) -> list[list[int]]:
         if prompting.template == "plain":
             return list(self.tokenizer(texts)["input_ids"])
+        rendered = self._rendered([list(map(dict, chat)) for chat in chats], prompting, tokenize=True)
+        return list(rendered["input_ids"])
+
+    def _rendered(self, chats: list[Any], prompting: Prompting, tokenize: bool = False) -> Any:
+        """One conversation or several, with the beginning of the model's turn."""
         if self.tokenizer.chat_template is None:
             raise ModelError(f"the tokenizer of {self.path} has no chat template; use prompt.template=plain")
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                [list(map(dict, chat)) for chat in chats],
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                **prompting.template_kwargs,
+            return self.tokenizer.apply_chat_template(
+                chats, tokenize=tokenize, add_generation_prompt=True, return_dict=tokenize, **prompting.template_kwargs
             )
         except Exception as error:  # A template is a program.
             raise ModelError(
                 f"the chat template of {self.path} refuses the prompt: {' '.join(str(error).split())}"
             ) from None
-        return list(rendered["input_ids"])
 
 
 def _conversation(example: Example, prompting: Prompting) -> Messages:

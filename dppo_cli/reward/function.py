@@ -7,18 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from dppo_cli.config.build import CodePath
+from dppo_cli.calls.pool import Pool
+from dppo_cli.config.build import CodePaths
 from dppo_cli.config.checks import check_rules
 from dppo_cli.errors import ConfigError, RewardError
 from dppo_cli.reward.mixture import MixtureScorer
-from dppo_cli.reward.pool import Pool
 from dppo_cli.reward.pooled import Pair, PooledScorer, check_of_pool
 from dppo_cli.reward.scorer import Scorer
-
-CodePaths = Annotated[Any, *CodePath.__metadata__]
-"""A `CodePath`, or a list of them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def keywords(pairs: Sequence[Pair], columns: Sequence[str]) -> dict[str, Any]:
     found["answer"] = [prompt.example.columns.get("answer", prompt.example.answer) for prompt, _ in pairs]
     found["prompts"] = [[dict(m) for m in prompt.messages] or prompt.example.prompt for prompt, _ in pairs]
     found["completions"] = [
-        [{"role": "assistant", "content": c.text}] if prompt.messages else c.text for prompt, c in pairs
+        list(map(dict, c.said)) if prompt.messages else "".join(m["content"] for m in c.said) for prompt, c in pairs
     ]
     found["completion_ids"] = [c.token_ids_T.tolist() for _, c in pairs]
     return found

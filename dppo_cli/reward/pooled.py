@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
+from dppo_cli.calls.pool import Call, CallError, Pool
 from dppo_cli.errors import RewardError
-from dppo_cli.reward.pool import Call, CallError, Pool
 from dppo_cli.types import Completion, Prompt, Score
 
 Pair = tuple[Prompt, Completion]
@@ -91,7 +91,7 @@ class PooledScorer:
                 if not isinstance(answer, CallError):
                     self.failures = 0
                     found.append(self._scores(answer, unit))
-                elif len(unit) > 1 and not self.pool.whole_groups:
+                elif len(unit) > 1 and not self.pool.about["whole_groups"]:
                     found.append([score for one in self._each([[pair] for pair in unit], columns) for score in one])
                 else:
                     found.append(self._blamed(unit, str(answer)))

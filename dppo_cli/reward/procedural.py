@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dppo_cli.calls.pool import Pool
 from dppo_cli.config.checks import check_rules
 from dppo_cli.reward.patterns import compiled
-from dppo_cli.reward.pool import Pool
 from dppo_cli.reward.pooled import Pair, PooledScorer, check_of_pool
 from dppo_cli.reward.scorer import Scorer
 

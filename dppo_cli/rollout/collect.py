@@ -1,7 +1,6 @@
 """From prompts to scored groups: sample, score, compare the samples of a prompt."""
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ import torch
 from dppo_cli.algorithm.advantage import Advantage
 from dppo_cli.config.sections import BatchPlan, Sampling
 from dppo_cli.reward.scorer import EarlyScorer, Scorer
-from dppo_cli.rollout.engine import RolloutEngine, in_order
+from dppo_cli.rollout.engine import RolloutEngine, derive_seed, in_order
 from dppo_cli.types import Completion, Group, Prompt, Score, Status
+
+BROKEN = Score(None, note="the response was aborted")
 
 Take = Callable[[int], Sequence[Prompt]]
 """Gives the next so many prompts."""
@@ -142,7 +143,10 @@ def score(generated: Generated, scorer: Scorer, prompts: Sequence[Prompt]) -> Sc
                 scoring += time.perf_counter() - begun_at
         sampled_at = time.perf_counter()
         sampled = in_order(found)
-        scores = scorer(prompts, sampled)
+        scores = [
+            [BROKEN if completion.status is Status.ABORTED else score for completion, score in zip(*group, strict=True)]
+            for group in zip(sampled, scorer(prompts, sampled), strict=True)
+        ]
     except BaseException:
         if early is not None:
             early.give_up()
@@ -157,8 +161,3 @@ def advantages(scores: Sequence[Score], advantage: Advantage) -> list[float]:
         return []
     rewards = [math.nan if score.value is None else score.value for score in scores]
     return advantage(torch.tensor(rewards, dtype=torch.float32)).tolist()
-
-
-def derive_seed(seed: int, step: int | str) -> int:
-    """A seed of its own for every step, or part of one, of every run seed."""
-    return random.Random(f"{seed}:{step}").getrandbits(63)

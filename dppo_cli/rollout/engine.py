@@ -1,5 +1,6 @@
 """The rollout engine as the loop sees it: token ids in, token ids and log-probs out, wherever it runs."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
@@ -34,15 +35,15 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         num_logprobs: int,
         seed: int,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """The number of a prompt and its completions, as soon as they have all ended, so in any order.
 
         Each prompt comes once. Equal calls give equal tokens. Until the iterator is used up or forgotten, neither the
         engine nor the policy is used for anything else.
 
-        `first`: the first prompt's number in the whole of which these are a part. A prompt's random numbers follow from
-        `seed` and its number there.
+        `numbers`: each prompt's number in the whole of which these are a part; None: 0, 1, 2, ... A prompt's random
+        numbers follow from `seed` and its number there.
 
         A list has `samples_per_prompt` completions, or fewer or more where an engine lost some or had some left.
         Log-probs are those of the tempered, untruncated distribution. `num_logprobs`: 0, the K of a top-K report, or
@@ -59,6 +60,16 @@ def in_each_process(source: "RolloutSource") -> bool:
 def steps_ahead(source: "RolloutSource") -> int:
     """How many steps ahead of the trainer the engine samples; 0: in step."""
     return int(getattr(source, "ahead", 0))
+
+
+def seeds_of(prompts: Sequence[Prompt], seed: int, numbers: Sequence[int] | None) -> list[int]:
+    """A seed for each prompt; see `RolloutEngine.generate`."""
+    return [derive_seed(seed, number) for number in (range(len(prompts)) if numbers is None else numbers)]
+
+
+def derive_seed(seed: int, step: int | str) -> int:
+    """A seed of its own for every step, or part of one, of every run seed."""
+    return random.Random(f"{seed}:{step}").getrandbits(63)
 
 
 def in_order(generated: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:

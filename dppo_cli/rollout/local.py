@@ -22,10 +22,10 @@ from dppo_cli.kernels.memory import return_freed_memory
 from dppo_cli.kernels.products import emulates_bfloat16
 from dppo_cli.policy.head import masses
 from dppo_cli.policy.policy import Policy, model_head
-from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.completions import completion
 from dppo_cli.rollout.copies import Sampler, SamplingCopy
 from dppo_cli.rollout.decoder import Decoder, compact
+from dppo_cli.rollout.engine import seeds_of
 from dppo_cli.rollout.record import Record
 from dppo_cli.rollout.refill import Refilling, refuses
 from dppo_cli.rollout.sampling import Sampled, Wanted, draw, truncate
@@ -127,10 +127,10 @@ class LocalEngine:
         sampling: Sampling,
         num_logprobs: int,
         seed: int,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert self.version is not None, "sync the engine before its first use"
-        seeds = [derive_seed(seed, first + number) for number in range(len(prompts))]
+        seeds = seeds_of(prompts, seed, numbers)
         return self._groups(Wanted(prompts, samples_per_prompt, sampling, num_logprobs, seeds))
 
     def _groups(self, wanted: Wanted) -> Iterator[tuple[int, list[Completion]]]:

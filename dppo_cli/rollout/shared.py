@@ -41,20 +41,17 @@ class SharedEngine:
         sampling: Sampling,
         num_logprobs: int,
         seed: int,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
+        numbers = range(len(prompts)) if numbers is None else numbers
         own, *others = slices(len(prompts), self.crew.size)
         how = (samples_per_prompt, sampling, num_logprobs, seed)
-        self.crew.begin("generate", [(prompts[of], *how, first + of.start) for of in others])
-        for found in self.engine.generate(prompts[own], *how, first):
+        self.crew.begin("generate", [(of.start, prompts[of], *how, numbers[of]) for of in others])
+        for found in self.engine.generate(prompts[own], *how, numbers[own]):
             yield found
-            yield from self._of_workers(first, 0)
-        yield from self._of_workers(first, None)
+            yield from self.crew.parts(0)
+        yield from self.crew.parts(None)
         self.crew.ended()
-
-    def _of_workers(self, first: int, patience: float | None) -> Iterator[tuple[int, list[Completion]]]:
-        for number, completions in self.crew.parts(patience):
-            yield number - first, completions
 
 
 def slices(count: int, parts: int) -> list[slice]:

@@ -21,8 +21,8 @@ from dppo_cli.config.sections import LoRA, Sampling
 from dppo_cli.config.servers import check_address, secret_of
 from dppo_cli.errors import ConfigError, RolloutError
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.collect import derive_seed
 from dppo_cli.rollout.completions import completion
+from dppo_cli.rollout.engine import seeds_of
 from dppo_cli.rollout.vllm_http import addresses, find
 from dppo_cli.rollout.vllm_probe import TEMPERATURES, TOKENS, compare, start_command
 from dppo_cli.rollout.vllm_reply import read_choices
@@ -160,7 +160,7 @@ class VLLMEngine:
         sampling: Sampling,
         num_logprobs: int,
         seed: int,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         assert self.version is not None, "sync the engine before its first use"
         version, k = self.version, min(num_logprobs, self.policy.head.weight_VH.shape[0])
@@ -174,8 +174,8 @@ class VLLMEngine:
         # vLLM takes one greedy sample a request; all others are equal to it.
         copies = samples_per_prompt if sampling.temperature == 0 else 1
         bodies = [
-            self._body(p.token_ids, samples_per_prompt // copies, sampling, k, derive_seed(seed, first + number))
-            for number, p in enumerate(prompts)
+            self._body(p.token_ids, samples_per_prompt // copies, sampling, k, own)
+            for p, own in zip(prompts, seeds_of(prompts, seed, numbers), strict=True)
         ]
         answers = {self.servers.complete(body): number for number, body in enumerate(bodies)}
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from dppo_cli.config.sections import BatchPlan
-from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.engine import derive_seed
 from dppo_cli.types import Group, Sample
 
 

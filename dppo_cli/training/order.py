@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.engine import derive_seed
 from dppo_cli.training.files import as_count, as_number
 from dppo_cli.types import Group, Prompt
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dppo_cli.types.report import PolicyReport
 
 Messages = Sequence[Mapping[str, str]]
-"""A conversation: `{"role": "system" | "user" | "assistant", "content": text}` each."""
+"""A conversation: `{"role": "system" | "user" | "assistant" | "tool", "content": text}` each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Status(StrEnum):
 
     FINISHED = "finished"  # by an end-of-sequence token
     CUT = "cut"  # at the token limit
-    ABORTED = "aborted"  # by the engine, before either
+    ABORTED = "aborted"  # by the engine or the environment, before either
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,17 @@ class Completion:
     text: str
     status: Status
     versions: tuple[int, ...]  # of the policy that sampled it: the number of rollouts trained on before
+    messages: Messages = ()  # of several turns: what was said since the prompt; `text` is the model's last turn
 
     def __post_init__(self) -> None:
         assert self.token_ids_T.dtype == torch.int64 and self.token_ids_T.ndim == 1
         assert self.sampled_T.dtype == torch.bool and self.sampled_T.shape == self.token_ids_T.shape
         assert int(self.sampled_T.sum()) == self.mu.logp_N.shape[0]
+
+    @property
+    def said(self) -> Messages:
+        """What was said since the prompt, as messages; of one turn, that of the model."""
+        return self.messages or [{"role": "assistant", "content": self.text}]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dppo_cli.cli.main import main
 from dppo_cli.commands import sample
 from dppo_cli.commands.beside import shown
 from dppo_cli.config.saved import SIGNATURE
-from dppo_cli.rollout.collect import derive_seed
+from dppo_cli.rollout.engine import derive_seed
 
 Sampled = Callable[..., list[dict[str, Any]]]
 

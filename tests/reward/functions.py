@@ -30,7 +30,7 @@ def values(scores: Sequence[Sequence[Score]]) -> list[list[float | None]]:
 
 def workers_of(parent: int) -> list[int]:
     """The worker processes that a process has."""
-    return [pid for pid in processes() if parent_of(pid) == parent and b"dppo_cli.reward.worker" in command_of(pid)]
+    return [pid for pid in processes() if parent_of(pid) == parent and b"dppo_cli.calls.worker" in command_of(pid)]
 
 
 def processes() -> list[int]:

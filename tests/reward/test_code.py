@@ -166,11 +166,10 @@ def test_a_program_that_prints_what_a_passed_test_prints_gets_nothing(scorer):
 def test_where_namespaces_are_forbidden_it_refuses_to_start():
     """In a user namespace that allows no further namespaces, as a strict container does."""
     program = """
-        from dppo_cli.errors import RewardError
-        from dppo_cli.reward.worker import find_function
+        from dppo_cli.calls.worker import FindError, find_function
         try:
-            find_function("dppo_cli.reward.functions.run_program:score")
-        except RewardError as error:
+            find_function("reward.path", "dppo_cli.reward.functions.run_program:score")
+        except FindError as error:
             print(error)
     """
     shell = 'for kind in user mnt; do echo 0 > /proc/sys/user/max_${kind}_namespaces; done; exec "$@"'

@@ -9,8 +9,8 @@ import make
 import pytest
 from functions import function, scored, values
 
+from dppo_cli.calls import pool
 from dppo_cli.errors import RewardError
-from dppo_cli.reward import pool
 from dppo_cli.reward.scorer import Scorer
 from dppo_cli.types import Score
 

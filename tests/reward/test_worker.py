@@ -154,7 +154,7 @@ def test_a_worker_that_hangs_dies_with_its_trainer(tmp_path: Path) -> None:
         DOUBLE.format(quirk="open('made', 'w').write(str(os.getpid())); os.rename('made', 'pid'); time.sleep(600)")
     )
     trainer = """
-        from dppo_cli.reward.pool import Pool
+        from dppo_cli.calls.pool import Pool
         Pool("mine.py:score", 1, 600.0, 8.0).call(({"prompts": ["p"], "completions": ["1"]}, 0))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(trainer)], cwd=tmp_path)
@@ -173,7 +173,7 @@ def test_a_trainer_that_is_interrupted_while_calls_wait_ends_at_once(tmp_path: P
     (tmp_path / "mine.py").write_text(DOUBLE.format(quirk="open('called', 'w').close(); time.sleep(600)"))
     trainer = """
         import signal
-        from dppo_cli.reward.pool import Pool
+        from dppo_cli.calls.pool import Pool
         # A shell has its background jobs ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         pool = Pool("mine.py:score", 2, 600.0, 8.0)

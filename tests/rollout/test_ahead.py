@@ -8,7 +8,8 @@ import pytest
 from dppo_cli.algorithm.advantage import GroupMean
 from dppo_cli.config.sections import BatchPlan, Sampling
 from dppo_cli.rollout.ahead import AheadCollector
-from dppo_cli.rollout.collect import InStepCollector, derive_seed
+from dppo_cli.rollout.collect import InStepCollector
+from dppo_cli.rollout.engine import derive_seed
 from dppo_cli.training.order import LookAhead, Shuffled
 from dppo_cli.types import Completion, Prompt, Score
 

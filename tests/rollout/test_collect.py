@@ -9,7 +9,8 @@ import pytest
 from dppo_cli.algorithm.advantage import Advantage, GroupMean, LeaveOneOut
 from dppo_cli.config.sections import BatchPlan, Sampling
 from dppo_cli.errors import RewardError
-from dppo_cli.rollout.collect import InStepCollector, Take, advantages, derive_seed
+from dppo_cli.rollout.collect import InStepCollector, Take, advantages
+from dppo_cli.rollout.engine import derive_seed
 from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, max_new_tokens=8, stop=[])

@@ -11,8 +11,7 @@ import torch
 from engines import ROUNDING, TEMPERATURE, generate, opened, sampling
 
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.collect import derive_seed
-from dppo_cli.rollout.engine import in_order
+from dppo_cli.rollout.engine import derive_seed, in_order
 from dppo_cli.types import Prompt, Status
 
 NO_EOS = (-1,)

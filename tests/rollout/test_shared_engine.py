@@ -60,7 +60,7 @@ def test_a_part_of_a_call_gives_what_the_call_gives(policies) -> None:
     asked = (2, sampling(), 0, 17)
     with opened(policies[0]) as engine:
         whole = in_order(engine.generate(prompts, *asked))
-        part = in_order(engine.generate(prompts[2:], *asked, first=2))
+        part = in_order(engine.generate(prompts[2:], *asked, numbers=[2, 3]))
         other = in_order(engine.generate(prompts[2:], *asked))
     assert rows(part) == rows(whole)[2:] != rows(other)
 

@@ -68,13 +68,13 @@ def test_seeds(adapted, server) -> None:
     """Equal calls give equal tokens, a prompt's follow from its number in the whole, other seeds give others."""
     prompts, how = make.prompts(adapted), sampling()
 
-    def tokens(seed: int, some: slice = slice(None), first: int = 0) -> list[list[int]]:
-        return make.tokens(in_order(engine.generate(prompts[some], 2, how, 0, seed, first)))
+    def tokens(seed: int, some: slice = slice(None), numbers: list[int] | None = None) -> list[list[int]]:
+        return make.tokens(in_order(engine.generate(prompts[some], 2, how, 0, seed, numbers)))
 
     with opened(adapted, server) as engine:
         whole = tokens(3)
         assert tokens(3) == whole
-        assert tokens(3, slice(2, None), first=2) == whole[4:]
+        assert tokens(3, slice(2, None), [2, 3]) == whole[4:]
         assert tokens(4) != whole
         assert len(set(map(tuple, whole))) == len(whole), "samples of a prompt differ"
     with opened(adapted, server, seeded=False) as engine:

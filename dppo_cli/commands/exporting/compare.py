@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dppo_cli.commands.assembly import in_turns
+from dppo_cli.commands.problems import prompting_with
 from dppo_cli.commands.schemas import ExportConfig
 from dppo_cli.config.sections import Sampling
 from dppo_cli.errors import ModelError
@@ -63,9 +65,11 @@ def check_same(expected: Sequence[Tensor], found: Sequence[Tensor], share: float
 
 def accuracy(policy: Policy, config: ExportConfig) -> EvalResult:
     """On the run's held-out problems, sampled as in its evaluations unless the user says otherwise."""
-    prompts = policy.encode(config.data.load(print_warning).heldout, config.prompt)
+    environment = config.environment.load(print_warning)
+    prompting = prompting_with(environment, config.prompt, policy.encoder)
+    prompts = policy.encode(config.data.load(print_warning).heldout, prompting)
     scorer = config.reward.load(print_warning)
-    with config.rollout.load(policy, print_warning) as engine:
+    with in_turns(config.rollout.load(policy, print_warning), environment, policy, prompting) as engine:
         engine.sync(0)
         of = config.eval
         return evaluate(engine, prompts, scorer, config.sampling, of.samples_per_prompt, of.success_reward, config.seed)

@@ -1,4 +1,4 @@
-"""A small pool of warm processes that call a reward function, and can be killed."""
+"""A small pool of warm processes that call functions of the user, and can be killed."""
 
 import json
 import os
@@ -8,20 +8,38 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
-from dppo_cli.errors import RewardError
-from dppo_cli.reward.worker import receive, send
+from dppo_cli.calls.worker import receive, send
+from dppo_cli.errors import DppoError, RewardError
 
 LOADING = 120.0
 """Seconds that importing the function's module may take."""
 
 Call = tuple[dict[str, Any], int]
-"""The keywords that the function gets, `completions` among them, and the number of rollouts trained on before."""
+"""The keywords that the function gets, and the number of rollouts trained on before."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a pool's functions are for.
+
+    `answers`: the key of `dppo_cli.calls.worker.ANSWERS`. `section`: of the config, for messages. `error`: raised where
+    there is no such function.
+    """
+
+    answers: str
+    section: str
+    error: type[DppoError]
+
+
+REWARD = Kind("scores", "reward", RewardError)
 
 
 class CallError(Exception):
@@ -31,27 +49,27 @@ class CallError(Exception):
 class Worker:
     """One process. Killed, with all its children, when it is closed or forgotten."""
 
-    def __init__(self, path: str, memory_gib: float) -> None:
-        """Raises RewardError if the function cannot be imported."""
+    def __init__(self, kind: Kind, paths: Sequence[str], memory_gib: float) -> None:
+        """Raises the kind's error if a function cannot be imported."""
         self.connection, theirs = socket.socketpair()
         # -P: nothing from the working folder, where a file may be called like a library. -u: prints are seen at once.
-        command = [sys.executable, "-P", "-u", "-m", "dppo_cli.reward.worker", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-u", "-m", "dppo_cli.calls.worker", str(theirs.fileno())]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()
         self.close = weakref.finalize(self, _kill, self.process, self.connection)
         try:
-            found = self._ask(pickle.dumps((path, [os.getcwd(), *sys.path], memory_gib)), LOADING)
+            what = (kind.answers, kind.section, list(paths), [os.getcwd(), *sys.path], memory_gib)
+            self.about = self._ask(pickle.dumps(what), LOADING)
         except CallError as error:
-            raise RewardError(f"reward.path={path} cannot be imported: {error}") from None
-        if "error" in found:
+            raise kind.error(f"{kind.section}.path={', '.join(paths)} cannot be imported: {error}") from None
+        if "error" in self.about:
             self.close()
-            raise RewardError(found["error"])
-        self.whole_groups: bool = found["whole_groups"]
+            raise kind.error(self.about["error"])
 
     def call(self, call: Call, timeout: float) -> dict[str, Any]:
-        """What the call gave; see `dppo_cli.reward.worker.Calls`. Raises CallError, with the process gone."""
+        """What the call gave; see `dppo_cli.calls.worker.Answers`. Raises CallError, with the process gone."""
         answer = self._ask(pickle.dumps(call), timeout)
         if "died" in answer:
             self.close()
@@ -79,15 +97,25 @@ class Worker:
 
 
 class Pool:
-    """`count` workers of one function. A worker that was killed is replaced when it is needed.
+    """`count` workers of the same functions. A worker that was killed is replaced when it is needed.
 
-    `stateless`: the function keeps no state from call to call, so there is no worker that takes those of `call` alone.
+    `stateless`: the functions keep no state from call to call, so there is no worker that takes those of `call` alone.
+    `about`: what a worker says of its functions when it has imported them.
     """
 
-    def __init__(self, path: str, count: int, timeout: float, memory_gib: float, stateless: bool = False) -> None:
-        self.path, self.timeout, self.memory_gib = path, timeout, memory_gib
-        first = Worker(path, memory_gib)
-        self.whole_groups = first.whole_groups
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        count: int,
+        timeout: float,
+        memory_gib: float,
+        stateless: bool = False,
+        kind: Kind = REWARD,
+    ) -> None:
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+        self.timeout, self.memory_gib, self.kind = timeout, memory_gib, kind
+        first = self._worker()
+        self.about = first.about
         # The first one takes all calls as long as none fails, so that a function may keep a state.
         self.first: Worker | None = None if stateless else first
         self.others: list[Worker | None] = [first if stateless else None, *[None] * (count - 1)]
@@ -101,7 +129,7 @@ class Pool:
 
     def call(self, call: Call) -> dict[str, Any]:
         """One call, by the first worker. Raises CallError."""
-        self.first = self.first or Worker(self.path, self.memory_gib)
+        self.first = self.first or self._worker()
         try:
             return self.first.call(call, self.timeout)
         except CallError:
@@ -125,10 +153,13 @@ class Pool:
                 worker.close()
                 self.others[number] = None
 
+    def _worker(self) -> Worker:
+        return Worker(self.kind, self.paths, self.memory_gib)
+
     def _call(self, call: Call, ended: Event) -> dict[str, Any] | CallError:
         number = self.free.get()
         try:
-            worker = self.others[number] = self.others[number] or Worker(self.path, self.memory_gib)
+            worker = self.others[number] = self.others[number] or self._worker()
             if ended.is_set():
                 raise CallError("it was not called any more")
             return worker.call(call, self.timeout)

@@ -1,0 +1,209 @@
+"""Responses of several turns: the model speaks, an environment answers, the model goes on.
+
+Each turn is sampled by the engine below as a response to all that was there before, token by token, so no turn is ever
+tokenised again. What the environment says is part of the response, but nothing that the model sampled: it has no mu,
+and no gradient.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dppo_cli.config.sections import Prompting, Sampling
+from dppo_cli.environment.environment import Environment, Reply
+from dppo_cli.policy.policy import Policy
+from dppo_cli.rollout.engine import RolloutEngine, derive_seed
+from dppo_cli.types import Completion, Messages, PolicyReport, Prompt, Status
+
+
+class TurnsEngine:
+    """See `RolloutEngine`. `sampling.max_new_tokens` is of the whole response, replies included."""
+
+    def __init__(self, engine: RolloutEngine, environment: Environment, policy: Policy, prompting: Prompting) -> None:
+        self.engine, self.environment = engine, environment
+        self.policy, self.prompting = policy, prompting
+        # A template that refuses replies is told before anything is sampled.
+        self._tokens_of([{"role": environment.role, "content": "?"}], policy.eos_ids[0])
+
+    def __enter__(self) -> "TurnsEngine":
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.environment.give_up()
+        self.engine.__exit__(None, None, None)
+
+    @property
+    def samples_with(self) -> str:
+        return f"{self.engine.samples_with}; in up to {self.environment.turns} turns"
+
+    def sync(self, version: int) -> None:
+        self.engine.sync(version)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        seed: int,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        numbers = range(len(prompts)) if numbers is None else numbers
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
+        first = self._of_turn(sampling, sampling.max_new_tokens)
+        generated = self.engine.generate(prompts, samples_per_prompt, first, num_logprobs, seed, numbers)
+        groups: dict[int, list[Conversation]] = {}
+        try:
+            asked: list[Conversation] = []
+            for p, completions in generated:
+                groups[p] = [
+                    Conversation(prompts[p], numbers[p] * samples_per_prompt + g, sampling.max_new_tokens)
+                    for g in range(len(completions))
+                ]
+                for one, completion in zip(groups[p], completions, strict=True):
+                    self._said(one, completion, asked)
+                yield from _over(groups)
+            turn = 1
+            while True:
+                going = [one for one in asked if self._answered(one)]
+                yield from _over(groups)
+                if not going:
+                    return
+                turn_seed, asked = derive_seed(seed, f"turn {turn}"), []
+                for part in _in_parts(going, longest):
+                    contexts = [Prompt(one.prompt.index, one.prompt.example, one.context()) for one in part]
+                    how = self._of_turn(sampling, max(one.room for one in part))
+                    own = [one.number for one in part]
+                    for i, completions in self.engine.generate(contexts, 1, how, num_logprobs, turn_seed, own):
+                        self._said(part[i], completions[0] if completions else None, asked)
+                turn += 1
+        except BaseException:
+            self.environment.give_up()
+            raise
+
+    def _of_turn(self, sampling: Sampling, room: int) -> Sampling:
+        return replace(sampling, max_new_tokens=min(room, self.environment.turn_tokens or room))
+
+    def _said(self, one: "Conversation", completion: Completion | None, asked: list["Conversation"]) -> None:
+        """Take a turn of the model, and ask for the reply where there may be one."""
+        if completion is None:  # The engine has lost it.
+            one.end(Status.ABORTED)
+            return
+        if len(completion.token_ids_T) > one.room:
+            completion = self._cut(completion, one.room)
+        one.add(completion)
+        if completion.status is not Status.FINISHED or one.turns == self.environment.turns:
+            one.end(completion.status)
+            return
+        one.reply = self.environment.begin(one.prompt, one.messages)
+        asked.append(one)
+
+    def _answered(self, one: "Conversation") -> bool:
+        """Wait for the reply; whether the conversation goes on."""
+        assert one.reply is not None
+        reply = one.reply()
+        if reply.failed or not reply.messages:
+            one.end(Status.ABORTED if reply.failed else Status.FINISHED)
+            return False
+        ended_by = one.token_ids[-1][-1].item()
+        ids = self._tokens_of(reply.messages, int(ended_by))
+        if len(ids) >= one.room:
+            one.end(Status.CUT)
+            return False
+        one.answer(ids, reply)
+        return True
+
+    def _tokens_of(self, messages: Messages, ended_by: int) -> list[int]:
+        return self.policy.encoder.reply(messages, self.prompting, self.policy.eos_ids, ended_by)
+
+    def _cut(self, completion: Completion, room: int) -> Completion:
+        """Its first tokens: those of a response sampled in a call with more room than its own."""
+        ids_T = completion.token_ids_T[:room]
+        return replace(
+            completion,
+            token_ids_T=ids_T,
+            sampled_T=completion.sampled_T[:room],
+            mu=completion.mu[:room],
+            text=self.policy.decode(ids_T.tolist()),
+            status=Status.CUT,
+        )
+
+
+@dataclass
+class Conversation:
+    """A response in the making. `number`: among all samples of the call. `room`: the tokens that it has left."""
+
+    prompt: Prompt
+    number: int
+    room: int
+    token_ids: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
+    mu: list[PolicyReport] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    text: str = ""
+    turns: int = 0
+    versions: set[int] = field(default_factory=set)
+    reply: Callable[[], Reply] | None = None
+    status: Status | None = None  # once it is over
+
+    def add(self, turn: Completion) -> None:
+        self._append(turn.token_ids_T, turn.sampled_T)
+        self.mu.append(turn.mu)
+        self.text = turn.text
+        self.messages.append({"role": "assistant", "content": turn.text})
+        self.versions.update(turn.versions)
+        self.turns += 1
+
+    def answer(self, ids: Sequence[int], reply: Reply) -> None:
+        ids_T = torch.tensor(ids, dtype=torch.int64)
+        self._append(ids_T, torch.zeros_like(ids_T, dtype=torch.bool))
+        self.messages.extend(map(dict, reply.messages))
+
+    def end(self, status: Status) -> None:
+        self.status = status
+
+    def context(self) -> tuple[int, ...]:
+        """What the next turn follows."""
+        return (*self.prompt.token_ids, *torch.cat(self.token_ids).tolist())
+
+    def completion(self) -> Completion:
+        assert self.status is not None
+        return Completion(
+            token_ids_T=torch.cat(self.token_ids),
+            sampled_T=torch.cat(self.sampled),
+            mu=PolicyReport.cat(self.mu),
+            text=self.text,
+            status=self.status,
+            versions=tuple(sorted(self.versions)),
+            messages=self.messages if len(self.messages) > 1 else (),
+        )
+
+    def _append(self, ids_T: Tensor, sampled_T: Tensor) -> None:
+        self.token_ids.append(ids_T)
+        self.sampled.append(sampled_T)
+        self.room -= len(ids_T)
+
+
+def _over(groups: dict[int, list[Conversation]]) -> Iterator[tuple[int, list[Completion]]]:
+    """The groups of which every conversation is over; they are taken out."""
+    for number in [number for number, group in groups.items() if all(one.status is not None for one in group)]:
+        yield number, [one.completion() for one in groups.pop(number)]
+
+
+def _in_parts(going: Sequence[Conversation], longest: int) -> Iterator[list[Conversation]]:
+    """Those that can be sampled in one call: its longest context and its largest room stay within `longest` together.
+
+    So a later turn never has more positions than the first one.
+    """
+    part: list[Conversation] = []
+    context = room = 0
+    for one in sorted(going, key=lambda one: one.room):  # Nearly by context, the longest first.
+        context, room = max(context, len(one.context())), max(room, one.room)
+        if part and context + room > longest:
+            yield part
+            part, context, room = [], len(one.context()), one.room
+        part.append(one)
+    yield part
