@@ -60,7 +60,7 @@ OF_OTHERS = {
     "num_processes": "hardware.processes",
 }
 """By names that other tools have: keys here."""
-MOST_MEANT = 4
+MOST_MEANT = 5
 """Keys of one name that are all shown."""
 FREE = ("prompt.template_kwargs.", "data.options.", "data.weights.", "reward.weights.", *MEMBERS)
 """Keys below have names that the user gives, so none is unknown."""

@@ -55,7 +55,7 @@ def test_help_shows_commands_groups_and_three_examples(capsys: pytest.CaptureFix
     lines = [line.split() for line in alone.splitlines()]
     for name, command in COMMANDS.items():
         assert [name, *command.help.split()] in lines
-    assert len(groups()) == 15
+    assert len(groups()) == 16
     for group, choices in groups().items():
         assert [group, *", ".join(choices).split()] in lines
     examples = alone.split("examples:\n")[1].splitlines()

@@ -31,6 +31,8 @@ from dppo_cli.config.conf_tree import config_dir, groups
 from dppo_cli.config.saved import to_yaml
 
 MANDATORY = {
+    ("environment", "function"): ["environment.path=env.py:reply"],
+    ("environment", "tools"): ["environment.path=tools.py:multiply"],
     ("data", "file"): ["data.path=problems.jsonl"],
     ("data", "hub"): ["data.name=owner/name"],
     ("data", "reasoning_gym"): ["data.task=spell_backward"],

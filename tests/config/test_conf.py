@@ -71,8 +71,8 @@ def test_every_key_of_every_choice_is_known(group: str, choice: str) -> None:
 def test_a_command_knows_its_own_keys_only() -> None:
     assert set(dotted_keys(OmegaConf.to_container(composed("eval")))) <= set(known_keys("eval"))
     assert "data.path" in known_keys("eval") and "divergence.delta_high" not in known_keys("eval")
-    assert groups_of("eval") == ["hardware", "rollout", "data", "reward"]
-    assert groups_of("export") == ["data", "reward", "hardware"]
+    assert groups_of("eval") == ["hardware", "rollout", "data", "reward", "environment"]
+    assert groups_of("export") == ["data", "reward", "environment", "hardware"]
     assert set(groups_of("train")) == set(groups())
     assert set(dotted_keys(OmegaConf.to_container(composed("export")))) <= set(known_keys("export"))
     assert "data.path" in known_keys("export") and "divergence.delta_high" not in known_keys("export")

@@ -49,16 +49,16 @@ def test_a_run_from_before_there_were_several_processes_had_one(tmp_path: Path) 
     assert "hardware" not in read_config(old)[0]
 
 
-def test_a_run_from_before_there_were_regions_and_filters_had_none(tmp_path: Path) -> None:
+def test_a_run_from_before_there_were_regions_filters_and_environments_had_none(tmp_path: Path) -> None:
     old = tmp_path / "config.yaml"
     old.write_text(sign("objective: {_target_: a.B}\nverdict: upper\n"))
     node, trusted = read_config(old)
     assert trusted and node.verdict == "upper"
     new = composed("train")
-    assert (node.region, node.filter) == (new.region, new.filter)
+    assert (node.region, node.filter, node.environment) == (new.region, new.filter, new.environment)
     assert raw(OmegaConf.create({key: value for key, value in LATER.items() if "." not in key})) == {
         key: raw(new)[key]  # type: ignore[index]
-        for key in ("verdict", "region", "filter")
+        for key in ("verdict", "region", "filter", "environment")
     }
 
 

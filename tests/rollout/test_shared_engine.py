@@ -24,12 +24,12 @@ def policies(train_config) -> list[Any]:
 
 
 def table(engine: LocalEngine) -> dict[str, Any]:
-    return {"sync": engine.sync, "generate": lambda prompts, *how: numbered(engine, prompts, *how)}
+    return {"sync": engine.sync, "generate": lambda *asked: numbered(engine, *asked)}
 
 
 class Theirs:
     def generate(self, prompts: Sequence[str], *how: Any) -> Iterator[tuple[int, str]]:
-        return enumerate(f"{prompt} of {how[-1]}" for prompt in prompts)
+        return enumerate(f"{prompt} of {list(how[-1])}" for prompt in prompts)
 
 
 def rows(found: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
@@ -73,10 +73,10 @@ def test_a_prompt_is_there_as_soon_as_it_has_ended() -> None:
             assert workers.lines[0].connection.poll(30), "the worker has something"
             yield from enumerate(f"{prompt}'s" for prompt in prompts)
 
-    with crew({"generate": lambda prompts, *how: numbered(Theirs(), prompts, *how)}) as workers:
+    with crew({"generate": lambda *asked: numbered(Theirs(), *asked)}) as workers:
         shared: Any = SharedEngine(Own(), workers)  # type: ignore[arg-type]
         found = list(shared.generate(["a", "b", "c"], 1, None, 0, 0))
-    assert found == [(0, "a's"), (2, "c of 2"), (1, "b's")]
+    assert found == [(0, "a's"), (2, "c of [2]"), (1, "b's")]
 
 
 def test_a_policy_that_is_broken_in_one_process(policies) -> None:
