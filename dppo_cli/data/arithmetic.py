@@ -1,4 +1,4 @@
-"""Sums and differences of two numbers: a task that needs no download.
+"""Sums, differences and products of two numbers: a task that needs no download.
 
     "12+34=" -> "46"        "7-29=" -> "-22"
 
@@ -10,6 +10,7 @@ that another run evaluates it on.
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from operator import add, mul, sub
 
 from dppo_cli.data.task import Task, Warn
 from dppo_cli.errors import ConfigError
@@ -17,6 +18,7 @@ from dppo_cli.types import Example
 
 HELD_OUT = 0.1
 MAX_PROBLEMS = 10**6
+COMPUTE = {"+": add, "-": sub, "*": mul}
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Arithmetic:
     def __post_init__(self) -> None:
         if len(self.operands) != 2 or self.operands[0] > self.operands[1]:
             raise ConfigError(f"data.operands={self.operands} must be [lowest, highest], such as [0,99]")
-        if sorted(self.operations) not in (["+"], ["-"], ["+", "-"]):
-            raise ConfigError(f"data.operations={self.operations} is an invalid value. Choices: +, -, +-")
+        if not self.operations or len(set(self.operations) & set(COMPUTE)) != len(self.operations):
+            raise ConfigError(f"data.operations={self.operations} is an invalid value; write some of +-*, each once")
         count = len(self.operations) * (self.operands[1] - self.operands[0] + 1) ** 2
         if not 10 <= count <= MAX_PROBLEMS:
             raise ConfigError(f"data.operands={self.operands} make {count} problems; 10 to {MAX_PROBLEMS} can be made")
@@ -81,6 +83,6 @@ def problems(lowest: int, highest: int, operations: str, template: str) -> list[
     def problem(a: int, operation: str, b: int) -> Example:
         # Not str.format, which would read other braces, too.
         text = template.replace("{a}", str(a)).replace("{b}", str(b)).replace("{operation}", operation)
-        return Example(text, str(a + b if operation == "+" else a - b))
+        return Example(text, str(COMPUTE[operation](a, b)))
 
     return [problem(a, operation, b) for operation in operations for a in operands for b in operands]

@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from dppo_cli.types import Messages, Prompt
 
+INLINE = "assistant"
+"""The role of what is put into the model's own turn, which then goes on."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -21,12 +24,16 @@ class Reply:
 class Environment(Protocol):
     """Answers the model.
 
-    `role`: in which it speaks, in general. `turns`: most turns of the model in a response. `turn_tokens`: most tokens
-    of one; None: what the response has left. `schemas`: JSON schemas of tools, for the chat template.
+    `role`: in which it speaks, in general; INLINE: within the model's own turn. `stop`: texts that end a turn of the
+    model, beside its own end. `turns`: most turns of the model in a response. `turn_tokens`: most tokens of one; None:
+    what the response has left. `schemas`: JSON schemas of tools, for the chat template.
     """
 
     @property
     def role(self) -> str: ...
+
+    @property
+    def stop(self) -> Sequence[str]: ...
 
     @property
     def turns(self) -> int: ...
@@ -37,8 +44,8 @@ class Environment(Protocol):
     @property
     def schemas(self) -> Sequence[Mapping[str, Any]]: ...
 
-    def begin(self, prompt: Prompt, said: Messages) -> Callable[[], Reply]:
-        """Ask for a reply to `said`, the turns since the prompt, of which the model's is the last. Returns at once.
+    def begin(self, prompt: Prompt, said: Messages, turn: int) -> Callable[[], Reply]:
+        """Ask for a reply to `said`, what was said since the prompt, after turn number `turn`. Returns at once.
 
         What it returns waits for the reply. Raises ReplyError where a function is wrong, or fails too often.
         """

@@ -9,11 +9,11 @@ from typing import Any
 from dppo_cli.calls.pool import CallError, Kind, Pool
 from dppo_cli.config.build import CodePath
 from dppo_cli.config.checks import check_choice, check_rules
-from dppo_cli.environment.environment import Reply, conversation
-from dppo_cli.errors import ReplyError
+from dppo_cli.environment.environment import INLINE, Reply, conversation
+from dppo_cli.errors import ConfigError, ReplyError
 from dppo_cli.types import Messages, Prompt
 
-ROLES = ("user", "tool", "system")
+ROLES = ("user", "tool", "system", INLINE)
 KIND = Kind("reply", "environment", ReplyError)
 
 
@@ -23,6 +23,7 @@ class Function:
 
     path: CodePath
     role: str
+    stop: list[str]
     turns: int
     turn_tokens: int | None
     reply_characters: int
@@ -33,7 +34,13 @@ class Function:
 
     def __post_init__(self) -> None:
         check_choice("environment.role", self.role, ROLES)
-        check_rules("environment", self, {"max_failures >= 1": self.max_failures >= 1, **rules_of_turns(self)})
+        rules = {"max_failures >= 1": self.max_failures >= 1, "stop has no empty text": all(self.stop)}
+        check_rules("environment", self, {**rules, **rules_of_turns(self)})
+        if self.role == INLINE and not self.stop:
+            raise ConfigError(
+                f"environment.role={INLINE} goes on with the model's own turn, so it needs a text that interrupts it; "
+                'add environment.stop=["="], for example'
+            )
 
     def load(self, warn: Callable[[str], None]) -> "FunctionEnvironment":
         where, _, name = self.path.rpartition(":")
@@ -51,15 +58,16 @@ class FunctionEnvironment:
 
     def __init__(self, option: Function, pool: Pool, warn: Callable[[str], None]) -> None:
         self.option, self.pool, self.warn = option, pool, warn
-        self.role, self.turns, self.turn_tokens = option.role, option.turns, option.turn_tokens
+        self.role, self.stop = option.role, option.stop
+        self.turns, self.turn_tokens = option.turns, option.turn_tokens
         self.failures = 0  # in a row
 
-    def begin(self, prompt: Prompt, said: Messages) -> Callable[[], Reply]:
+    def begin(self, prompt: Prompt, said: Messages, turn: int) -> Callable[[], Reply]:
         keywords = {
             **prompt.example.columns,
             "answer": prompt.example.columns.get("answer", prompt.example.answer),
             "messages": conversation(prompt, said),
-            "turn": sum(message["role"] == "assistant" for message in said),
+            "turn": turn,
         }
         call = self.pool.begin((keywords, 0))
         return lambda: self._reply(prompt, call)
@@ -84,10 +92,11 @@ class FunctionEnvironment:
         if "returned" in answer:
             raise ReplyError(f"{named} returned {answer['returned']} for problem {prompt.index}; expected {expected}")
         messages = [self._message(part) for part in answer["reply"] or ()]
-        if wrong := [message["role"] for message in messages if message["role"] not in ROLES]:
+        roles = [INLINE] if self.role == INLINE else [role for role in ROLES if role != INLINE]
+        if wrong := [message["role"] for message in messages if message["role"] not in roles]:
             raise ReplyError(
-                f"{named} returned a message of the role {wrong[0]!r} for problem {prompt.index}; expected one of: "
-                f"{', '.join(ROLES)}"
+                f"{named} returned a message of the role {wrong[0]!r} for problem {prompt.index}; with "
+                f"environment.role={self.role} it may be {', '.join(roles)}"
             )
         return Reply(messages)
 

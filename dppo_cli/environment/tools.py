@@ -61,13 +61,14 @@ class ToolEnvironment:
     """See `Environment`. Whatever goes wrong in a call is told to the model, which may call again."""
 
     role = "tool"
+    stop: Sequence[str] = ()
 
     def __init__(self, option: Tools, pool: Pool) -> None:
         self.option, self.pool = option, pool
         self.turns, self.turn_tokens = option.turns, option.turn_tokens
         self.schemas: Sequence[Mapping[str, Any]] = pool.about["schemas"]
 
-    def begin(self, prompt: Prompt, said: Messages) -> Callable[[], Reply]:
+    def begin(self, prompt: Prompt, said: Messages, turn: int) -> Callable[[], Reply]:
         calls = [self._begun(call) for call in calls_in(said[-1]["content"])]
         return lambda: Reply([{"role": self.role, "content": self._result(call)} for call in calls])
 

@@ -81,10 +81,10 @@ class Encoder:
     def reply(self, messages: Messages, prompting: Prompting, eos_ids: Sequence[int], ended_by: int) -> list[int]:
         """Token ids that put `messages` after a turn of the model, and the beginning of its next turn.
 
-        `ended_by`: the last token of that turn. If it is one of `eos_ids`, the end of the turn that the template writes
-        is left out. Raises ModelError if the template refuses such messages.
+        Those of the assistant go on with that turn. `ended_by`: the last token of that turn. If it is one of `eos_ids`,
+        the end of the turn that the template writes is left out. Raises ModelError if the template refuses them.
         """
-        if prompting.template == "plain":
+        if prompting.template == "plain" or messages[-1]["role"] == "assistant":
             text = "".join(message["content"] for message in messages)
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         # In a conversation whose text is known, so that what follows the model's turn can be told from it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dppo_cli.config.sections import Prompting, Sampling
-from dppo_cli.environment.environment import Environment, Reply
+from dppo_cli.environment.environment import INLINE, Environment, Reply
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.engine import RolloutEngine, derive_seed
 from dppo_cli.types import Completion, Messages, PolicyReport, Prompt, Status
@@ -53,7 +53,7 @@ class TurnsEngine:
     ) -> Iterator[tuple[int, list[Completion]]]:
         numbers = range(len(prompts)) if numbers is None else numbers
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
-        first = self._of_turn(sampling, sampling.max_new_tokens)
+        first = self._of_turn(sampling, sampling.max_new_tokens, 1)
         generated = self.engine.generate(prompts, samples_per_prompt, first, num_logprobs, seed, numbers)
         groups: dict[int, list[Conversation]] = {}
         try:
@@ -64,7 +64,7 @@ class TurnsEngine:
                     for g in range(len(completions))
                 ]
                 for one, completion in zip(groups[p], completions, strict=True):
-                    self._said(one, completion, asked)
+                    self._said(one, completion, sampling, asked)
                 yield from _over(groups)
             turn = 1
             while True:
@@ -75,31 +75,45 @@ class TurnsEngine:
                 turn_seed, asked = derive_seed(seed, f"turn {turn}"), []
                 for part in _in_parts(going, longest):
                     contexts = [Prompt(one.prompt.index, one.prompt.example, one.context()) for one in part]
-                    how = self._of_turn(sampling, max(one.room for one in part))
+                    how = self._of_turn(sampling, max(one.room for one in part), turn + 1)
                     own = [one.number for one in part]
                     for i, completions in self.engine.generate(contexts, 1, how, num_logprobs, turn_seed, own):
-                        self._said(part[i], completions[0] if completions else None, asked)
+                        self._said(part[i], completions[0] if completions else None, sampling, asked)
                 turn += 1
         except BaseException:
             self.environment.give_up()
             raise
 
-    def _of_turn(self, sampling: Sampling, room: int) -> Sampling:
-        return replace(sampling, max_new_tokens=min(room, self.environment.turn_tokens or room))
+    def _of_turn(self, sampling: Sampling, room: int, turn: int) -> Sampling:
+        # There is no reply to the last turn, so nothing interrupts it.
+        stop = [] if turn == self.environment.turns else self.environment.stop
+        tokens = min(room, self.environment.turn_tokens or room)
+        return replace(sampling, max_new_tokens=tokens, stop=[*sampling.stop, *stop])
 
-    def _said(self, one: "Conversation", completion: Completion | None, asked: list["Conversation"]) -> None:
-        """Take a turn of the model, and ask for the reply where there may be one."""
+    def _said(
+        self, one: "Conversation", completion: Completion | None, sampling: Sampling, asked: list["Conversation"]
+    ) -> None:
+        """Take a turn of the model, and ask for the reply where there may be one. `sampling`: of the whole response."""
         if completion is None:  # The engine has lost it.
             one.end(Status.ABORTED)
             return
         if len(completion.token_ids_T) > one.room:
             completion = self._cut(completion, one.room)
-        one.add(completion)
-        if completion.status is not Status.FINISHED or one.turns == self.environment.turns:
+        interrupted = self._interrupted(completion, sampling)
+        one.add(completion if interrupted is None else replace(completion, text=interrupted))
+        goes_on = interrupted is not None or self.environment.role != INLINE
+        if completion.status is not Status.FINISHED or not goes_on or one.turns == self.environment.turns:
             one.end(completion.status)
             return
-        one.reply = self.environment.begin(one.prompt, one.messages)
+        one.reply = self.environment.begin(one.prompt, one.messages, one.turns)
         asked.append(one)
+
+    def _interrupted(self, turn: Completion, sampling: Sampling) -> str | None:
+        """The text of a turn that one of the environment's texts has ended, with it; None for others."""
+        text = self.policy.decode(turn.token_ids_T.tolist())
+        if not any(stop in text for stop in self.environment.stop) or any(stop in text for stop in sampling.stop):
+            return None
+        return text
 
     def _answered(self, one: "Conversation") -> bool:
         """Wait for the reply; whether the conversation goes on."""
@@ -152,15 +166,22 @@ class Conversation:
     def add(self, turn: Completion) -> None:
         self._append(turn.token_ids_T, turn.sampled_T)
         self.mu.append(turn.mu)
-        self.text = turn.text
-        self.messages.append({"role": "assistant", "content": turn.text})
+        if self.messages and self.messages[-1]["role"] == INLINE:
+            self.messages[-1]["content"] += turn.text
+        else:
+            self.messages.append({"role": INLINE, "content": turn.text})
+        self.text = self.messages[-1]["content"]
         self.versions.update(turn.versions)
         self.turns += 1
 
     def answer(self, ids: Sequence[int], reply: Reply) -> None:
         ids_T = torch.tensor(ids, dtype=torch.int64)
         self._append(ids_T, torch.zeros_like(ids_T, dtype=torch.bool))
-        self.messages.extend(map(dict, reply.messages))
+        for message in reply.messages:
+            if message["role"] == INLINE:
+                self.messages[-1]["content"] += message["content"]
+            else:
+                self.messages.append(dict(message))
 
     def end(self, status: Status) -> None:
         self.status = status
@@ -178,7 +199,7 @@ class Conversation:
             text=self.text,
             status=self.status,
             versions=tuple(sorted(self.versions)),
-            messages=self.messages if len(self.messages) > 1 else (),
+            messages=tuple(self.messages) if len(self.messages) > 1 else (),
         )
 
     def _append(self, ids_T: Tensor, sampled_T: Tensor) -> None:
