@@ -52,13 +52,26 @@ class TurnsEngine:
         numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         numbers = range(len(prompts)) if numbers is None else numbers
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
         first = self._of_turn(sampling, sampling.max_new_tokens, 1)
-        generated = self.engine.generate(prompts, samples_per_prompt, first, num_logprobs, seed, numbers)
+        begun = self.engine.generate(prompts, samples_per_prompt, first, num_logprobs, seed, numbers)
+        return self._conversations(begun, prompts, samples_per_prompt, sampling, num_logprobs, seed, numbers)
+
+    def _conversations(
+        self,
+        begun: Iterator[tuple[int, list[Completion]]],
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        num_logprobs: int,
+        seed: int,
+        numbers: Sequence[int],
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """`begun`: the first turns."""
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
         groups: dict[int, list[Conversation]] = {}
         try:
             asked: list[Conversation] = []
-            for p, completions in generated:
+            for p, completions in begun:
                 groups[p] = [
                     Conversation(prompts[p], numbers[p] * samples_per_prompt + g, sampling.max_new_tokens)
                     for g in range(len(completions))
