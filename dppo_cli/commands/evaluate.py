@@ -144,7 +144,10 @@ def _kept_paths(config: EvalConfig, out: Path, config_yaml: str) -> dict[str, st
 
 
 def write_samples(path: Path, result: EvalResult) -> None:
-    """One JSON line per sample: problem, prompt, answer, completion, reward (null: not judged), correct."""
+    """One JSON line per sample: problem, prompt, answer, completion, reward (null: not judged), correct, and others.
+
+    `messages`: of a response of several turns, all of them.
+    """
     with path.open("w", encoding="utf-8") as file:
         for group in result.groups:
             for completion, score in zip(group.completions, group.scores, strict=True):
@@ -153,6 +156,7 @@ def write_samples(path: Path, result: EvalResult) -> None:
                     "prompt": group.prompt.example.prompt,
                     "answer": group.prompt.example.answer,
                     "completion": completion.text,
+                    "messages": list(map(dict, completion.messages)),
                     "reward": score.value,
                     "correct": result.correct(score),
                     "finished": completion.status is Status.FINISHED,

@@ -71,11 +71,3 @@ class NoEnvironment:
 
     def load(self, warn: Callable[[str], None]) -> None:
         return None
-
-
-def conversation(prompt: Prompt, said: Messages) -> list[dict[str, str]]:
-    """All of it, from the prompt on; a prompt without messages is one of the user.
-
-    Example: `[{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]`.
-    """
-    return [*map(dict, prompt.messages or [{"role": "user", "content": prompt.example.prompt}]), *map(dict, said)]

@@ -9,7 +9,7 @@ from typing import Any
 from dppo_cli.calls.pool import CallError, Kind, Pool
 from dppo_cli.config.build import CodePath
 from dppo_cli.config.checks import check_choice, check_rules
-from dppo_cli.environment.environment import INLINE, Reply, conversation
+from dppo_cli.environment.environment import INLINE, Reply
 from dppo_cli.errors import ConfigError, ReplyError
 from dppo_cli.types import Messages, Prompt
 
@@ -66,7 +66,7 @@ class FunctionEnvironment:
         keywords = {
             **prompt.example.columns,
             "answer": prompt.example.columns.get("answer", prompt.example.answer),
-            "messages": conversation(prompt, said),
+            "messages": prompt.conversation(said),
             "turn": turn,
         }
         call = self.pool.begin((keywords, 0))

@@ -76,9 +76,7 @@ def keywords(pairs: Sequence[Pair], columns: Sequence[str]) -> dict[str, Any]:
     # `answer` is always there: the problem's own, unless the data has a column of that name.
     found["answer"] = [prompt.example.columns.get("answer", prompt.example.answer) for prompt, _ in pairs]
     found["prompts"] = [[dict(m) for m in prompt.messages] or prompt.example.prompt for prompt, _ in pairs]
-    found["completions"] = [
-        list(map(dict, c.said)) if prompt.messages else "".join(m["content"] for m in c.said) for prompt, c in pairs
-    ]
+    found["completions"] = [list(map(dict, c.said)) if prompt.messages else c.written for prompt, c in pairs]
     found["completion_ids"] = [c.token_ids_T.tolist() for _, c in pairs]
     return found
 

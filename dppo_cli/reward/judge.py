@@ -143,7 +143,8 @@ class JudgeScorer:
     def _body(self, pair: Pair) -> dict[str, Any]:
         option, (prompt, completion) = self.option, pair
         example = prompt.example
-        conversation = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages) or example.prompt
+        before = prompt.conversation(completion.said[:-1]) if prompt.messages or completion.messages else ()
+        conversation = "\n\n".join(f"{m['role']}: {m['content']}" for m in before) or example.prompt
         names: dict[str, Any] = {**example.columns, "answer": example.answer}
         names |= {"prompt": example.prompt, "conversation": conversation, "completion": completion.text}
         messages = [{"role": "user", "content": _filled(option.template, names)}]

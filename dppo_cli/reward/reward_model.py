@@ -71,10 +71,10 @@ class ModelScorer:
     def _ids(self, pair: Pair) -> list[int]:
         prompt, completion = pair
         if prompt.messages:
-            messages = [*map(dict, prompt.messages), {"role": "assistant", "content": completion.text}]
+            messages = prompt.conversation(completion.said)
             text, special = self.tokenizer.apply_chat_template(messages, tokenize=False), False
         else:
-            text, special = prompt.example.prompt + completion.text, True
+            text, special = prompt.example.prompt + completion.written, True
         # The end of a response is what is judged.
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids[-self.max_length :]

@@ -228,6 +228,7 @@ def _cells(m: Mapping[str, Any]) -> list[list[str]]:
             f"|pi-mu| {_show(m['shift_mean'], '.4f')}",
             f"masked A>0 {_show(m['masked_positive'], '.2%')} A<0 {_show(m['masked_negative'], '.2%')}",
             *([f"filtered {m['filtered']:.2%}"] if m.get("filtered") else []),
+            *([f"turns {m['turns']:.2f}"] if m.get("reply_tokens") else []),
         ],
         [
             f"{m['time']['tokens_per_second']:.0f} tokens/s",

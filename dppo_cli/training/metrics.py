@@ -39,7 +39,7 @@ class PhaseTimer:
         The former is None where sampling went on while the trainer did not wait for it.
         """
         total = time.perf_counter() - self.started
-        tokens = sum(len(c.token_ids_T) for group in collected.sampled for c in group.completions)
+        tokens = sum(len(c.mu.logp_N) for group in collected.sampled for c in group.completions)
         sampling = tokens / self.seconds["rollout"] if collected.waited else None
         return {
             **self.seconds,
@@ -53,6 +53,8 @@ def rollout_metrics(collected: Collected, step: int, success_reward: float) -> d
     """Rewards and lengths of all that a step has sampled. `equal_groups`: share of groups whose samples all have A = 0.
 
     `staleness`: by how many steps the policy is ahead of the versions that sampled, on average; 0 when in step.
+
+    `turns` and `reply_tokens`: of a response, how often the model spoke, and the tokens that an environment said.
 
     `reward_parts`: of a mixture, the mean of each member by its name. `sampled_groups` and `sampling_rounds` say what
     replacing equal groups has cost.
@@ -80,6 +82,8 @@ def rollout_metrics(collected: Collected, step: int, success_reward: float) -> d
         "prompt_tokens": _mean_of(prompt_lengths),
         "response_tokens": _mean_of(lengths),
         "response_tokens_max": max(lengths, default=0),
+        "turns": _mean_of([c.turns for c in completions]),
+        "reply_tokens": _mean_of([len(c.token_ids_T) - len(c.mu.logp_N) for c in completions]),
         "finished": _mean_of([c.status is Status.FINISHED for c in completions]),
     }
 

@@ -42,6 +42,13 @@ class Prompt:
     def __post_init__(self) -> None:
         assert self.token_ids, f"prompt {self.index} has no tokens"
 
+    def conversation(self, said: Messages = ()) -> list[dict[str, str]]:
+        """All of it, with what was said since; a prompt without messages is one of the user.
+
+        Example: `[{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]`.
+        """
+        return [*map(dict, self.messages or [{"role": "user", "content": self.example.prompt}]), *map(dict, said)]
+
 
 class Status(StrEnum):
     """How a response ended."""
@@ -76,6 +83,17 @@ class Completion:
     def said(self) -> Messages:
         """What was said since the prompt, as messages; of one turn, that of the model."""
         return self.messages or [{"role": "assistant", "content": self.text}]
+
+    @property
+    def written(self) -> str:
+        """The same as one text, for plain prompts."""
+        return "".join(message["content"] for message in self.said)
+
+    @property
+    def turns(self) -> int:
+        """How often the model has begun to speak."""
+        sampled_T = self.sampled_T
+        return int(sampled_T[:1].sum() + (sampled_T[1:] & ~sampled_T[:-1]).sum())
 
 
 @dataclass(frozen=True)

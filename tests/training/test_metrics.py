@@ -169,7 +169,10 @@ def test_edge_7_what_was_not_sampled_is_in_no_figure_and_the_end_of_sequence_is(
 
 def test_rollout_metrics_by_hand():
     """Not judged is neither zero nor a failure; lengths count for every sample, and groups may differ in size."""
-    end, cut = make.completion([5, 6, 1]), replace(make.completion([5]), status=Status.CUT)
+    end, cut = (
+        make.completion([5, 99, 1], sampled=[True, False, True]),
+        replace(make.completion([5]), status=Status.CUT),
+    )
     groups = [
         Group(make.prompt(0, (3, 4)), [end, cut, end], [Score(1.0), Score(0.0), Score(None)], [0.5, -0.5, 0.0]),
         Group(make.prompt(1, (3, 4, 5, 6, 7)), [end], [Score(0.5, {"near": 0.25, "form": None})], [0.0]),
@@ -187,6 +190,8 @@ def test_rollout_metrics_by_hand():
             "prompt_tokens": (3 * 2 + 5) / 4,
             "response_tokens": 10 / 4,
             "response_tokens_max": 3,
+            "turns": (2 + 1 + 2 + 2) / 4,
+            "reply_tokens": 3 / 4,
             "finished": 3 / 4,
             "staleness": 2.0,
         }

@@ -71,6 +71,8 @@ def lengths(rows: Rows, events: Sequence[Event]) -> Figure | None:
         "response_tokens_max": ("response, longest", THIRD),
         "prompt_tokens": ("prompt, mean", FAINT),
     }
+    if any(column(rows, "reply_tokens")):
+        curves["reply_tokens"] = ("of these said by the environment, mean", QUANTILES[1])
     return _lines("lengths", "Lengths", "Tokens of a sample.", rows, curves, ".4~g", events, rangemode="tozero")
 
 
