@@ -30,7 +30,7 @@ COMMANDS = {
         "EvalConfig",
         "out",
         "evaluate",
-        ("data", "reward", "rollout", "hardware"),
+        ("data", "reward", "environment", "rollout", "hardware"),
     ),
     "export": Command(
         "take the adapter, or the merged model, somewhere else",
@@ -38,7 +38,7 @@ COMMANDS = {
         "ExportConfig",
         None,
         "export",
-        ("data", "reward", "hardware"),
+        ("data", "reward", "environment", "hardware"),
     ),
     "sample": Command(
         "show what the model writes to a prompt, before and after training",
@@ -83,7 +83,7 @@ COMMANDS = {
         "CompareConfig",
         "out",
         "compare",
-        ("data", "reward", "rollout", "hardware"),
+        ("data", "reward", "environment", "rollout", "hardware"),
     ),
     "runs": Command(
         "list runs: state, step, accuracy, age and size",

@@ -97,12 +97,14 @@ class TrainConfig:
             "kl_to_reference >= 0": self.kl_to_reference >= 0,
             "replacement_rounds >= 0": self.replacement_rounds >= 0,
             "replacement_rounds = 0 with rollout.ahead": 0 in (self.replacement_rounds, steps_ahead(self.rollout)),
-            # Later turns begin when the trainer asks for them, with another version.
-            "environment=none with rollout.ahead": isinstance(self.environment, NoEnvironment)
-            or not steps_ahead(self.rollout),
         }
         check_rules("", self, rules)
         check_combination(self.loss, self.anchor)
+        if steps_ahead(self.rollout) and not isinstance(self.environment, NoEnvironment):
+            raise ConfigError(
+                f"rollout.ahead={steps_ahead(self.rollout)} would begin a response with one policy and end it with "
+                "another, because later turns wait for the environment; use rollout.ahead=0 with it"
+            )
         if self.batch.samples_per_prompt < self.advantage.min_samples:
             raise ConfigError(
                 f"batch.samples_per_prompt={self.batch.samples_per_prompt} leaves nothing to compare a sample with: "

@@ -67,7 +67,6 @@ class TurnsEngine:
         numbers: Sequence[int],
     ) -> Iterator[tuple[int, list[Completion]]]:
         """`begun`: the first turns."""
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
         groups: dict[int, list[Conversation]] = {}
         try:
             asked: list[Conversation] = []
@@ -86,7 +85,7 @@ class TurnsEngine:
                 if not going:
                     return
                 turn_seed, asked = derive_seed(seed, f"turn {turn}"), []
-                for part in _in_parts(going, longest):
+                for part in _in_parts(going, self.policy.positions):
                     contexts = [Prompt(one.prompt.index, one.prompt.example, one.context()) for one in part]
                     how = self._of_turn(sampling, max(one.room for one in part), turn + 1)
                     own = [one.number for one in part]
@@ -227,16 +226,16 @@ def _over(groups: dict[int, list[Conversation]]) -> Iterator[tuple[int, list[Com
         yield number, [one.completion() for one in groups.pop(number)]
 
 
-def _in_parts(going: Sequence[Conversation], longest: int) -> Iterator[list[Conversation]]:
-    """Those that can be sampled in one call: its longest context and its largest room stay within `longest` together.
+def _in_parts(going: Sequence[Conversation], positions: int | None) -> Iterator[list[Conversation]]:
+    """Those that can be sampled in one call: its longest context and its largest room fit into the model's positions.
 
-    So a later turn never has more positions than the first one.
+    Each by itself does, and nearly always all of them do.
     """
     part: list[Conversation] = []
     context = room = 0
     for one in sorted(going, key=lambda one: one.room):  # Nearly by context, the longest first.
         context, room = max(context, len(one.context())), max(room, one.room)
-        if part and context + room > longest:
+        if part and positions is not None and context + room > positions:
             yield part
             part, context, room = [], len(one.context()), one.room
         part.append(one)

@@ -305,7 +305,7 @@ def test_a_template_that_refuses_replies_is_told_at_the_start(policy) -> None:
         TurnsEngine(Lazy([]), always("x", role="tool"), policy, chat)  # type: ignore[arg-type]
 
 
-def test_later_turns_have_no_more_positions_than_the_first() -> None:
+def test_the_calls_of_a_turn_fit_into_the_models_positions() -> None:
     sizes = [(3, 57), (40, 20), (41, 19), (55, 5), (9, 51), (10, 30)]
     going = []
     for number, (used, room) in enumerate(sizes):
@@ -317,4 +317,4 @@ def test_later_turns_have_no_more_positions_than_the_first() -> None:
     assert sorted(one.number for part in found for one in part) == list(range(len(sizes))) and len(found) > 1
     for part in found:
         assert max(len(one.context()) for one in part) + max(one.room for one in part) <= longest
-    assert len(list(_in_parts(going, 200))) == 1
+    assert len(list(_in_parts(going, 200))) == len(list(_in_parts(going, None))) == 1
