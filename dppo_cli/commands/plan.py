@@ -19,6 +19,7 @@ from dppo_cli.commands.planning.machine import Machine, find_machine
 from dppo_cli.commands.planning.share import share_of
 from dppo_cli.commands.schemas import PlanConfig
 from dppo_cli.commands.trained import key_of
+from dppo_cli.environment.environment import turns_of
 from dppo_cli.errors import ConfigError
 from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.telemetry.table import RichConsole, print_table
@@ -141,6 +142,7 @@ def batch(config: PlanConfig, found: "Estimate") -> dict[str, Any]:
         "tokens": samples * tokens * config.steps,
         "steps": config.steps,
         "processes": config.hardware.processes,
+        "turns": turns_of(config.environment),
     }
 
 
@@ -169,6 +171,7 @@ def show(report: dict[str, Any]) -> None:
     _show_memory(report, console)
     seconds = report["seconds"]
     sampling = f"{_time(seconds['sampling'])} sampling" if seconds["sampling"] else "sampling by servers not counted"
+    later = ", evaluations and later turns" if batch["turns"] > 1 else " and evaluations"
     rows = [
         ("peak", f"{report['peak_memory_gib']:.2f} GiB, in the phase: {report['peak_phase']}"),
         ("needs", f"{report['needed_gib']:.2f} GiB of {report['free_gib']:.1f} GiB free: {_verdict(report)}"),
@@ -180,7 +183,7 @@ def show(report: dict[str, Any]) -> None:
         (
             "time",
             f"{_time(report['seconds_per_step'])} a step at most ({sampling}, {_time(seconds['update'])} updating), "
-            f"{_time(3600 * report['hours'])} in all; rewards and evaluations not counted",
+            f"{_time(3600 * report['hours'])} in all; rewards{later} not counted",
         ),
         *_faster(report["faster"]),
         ("speed", report["speed"]["source"]),

@@ -59,10 +59,15 @@ class Environment(Protocol):
 class EnvironmentSource(Protocol):
     """An environment option. `load` raises ReplyError where a function cannot be had; `warn` is told what fails.
 
-    It gives None where a response is one turn of the model.
+    It gives None where a response is one turn of the model; else the object has its `turns`.
     """
 
     def load(self, warn: Callable[[str], None]) -> Environment | None: ...
+
+
+def turns_of(source: EnvironmentSource) -> int:
+    """Most turns of the model in a response."""
+    return int(getattr(source, "turns", 1))
 
 
 @dataclass(frozen=True)

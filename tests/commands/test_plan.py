@@ -32,6 +32,7 @@ def test_json_is_one_object_with_the_run_in_numbers(capsys: pytest.CaptureFixtur
         "tokens": 20480,
         "steps": 5,
         "processes": 1,
+        "turns": 1,
     }
     assert found["model"]["parameters"] == 935_296
     assert found["prompts"]["source"].startswith("the data's")
@@ -44,6 +45,26 @@ def test_json_is_one_object_with_the_run_in_numbers(capsys: pytest.CaptureFixtur
     assert found["activations_gib"]["gradient_checkpointing"] < found["activations_gib"]["plain"]
     assert found["seconds_per_step"] == pytest.approx(found["seconds"]["sampling"] + found["seconds"]["update"])
     assert 0.01 < found["seconds_per_step"] < 120 and found["speed"]["source"] == "measured here"
+
+
+def test_later_turns_need_memory_and_their_time_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a later turn no two samples share a prompt, and each has what it has said before it."""
+    words = (
+        "sampling.max_new_tokens=40",
+        "batch.prompts_per_step=4",
+        "batch.samples_per_prompt=64",
+        "batch.prompts_per_update=4",
+    )
+    for device, part in (("cpu", "prompts before sampling"), ("cuda", "KV cache of sampling")):
+        one, several = (
+            report(machine(80, device), *words, "data.eval_problems=4", f"environment={choice}")
+            for choice in ("none", "calculator")
+        )
+        assert (one["batch"]["turns"], several["batch"]["turns"]) == (1, 9)
+        assert several["parts"][part] > 1.5 * one["parts"][part] and several["seconds"] == one["seconds"]
+    assert main(["plan", *words, "environment=calculator"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "rewards, evaluations and later turns not counted" in shown
 
 
 def test_the_tables_say_it_in_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,21 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 from dppo_cli.commands.planning.machine import Machine
 from dppo_cli.commands.planning.memory import Memory, memory, sampling_weights
-from dppo_cli.commands.planning.prompts import Prompts, find_prompts
+from dppo_cli.commands.planning.prompts import Prompts, find_prompts, later_turn
 from dppo_cli.commands.planning.sampling import Products, SamplingCost, sampling_cost
 from dppo_cli.commands.planning.shapes import Shapes, Source, make_shapes, read_source
 from dppo_cli.commands.planning.update import UpdateCost, update_cost
 from dppo_cli.commands.schemas import TrainConfig
 from dppo_cli.config.conf_tree import config_dir
 from dppo_cli.config.sections import Model
+from dppo_cli.environment.environment import turns_of
 from dppo_cli.errors import DppoError
+from dppo_cli.kernels.slots import Room
 from dppo_cli.policy.location import EMBEDDED
 from dppo_cli.rollout.engine import in_each_process
 from dppo_cli.rollout.local import LocalRollout
@@ -94,7 +96,10 @@ class Planner:
         )
 
     def _sampling(self, config: TrainConfig, weights: SamplingWeights) -> SamplingCost:
-        """The work of training, with memory for evaluations, too: with one sample a prompt more prompts run at once."""
+        """The work of training, with memory for evaluations, too: with one sample a prompt more prompts run at once.
+
+        The same holds for later turns, in which each sample goes on by itself.
+        """
         shapes, prompts = self._shapes(config), self._prompts(config)
         if not in_each_process(config.rollout):
             size = len(prompts.step)
@@ -103,21 +108,22 @@ class Planner:
             prompts.step, config.batch.samples_per_prompt, config.sampling, config.approx.num_logprobs, ()
         )
         evaluation = Wanted(prompts.heldout, config.eval.samples_per_prompt, config.eval_sampling, 0, ())
+        calls = [training, evaluation, *([] if turns_of(config.environment) == 1 else [later_turn(training)])]
         concurrent, room = len(prompts.step) * training.group, None
         if isinstance(config.rollout, LocalRollout):
             concurrent = config.rollout.concurrent_sequences
             if not self.machine.on_cpu and refuses(shapes.policy.model) is None:
-                rooms = [room_for(wanted, concurrent, ON_CUDA) for wanted in (training, evaluation)]
-                room = rooms[0].with_room_for(rooms[1])
+                rooms = [room_for(wanted, concurrent, ON_CUDA) for wanted in calls]
+                room = reduce(Room.with_room_for, rooms)
         products = Products(weights.copied, self.machine.decoded_for if room is not None else 0)
 
-        def both() -> SamplingCost:
-            costs = [sampling_cost(shapes, wanted, concurrent, products, room) for wanted in (training, evaluation)]
-            return costs[0].with_memory_for(costs[1])
+        def every() -> SamplingCost:
+            costs = [sampling_cost(shapes, wanted, concurrent, products, room) for wanted in calls]
+            return reduce(SamplingCost.with_memory_for, costs)
 
         # Layers recompute in training alone.
         of = (config.model, str(config.adapter), config.sampling, config.approx)
-        return self._once((*of, concurrent, products, room), both)
+        return self._once((*of, concurrent, products, room, len(calls)), every)
 
     def _once(self, key: Any, work: Callable[[], T]) -> T:
         """Batch, KL term and prompts are the same in every estimate, so they are no part of a key."""

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 
 from dppo_cli.commands.schemas import TrainConfig
@@ -11,6 +11,7 @@ from dppo_cli.errors import ConfigError, DppoError
 from dppo_cli.policy.encoder import UNKNOWN_POSITIONS, Encoder
 from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.local import LocalRollout
+from dppo_cli.rollout.sampling import Wanted
 from dppo_cli.types import Example, Prompt
 
 PATIENCE = 10.0
@@ -63,6 +64,16 @@ def find_prompts(config: TrainConfig, policy: Policy, tokens: int | None) -> Pro
     by_length, heldout = (sorted(of, key=lambda prompt: -len(prompt.token_ids)) for of in (train, heldout))
     others = random.Random(config.seed).choices(by_length, k=config.batch.prompts_per_step - 1)
     return Prompts([by_length[0], *others], heldout, f"the data's, {len(train)} of them")
+
+
+def later_turn(wanted: Wanted) -> Wanted:
+    """The call for a later turn of `wanted`, half of each response being there."""
+    tokens = wanted.sampling.max_new_tokens
+    there = tokens // 2
+    contexts = [replace(p, token_ids=(*p.token_ids, *[p.token_ids[-1]] * there)) for p in wanted.prompts]
+    sampling = replace(wanted.sampling, max_new_tokens=tokens - there)
+    each = [context for context in contexts for _ in range(wanted.group)]
+    return replace(wanted, prompts=each, group=1, sampling=sampling)
 
 
 def _load(config: TrainConfig) -> tuple[Task | None, str]:
