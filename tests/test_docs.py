@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import make
 import pytest
-from helpers import read_json, read_lines, train, write_rewards
+from helpers import built_of, read_json, read_lines, train, write_rewards
 
 from dppo_cli.config.conf_tree import known_keys
 
@@ -43,6 +44,25 @@ def test_the_reward_of_the_docs_scores() -> None:
     assert score(["1+1="] * 2, ["it is 2", "3"], answer=["2", "2"]) == [1.0, 0.0]
 
 
+def test_the_environment_and_the_tool_of_the_docs_answer(work: Path) -> None:
+    reply, multiply = code_blocks((DOCS / "environments.md").read_text(encoding="utf-8"), "python")
+    (work / "my_environment.py").write_text(reply, encoding="utf-8")
+    (work / "tools.py").write_text(multiply, encoding="utf-8")
+    words = ("environment=function", "environment.path=my_environment.py:reply")
+    environment = built_of(*words).environment.load(make.fail)
+    assert environment is not None
+    prompt = make.prompt(answer="42")
+
+    def said(text: str, turn: int) -> list[str]:
+        messages = environment.begin(prompt, [{"role": "assistant", "content": text}], turn)().messages
+        return [message["content"] for message in messages]
+
+    assert (said("41", 1), said("41", 3), said("It is 42.", 1)) == (["That is not right. Try again."], [], [])
+    environment = built_of("environment=tools", "environment.path=tools.py:multiply").environment.load(make.fail)
+    assert environment is not None and environment.schemas[0]["function"]["name"] == "multiply"
+    assert said('<tool_call>{"name": "multiply", "arguments": {"a": 6, "b": 7}}</tool_call>', 1) == ["42"]
+
+
 def test_a_run_is_read_as_the_docs_read_it(model: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(model, "steps=3", "samples.groups=2", "optim.lr=0.05", "divergence.delta_low=0.001") == 0
     capsys.readouterr()
@@ -69,4 +89,4 @@ def test_the_names_beside_those_of_other_tools_are_keys() -> None:
     named = [
         key for row in re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE) for key in re.findall(r"`(.*?)`", row)
     ]
-    assert len(named) == 30 and set(named) <= set(known_keys("train"))
+    assert len(named) == 33 and set(named) <= set(known_keys("train"))
