@@ -58,6 +58,8 @@ OF_OTHERS = {
     "save_steps": "checkpoint.every",
     "eval_steps": "eval.every",
     "num_processes": "hardware.processes",
+    "tools": "environment",
+    "env": "environment",
 }
 """By names that other tools have: keys here."""
 MOST_MEANT = 5
