@@ -150,11 +150,12 @@ function dppoSamples({ steps, delta }, root) {
     for (const [name, value] of Object.entries(s.parts || {})) about[name] = number(value);
     const facts = Object.entries(about).filter(([, v]) => v !== undefined && v !== null && v !== "")
       .map(([name, value]) => fill(node("span", {}, node("b", {}, `${visible(name)} `)), String(value).slice(0, 2000), false));
+    const replies = Array.from(s.sampled || []).filter((sampled) => sampled === 0).length;
     main.replaceChildren(
       node("div", { class: "about" }, ...facts),
       node("div", { class: "label" }, "Prompt"),
       fill(node("div", { class: "prompt", tabindex: 0, role: "region", "aria-label": "Prompt" }), block.prompts[s.prompt].slice(0, 100000), true),
-      node("div", { class: "label", id: "tokens-label" }, `Completion, ${s.n} tokens`),
+      node("div", { class: "label", id: "tokens-label" }, `Completion, ${s.n} tokens${replies ? `, ${replies} of them by the environment, in italics` : ""}`),
     );
     detail.replaceChildren(node("p", { class: "note" }, "Point at a token or tap it, or move to it with Tab and the arrow keys, to see its figures. M goes to the next masked token."));
     if (!s.tokens && !s.ids) {

@@ -17,8 +17,7 @@ from dppo_cli.telemetry.report.sweep_page import sweep_page
 from dppo_cli.training.lock import hold
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-FLAGS += ("disable-component-update", "disable-sync")
+FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync".split()
 
 pytestmark = [
     pytest.mark.browser,
@@ -30,7 +29,9 @@ Open = Callable[..., Page]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[f"--{flag}" for flag in (*FLAGS, "disable-component-update")]
+        )
         yield chromium
         chromium.close()
 
@@ -98,12 +99,13 @@ def test_hovering_over_a_curve_shows_its_numbers(open_page: Open, html: str) -> 
     expect(page.locator("#figure-reward .hoverlayer")).to_contain_text("0.800")
 
 
-def test_a_token_that_the_filter_dropped(open_page: Open, tmp_path: Path) -> None:
-    row = sample(["1", "2", "3"], keep=[True, False, True], filtered=[True, False, False])
+def test_tokens_that_the_filter_dropped_or_that_a_reply_has(open_page: Open, tmp_path: Path) -> None:
+    row = sample(["1", "2", "3"], sampled=[True, True, False], keep=[True, False, None], filtered=[True, False, None])
     page = open_page(run_page(write_run(tmp_path / "run", 3, {1: [row]}, summary(3))))
-    classes = [token.get_attribute("class") for token in page.locator(".tokens .tok").all()]
-    assert classes == ["tok filtered", "tok masked", "tok"]
-    page.locator(".tokens .tok").nth(0).hover()
+    tokens = page.locator(".tokens .tok").all()
+    assert [token.get_attribute("class") for token in tokens] == ["tok filtered", "tok masked", "tok unsampled"]
+    expect(page.locator("#tokens-label")).to_have_text("Completion, 3 tokens, 1 of them by the environment, in italics")
+    tokens[0].hover()
     expect(page.get_by_role("complementary", name="Token")).to_contain_text("filtered")
     expect(page.locator(".key")).to_contain_text("filtered: no gradient")
 
