@@ -17,7 +17,8 @@ from dppo_cli.telemetry.report.sweep_page import sweep_page
 from dppo_cli.training.lock import hold
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync".split()
+FLAGS = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+FLAGS += ("disable-component-update", "disable-sync")
 
 pytestmark = [
     pytest.mark.browser,
@@ -29,9 +30,7 @@ Open = Callable[..., Page]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[f"--{flag}" for flag in (*FLAGS, "disable-component-update")]
-        )
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
         yield chromium
         chromium.close()
 
