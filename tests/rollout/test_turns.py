@@ -1,82 +1,23 @@
 """Responses of several turns: what the model sampled is what the trainer sees, what was said in between is not."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import make
 import pytest
 import torch
-from engines import ROUNDING, opened, sampling, trained
+import vllm_cases
+from conversations import BOUND, PLAIN, STOPS, Replies, always, generate, parts
+from engines import ROUNDING, TEMPERATURE, opened, sampling, trained
 
 from dppo_cli.algorithm.advantage import GroupMean
-from dppo_cli.config.sections import BatchPlan, Prompting, Sampling
+from dppo_cli.config.sections import BatchPlan, Prompting
 from dppo_cli.environment.environment import Reply
 from dppo_cli.errors import ModelError, ReplyError
-from dppo_cli.policy.policy import Policy
 from dppo_cli.rollout.collect import InStepCollector
 from dppo_cli.rollout.engine import derive_seed, in_order
 from dppo_cli.rollout.turns import Conversation, TurnsEngine, _in_parts
 from dppo_cli.types import Completion, Messages, Prompt, Score, Status
-
-PLAIN = Prompting("plain", None, {}, "refuse")
-BOUND = 60
-STOPS = "abcdefghijklm"
-
-
-class Replies:
-    """An environment that says what `reply` gives for a problem, what was said, and the turn. `asked`: of what."""
-
-    schemas: Sequence[Mapping[str, Any]] = ()
-
-    def __init__(
-        self,
-        reply: Callable[[int, Messages, int], str | Reply | None],
-        role: str = "user",
-        stop: Sequence[str] = (),
-        turns: int = 3,
-        turn_tokens: int | None = None,
-    ) -> None:
-        self.reply, self.role, self.stop, self.turns, self.turn_tokens = reply, role, stop, turns, turn_tokens
-        self.asked: list[tuple[int, list[dict[str, str]], int]] = []
-        self.given_up = 0
-
-    def begin(self, prompt: Prompt, said: Messages, turn: int) -> Callable[[], Reply]:
-        self.asked.append((prompt.index, [dict(message) for message in said], turn))
-        found = self.reply(prompt.index, said, turn)
-        reply = Reply([{"role": self.role, "content": found}]) if isinstance(found, str) else found or Reply()
-        return lambda: reply
-
-    def give_up(self) -> None:
-        self.given_up += 1
-
-
-def always(said: str, **how: Any) -> Replies:
-    return Replies(lambda problem, messages, turn: said, **how)
-
-
-def generate(
-    of: Policy,
-    environment: Replies,
-    prompts: Sequence[Prompt],
-    group: int = 3,
-    how: Sampling | None = None,
-    num_logprobs: int = 0,
-    numbers: Sequence[int] | None = None,
-    **engine: Any,
-) -> list[list[Completion]]:
-    with opened(of, **engine) as inner:
-        turns = TurnsEngine(inner, environment, of, PLAIN)
-        return in_order(turns.generate(prompts, group, how or sampling(BOUND), num_logprobs, 3, numbers))
-
-
-def parts(completion: Completion) -> list[tuple[bool, list[int]]]:
-    """Runs of tokens that the model has sampled, and that it has not."""
-    found: list[tuple[bool, list[int]]] = []
-    for token, sampled in zip(completion.token_ids_T.tolist(), completion.sampled_T.tolist(), strict=True):
-        if not found or found[-1][0] != sampled:
-            found.append((sampled, []))
-        found[-1][1].append(token)
-    return found
 
 
 def test_each_turn_is_sampled_as_a_response_to_all_before(policy) -> None:
@@ -109,6 +50,20 @@ def test_mu_is_what_the_trainer_computes(policy, num_logprobs: int) -> None:
     for c in make.flat(completions):
         assert (c.mu.topk_ids_NK is None) == (num_logprobs == 0)
         assert c.mu.topk_ids_NK is None or c.mu.topk_ids_NK.shape == (int(c.sampled_T.sum()), num_logprobs)
+
+
+def test_turns_of_a_vllm_server(adapted, server) -> None:
+    """The same through requests: the server is asked for one sample of each context."""
+    prompts = make.prompts(adapted)
+    environment = always("12+34=", stop=list(STOPS), turn_tokens=20)
+    with vllm_cases.opened(adapted, server) as inner:
+        turns = TurnsEngine(inner, environment, adapted, PLAIN)
+        found = in_order(turns.generate(prompts, 3, sampling(BOUND, temperature=TEMPERATURE), 0, 3))
+    assert sum(len(parts(c)) > 1 for c in make.flat(found)) >= 4
+    mu = torch.cat([c.mu.logp_N for c in make.flat(found)])
+    torch.testing.assert_close(trained(adapted, prompts, found), mu, **ROUNDING)
+    asked = [body["n"] for body in server.bodies("/completions")[2:]]
+    assert asked[: len(prompts)] == [3] * len(prompts) and set(asked[len(prompts) :]) == {1}
 
 
 def test_what_was_said_comes_as_messages(policy) -> None:
@@ -164,47 +119,6 @@ def test_the_last_turn_is_not_answered(policy) -> None:
     environment = always("1+1=", turns=2, turn_tokens=10)
     found = make.flat(generate(policy, environment, make.prompts(policy)))
     assert {turn for _, _, turn in environment.asked} == {1} and max(len(parts(c)) for c in found) == 3
-
-
-# Within the model's own turn
-
-
-def test_a_reply_goes_on_with_the_models_own_turn(policy) -> None:
-    """Where the model has written one of the texts; its own end is the end."""
-    environment = always("99", role="assistant", stop=list(STOPS), turns=2)
-    found = make.flat(generate(policy, environment, make.prompts(policy), group=8))
-    asked = [said for _, said, _ in environment.asked]
-    assert asked and all(len(said) == 1 and said[0]["content"][-1] in STOPS for said in asked)
-    for c in found:
-        assert c.messages == () and c.text == policy.decode(c.token_ids_T.tolist())
-        for turn, (sampled, ids) in enumerate(parts(c)):
-            text = policy.decode(ids)
-            assert text == "99" if not sampled else not set(STOPS) & set(text[:-1]) or turn == 2
-    last = [parts(c)[2][1] for c in found if len(parts(c)) == 3]
-    assert last and any(set(STOPS) & set(policy.decode(ids)[:-1]) for ids in last), "nothing interrupts the last turn"
-
-
-def test_an_empty_reply_leaves_the_text_as_it_was(policy) -> None:
-    prompts = make.prompts(policy)
-    environment = always("", role="assistant", stop=["a"], turns=9)
-    found = make.flat(generate(policy, environment, prompts, how=sampling(30)))
-    assert environment.asked and all(bool(c.sampled_T.all()) for c in found)
-    torch.testing.assert_close(
-        trained(policy, prompts, [found[i : i + 3] for i in range(0, len(found), 3)]),
-        torch.cat([c.mu.logp_N for c in found]),
-        **ROUNDING,
-    )
-
-
-def test_a_stop_string_of_sampling_ends_the_response_or_the_turn(policy) -> None:
-    how = Sampling(1.0, 1.0, 0, 0.0, BOUND, ["a"])
-    inside = always("9", role="assistant", stop=["7"], turns=4)
-    for c in make.flat(generate(policy, inside, make.prompts(policy), how=how)):
-        assert all("a" not in policy.decode(ids) for _, ids in parts(c)[:-1])
-    assert all("a" not in said[-1]["content"] for _, said, _ in inside.asked)
-    beside = always("9", turns=2)
-    generate(policy, beside, make.prompts(policy), how=how)
-    assert beside.asked, "a turn that it ends is answered"
 
 
 # What the loop sees
