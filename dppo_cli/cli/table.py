@@ -46,7 +46,7 @@ COMMANDS = {
         "SampleConfig",
         None,
         "sample",
-        ("hardware",),
+        ("environment", "hardware"),
         ("text",),
     ),
     "plan": Command(

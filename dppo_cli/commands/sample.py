@@ -7,26 +7,28 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 from dppo_cli.commands.beside import Beside
 from dppo_cli.commands.plain import base_config
+from dppo_cli.commands.problems import prompting_with
 from dppo_cli.commands.schemas import SampleConfig
+from dppo_cli.commands.streamed import Heard, Streamed, spoken
 from dppo_cli.commands.trained import find_trained
-from dppo_cli.config.sections import Prompting, Sampling
-from dppo_cli.errors import ConfigError, DataError, ModelError, NumericalError
+from dppo_cli.config.sections import Prompting
+from dppo_cli.errors import ConfigError, DataError, ModelError
 from dppo_cli.policy.loading import load_policy
 from dppo_cli.policy.policy import Policy
-from dppo_cli.rollout.engine import derive_seed
-from dppo_cli.rollout.stop_strings import before_first
+from dppo_cli.rollout.engine import RolloutEngine, derive_seed, in_order
+from dppo_cli.rollout.turns import TurnsEngine
 from dppo_cli.telemetry.phases import phase
 from dppo_cli.telemetry.table import print_to_stderr
-from dppo_cli.types import Example
+from dppo_cli.types import Completion, Example, Messages, Prompt, Status
 
 LONGEST_LINE = 2**20
-Messages = list[dict[str, str]]
+OF_THE_RUN = ("environment", "hardware")
+"""Sections that are the run's, apart from the keys that the user sets."""
 
 
 def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
@@ -34,9 +36,9 @@ def prepare(node: DictConfig, typed: Sequence[str]) -> DictConfig:
 
     Raises ConfigError unless there is one thing to sample from, RunError if the run cannot be used.
     """
-    base = base_config(node, "sample", ["hardware"])
+    base = base_config(node, "sample", OF_THE_RUN)
     with open_dict(node):
-        for name in ("hardware", "model", "adapter"):
+        for name in (*OF_THE_RUN, "model", "adapter"):
             node[name] = base[name]
         if node.prompt.template is None:
             node.prompt = OmegaConf.merge(base.prompt, {k: v for k, v in node.prompt.items() if v is not None})
@@ -62,35 +64,41 @@ def run_sample(config: SampleConfig, config_yaml: str) -> dict[str, Any]:
     policy.model.eval()
     # A model's own (a repetition penalty, a top_k) would fill in what is not said, and sample another distribution.
     policy.model.generation_config = GenerationConfig()
+    environment = config.environment.load(print_to_stderr)
+    prompting = prompting_with(environment, config.prompt, policy.encoder)
     columns: dict[str, Callable[[], Any]] = {"model": nullcontext}
     if run:
         columns = {"base": policy.without_adapter, "trained": nullcontext}
-    said: dict[str, Messages] = {name: [] for name in columns}
+    said: dict[str, list[dict[str, str]]] = {name: [] for name in columns}
     turns: list[dict[str, Any]] = []
     for text in _lines() if config.text is None else [config.text]:
         _check_unicode(text)
-        prompts = {name: _encode(policy, config.prompt, said[name], text) for name in columns}
-        _check_length(policy, max(map(len, prompts.values())), config.sampling.max_new_tokens)
+        prompts = {name: _encode(policy, prompting, said[name], text) for name in columns}
+        longest = max(len(prompt.token_ids) for prompt in prompts.values())
+        _check_length(policy, longest, config.sampling.max_new_tokens)
         seed = derive_seed(config.seed, len(turns))
-        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in columns}
+        samples: dict[str, list[Completion]] = {name: [] for name in columns}
         with Beside(list(columns), config.samples, silent=config.json) as view:
             for name, switched in columns.items():
                 for i in range(config.samples):
                     view.begin(name, i)
-                    torch.manual_seed(derive_seed(seed, i))
+                    engine: RolloutEngine = Streamed(policy, view.add)
+                    if environment is not None:
+                        engine = TurnsEngine(engine, Heard(environment, view.add), policy, prompting)
                     with switched():
-                        samples[name].append(_sample(policy, prompts[name], config.sampling, view.add))
-                    view.end(samples[name][-1]["text"])
+                        generated = engine.generate([prompts[name]], 1, config.sampling, 0, derive_seed(seed, i))
+                        samples[name] += in_order(generated)[0]
+                    view.end("".join(map(spoken, samples[name][-1].said)))
         if config.prompt.template == "chat":
             for name in columns:
-                said[name] += [_message("user", text), _message("assistant", samples[name][0]["text"])]
+                said[name] += [_message("user", text), *map(dict, samples[name][0].said)]
         turn = {
             "run": config.run,
             "model": config.model.path,
             "sampling": asdict(config.sampling),
             "seed": config.seed,
             "prompt": text,
-            "samples": samples,
+            "samples": {name: list(map(_described, found)) for name, found in samples.items()},
         }
         if config.json:
             print(json.dumps(turn, allow_nan=False), flush=True)
@@ -100,67 +108,30 @@ def run_sample(config: SampleConfig, config_yaml: str) -> dict[str, Any]:
     return {"turns": turns}
 
 
-def _sample(policy: Policy, ids: list[int], sampling: Sampling, show: Callable[[str], None]) -> dict[str, Any]:
-    """One response, shown as it grows. Raises NumericalError if the policy's logits are NaN."""
-    options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-    if sampling.temperature > 0:
-        options |= {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    if sampling.stop:
-        options["stop_strings"] = sampling.stop
-    prompt_1L = torch.tensor([ids], device=policy.device)
-    model: Any = policy.model
-    with torch.no_grad(), policy.autocast():
-        out_1T = model.generate(
-            prompt_1L,
-            GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=list(policy.eos_ids),
-                pad_token_id=policy.pad_id,
-                **options,
-            ),
-            attention_mask=torch.ones_like(prompt_1L),
-            logits_processor=[_refuse_nan],
-            streamer=_Stream(policy, show),
-            tokenizer=policy.tokenizer,
-        )
-    tokens: list[int] = out_1T[0, len(ids) :].tolist()
-    whole = policy.decode(tokens)
-    text = before_first(whole, sampling.stop)
-    finished = tokens[-1] in policy.eos_ids or text != whole
-    return {"text": text, "tokens": len(tokens), "finished": finished}
+def _described(found: Completion) -> dict[str, Any]:
+    return {
+        "text": found.text,
+        "messages": list(map(dict, found.messages)),
+        "tokens": len(found.token_ids_T),
+        "finished": found.status is Status.FINISHED,
+    }
 
 
-class _Stream(TextStreamer):
-    """Hands on what transformers has decoded, as soon as later tokens cannot change it."""
-
-    def __init__(self, policy: Policy, show: Callable[[str], None]) -> None:
-        super().__init__(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show = show
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.show(text)
-
-
-def _refuse_nan(ids_1T: torch.Tensor, logits_1V: torch.Tensor) -> torch.Tensor:
-    if logits_1V.isnan().any():
-        raise NumericalError("the logits of the policy are NaN: its weights are broken")
-    return logits_1V
-
-
-def _encode(policy: Policy, prompting: Prompting, said: Messages, text: str) -> list[int]:
-    """The prompt, or the conversation with it as its last message, as token ids.
+def _encode(policy: Policy, prompting: Prompting, said: Messages, text: str) -> Prompt:
+    """The prompt, or the conversation with it as its last message.
 
     Raises ModelError if there is no chat template or it refuses the conversation, DataError if there is no token.
     """
     if not said:
         try:
-            return list(policy.encode([Example(text, "")], prompting)[0].token_ids)
+            return policy.encode([Example(text, "")], prompting)[0]
         except DataError as error:
             raise DataError(str(error).replace("problem 0", "the prompt", 1)) from None
     system = [] if prompting.system is None else [_message("system", prompting.system)]
+    chat = [*system, *map(dict, said), _message("user", text)]
     try:
         rendered: Any = policy.tokenizer.apply_chat_template(
-            [*system, *said, _message("user", text)],
+            chat,
             tokenize=True,
             add_generation_prompt=True,
             return_dict=True,
@@ -169,7 +140,7 @@ def _encode(policy: Policy, prompting: Prompting, said: Messages, text: str) -> 
     except Exception as error:  # A template is a program.
         why = " ".join(str(error).split())
         raise ModelError(f"the chat template of {policy.path} refuses the conversation: {why}") from None
-    return list(rendered["input_ids"])
+    return Prompt(0, Example(text, ""), tuple(rendered["input_ids"]), chat)
 
 
 def _message(role: str, text: str) -> dict[str, str]:

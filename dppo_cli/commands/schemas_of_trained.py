@@ -116,6 +116,7 @@ class SampleConfig:
     trust: bool
     model: Model
     adapter: LoRA | None
+    environment: EnvironmentSource
     hardware: Hardware
     prompt: Prompting
     sampling: Sampling

@@ -133,6 +133,28 @@ def test_difficulty_is_measured_with_it(model: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["difficulty"]["problems"] == 2
 
 
+def test_sample_shows_what_is_said_in_between(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path.cwd() / "hint.py").write_text("def reply(messages, answer):\n    return 'no' if not answer else None\n")
+    words = [
+        f"model.path={model}",
+        "text=1+2=",
+        *TURNS,
+        "environment.path=hint.py:reply",
+        "sampling.max_new_tokens=200",
+    ]
+    assert main(["sample", *words, "environment.turns=3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n[user] no\n") == 2
+    assert main(["sample", *words, "environment.turns=3", "json=true"]) == 0
+    ((found,),) = json.loads(capsys.readouterr().out)["samples"].values()
+    assert [m["role"] for m in found["messages"]] == ["assistant", "user", "assistant", "user", "assistant"]
+    assert "\n[user] no\n".join(m["content"] for m in found["messages"] if m["role"] == "assistant") == shown[:-1]
+    assert found["text"] == found["messages"][-1]["content"]
+    assert main(["sample", *words, "environment.role=assistant", "json=true"]) == 0
+    ((found,),) = json.loads(capsys.readouterr().out)["samples"].values()
+    assert found["messages"] == [] and "no" in found["text"]
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

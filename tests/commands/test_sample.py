@@ -18,6 +18,7 @@ from dppo_cli.commands import sample
 from dppo_cli.commands.beside import shown
 from dppo_cli.config.saved import SIGNATURE
 from dppo_cli.rollout.engine import derive_seed
+from dppo_cli.types import Prompt
 
 Sampled = Callable[..., list[dict[str, Any]]]
 
@@ -162,7 +163,7 @@ def test_a_text_that_ends_a_response(model: Path, work: Path, sampled: Sampled) 
     assert (found["text"], found["finished"]) == (whole[:3], True)
     # It ends with the very token that completes the text.
     (shorter,) = sampled(*words[:2], *words[3:], f"sampling.max_new_tokens={found['tokens'] - 1}")
-    assert shorter["samples"]["model"] == [{"text": whole[:3], "tokens": found["tokens"] - 1, "finished": False}]
+    assert shorter["samples"]["model"] == [{**found, "tokens": found["tokens"] - 1, "finished": False}]
 
 
 def test_a_run_of_somebody_else_runs_no_code_unless_trusted(
@@ -196,10 +197,10 @@ def test_a_conversation_keeps_what_was_said(
     """Each column has its own: base and trained policy go on from what they themselves said."""
     real, asked = sample._encode, []
 
-    def encode(policy: Any, prompting: Any, said: Any, text: str) -> list[int]:
-        ids = real(policy, prompting, said, text)
-        asked.append(policy.tokenizer.decode(ids))
-        return ids
+    def encode(policy: Any, prompting: Any, said: Any, text: str) -> Prompt:
+        prompt = real(policy, prompting, said, text)
+        asked.append(policy.tokenizer.decode(list(prompt.token_ids)))
+        return prompt
 
     monkeypatch.setattr(sample, "_encode", encode)
     stdin(monkeypatch, "one\ntwo\n")

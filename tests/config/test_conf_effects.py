@@ -24,6 +24,7 @@ OTHER_VALUES = {
     "filter.high": "7.5",
     "environment.path": "other.py:reply",
     "environment.role": "tool",
+    "environment.stop": "[x]",
     "environment.turn_tokens": "32",
     "model.path": "some/model",
     "model.revision": "main",
