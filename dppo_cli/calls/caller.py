@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 PLACED = ("prompts", "completions")
+LONGEST = 1000
+"""Characters of what an exception says."""
 HERE = os.path.dirname(__file__)
 
 
@@ -76,4 +78,21 @@ def told(error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(between)]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-    return f"{type(error).__name__}: {error}{at}"
+    return f"{type(error).__name__}: {text_of(error)}{at}"
+
+
+def text_of(error: Exception) -> str:
+    """What it says. Not every exception can."""
+    try:
+        text = str(error)
+    except Exception:
+        return "it cannot say what"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def described(value: Any) -> str:
+    """A value that a function returned, in some words."""
+    try:
+        return repr(value)[:200]
+    except Exception:
+        return f"a {type(value).__name__}"

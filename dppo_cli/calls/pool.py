@@ -23,7 +23,7 @@ LOADING = 120.0
 """Seconds that importing the function's module may take."""
 
 Call = tuple[dict[str, Any], int]
-"""The keywords that the function gets, and the number of rollouts trained on before."""
+"""The keywords that the function gets, and a number that goes with them; see `dppo_cli.calls.worker.Answers`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Worker:
     """One process. Killed, with all its children, when it is closed or forgotten."""
 
     def __init__(self, kind: Kind, paths: Sequence[str], memory_gib: float) -> None:
-        """Raises the kind's error if a function cannot be imported."""
+        """A process that has imported nothing yet."""
+        self.asked = kind, paths, memory_gib
         self.connection, theirs = socket.socketpair()
         # -P: nothing from the working folder, where a file may be called like a library. -u: prints are seen at once.
         command = [sys.executable, "-P", "-u", "-m", "dppo_cli.calls.worker", str(theirs.fileno())]
@@ -59,6 +60,11 @@ class Worker:
         )
         theirs.close()
         self.close = weakref.finalize(self, _kill, self.process, self.connection)
+        self.about: dict[str, Any] = {}
+
+    def load(self) -> "Worker":
+        """Have the functions imported. Raises the kind's error if one cannot be."""
+        kind, paths, memory_gib = self.asked
         try:
             what = (kind.answers, kind.section, list(paths), [os.getcwd(), *sys.path], memory_gib)
             self.about = self._ask(pickle.dumps(what), LOADING)
@@ -67,6 +73,7 @@ class Worker:
         if "error" in self.about:
             self.close()
             raise kind.error(self.about["error"])
+        return self
 
     def call(self, call: Call, timeout: float) -> dict[str, Any]:
         """What the call gave; see `dppo_cli.calls.worker.Answers`. Raises CallError, with the process gone."""
@@ -114,7 +121,7 @@ class Pool:
     ) -> None:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.timeout, self.memory_gib, self.kind = timeout, memory_gib, kind
-        first = self._worker()
+        first = self._worker().load()
         self.about = first.about
         # The first one takes all calls as long as none fails, so that a function may keep a state.
         self.first: Worker | None = None if stateless else first
@@ -129,7 +136,7 @@ class Pool:
 
     def call(self, call: Call) -> dict[str, Any]:
         """One call, by the first worker. Raises CallError."""
-        self.first = self.first or self._worker()
+        self.first = self.first or self._worker().load()
         try:
             return self.first.call(call, self.timeout)
         except CallError:
@@ -159,7 +166,11 @@ class Pool:
     def _call(self, call: Call, ended: Event) -> dict[str, Any] | CallError:
         number = self.free.get()
         try:
-            worker = self.others[number] = self.others[number] or self._worker()
+            worker = self.others[number]
+            if worker is None:
+                # Known before it imports anything, so that `give_up` finds it.
+                worker = self.others[number] = self._worker()
+                worker.load()
             if ended.is_set():
                 raise CallError("it was not called any more")
             return worker.call(call, self.timeout)

@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dppo_cli.calls.caller import Caller, told
+from dppo_cli.calls.caller import Caller, described, told
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters, and three dots where some are left out at the end; only what UTF-8 can hold.
+
+    Example:
+        >>> shortened("a long reply", 6)
+        'a long...'
+    """
+    cut = text if len(text) <= most else f"{text[:most]}..."
+    return cut.encode("utf-8", "replace").decode("utf-8")
 
 
 class Replies:
@@ -14,9 +25,11 @@ class Replies:
         self.caller = Caller()
         self.about: dict[str, Any] = {}
 
-    def __call__(self, keywords: dict[str, Any], step: int) -> dict[str, Any]:
-        """The `reply`, a list of texts and of messages with a `role` and a `content`, or None where the conversation is
+    def __call__(self, keywords: dict[str, Any], number: int) -> dict[str, Any]:
+        """The `reply`, a list of texts and of messages with a `role` and a `content`, empty where the conversation is
         over; or what was `returned` instead; or what was `raised`. Raises MemoryError.
+
+        `number`: most characters of a text.
         """
         try:
             found = self.caller(self.function, keywords)
@@ -24,12 +37,17 @@ class Replies:
             raise
         except Exception as error:
             return {"raised": told(error)}
-        if found is None:
-            return {"reply": None}
-        parts = list(found) if isinstance(found, list | tuple) else [found]
-        if not parts or not all(isinstance(part, str) or _is_message(part) for part in parts):
-            return {"returned": repr(found)[:200]}
-        return {"reply": [part if isinstance(part, str) else dict(part) for part in parts]}
+        parts = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
+        if not all(isinstance(part, str) or _is_message(part) for part in parts):
+            return {"returned": described(found)}
+        return {
+            "reply": [
+                shortened(part, number)
+                if isinstance(part, str)
+                else {"role": part["role"], "content": shortened(part["content"], number)}
+                for part in parts
+            ]
+        }
 
 
 def _is_message(part: Any) -> bool:

@@ -17,15 +17,17 @@ class Scores:
         self.caller = Caller()
         self.about = {"whole_groups": bool(getattr(function, "whole_groups", False))}
 
-    def __call__(self, keywords: dict[str, Any], step: int) -> dict[str, Any]:
+    def __call__(self, keywords: dict[str, Any], number: int) -> dict[str, Any]:
         """What a call gave: `rewards`, or what was `returned` instead, or `raised`.
+
+        `number`: of rollouts trained on before.
 
         With `rewards` come the values that were logged of each sample (`extra`) and of the call (`metrics`). Raises
         MemoryError.
         """
         logged = _Logged(keywords)
         ours = {
-            "trainer_state": SimpleNamespace(global_step=step),
+            "trainer_state": SimpleNamespace(global_step=number),
             "log_extra": logged.log_extra,
             "log_metric": logged.log_metric,
         }

@@ -4,7 +4,8 @@ import inspect
 import json
 from typing import Any
 
-from dppo_cli.calls.caller import Caller, told
+from dppo_cli.calls.caller import Caller, described, text_of
+from dppo_cli.calls.replies import shortened
 from dppo_cli.errors import ReplyError
 
 
@@ -16,24 +17,36 @@ class Tools:
     """
 
     def __init__(self, functions: list[Any]) -> None:
-        self.functions = {function.__name__: function for function in functions}
+        self.functions: dict[str, Any] = {}
+        for function in functions:
+            name = getattr(function, "__name__", None)
+            if name is None or name in self.functions:
+                what = f"two tools are called {name}" if name else f"{described(function)} has no name"
+                raise ReplyError(f"environment.path: {what}; a tool is a function that `def` has made, under its name")
+            self.functions[name] = function
         self.caller = Caller()
         self.about = {"schemas": [_schema(function) for function in functions]}
 
-    def __call__(self, keywords: dict[str, Any], step: int) -> dict[str, Any]:
-        """A call by `name` with `arguments`. An error is a text, too, for the model to read. Raises MemoryError."""
-        function = self.functions.get(keywords["name"])
+    def __call__(self, keywords: dict[str, Any], number: int) -> dict[str, Any]:
+        """A call by `name` with `arguments`. An error is a text, too, for the model to read. Raises MemoryError.
+
+        `number`: most characters of a result.
+        """
+        return {"reply": shortened(self._result(keywords["name"], keywords["arguments"]), number)}
+
+    def _result(self, name: str, arguments: dict[str, Any]) -> str:
+        function = self.functions.get(name)
         if function is None:
-            return {"reply": f"Error: there is no tool {keywords['name']!r}; there are: {', '.join(self.functions)}"}
+            return f"Error: there is no tool {name!r}; there are: {', '.join(self.functions)}"
         try:
-            inspect.signature(function).bind(**keywords["arguments"])
-            found = self.caller(function, keywords["arguments"])
-            return {"reply": found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)}
+            inspect.signature(function).bind(**arguments)
+            found = self.caller(function, arguments)
+            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
         except MemoryError:
             raise
         except Exception as error:
-            # In the words that a model knows, without a file's name, which it has no use for.
-            return {"reply": f"Error: {type(error).__name__}: {error}", "failed": told(error)}
+            # Without a file's name, which a model has no use for.
+            return f"Error: {type(error).__name__}: {text_of(error)}"
 
 
 def _schema(function: Any) -> dict[str, Any]:

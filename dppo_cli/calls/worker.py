@@ -38,8 +38,8 @@ class Answers(Protocol):
 
     about: dict[str, Any]
 
-    def __call__(self, keywords: dict[str, Any], step: int) -> dict[str, Any]:
-        """As JSON. Raises MemoryError."""
+    def __call__(self, keywords: dict[str, Any], number: int) -> dict[str, Any]:
+        """As JSON. `number`: what else there is to say. Raises MemoryError."""
         ...
 
 

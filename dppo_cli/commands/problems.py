@@ -46,6 +46,11 @@ def prompting_with(environment: Environment | None, prompting: Prompting, encode
             "environment=tools describes tools by the model's chat template; add prompt.template=chat, or answer plain "
             "prompts by environment=function"
         )
+    if encoder.tokenizer.chat_template is None:
+        raise ModelError(
+            f"the tokenizer of {encoder.path} has no chat template, by which tools are described; use a model that was "
+            "made for them, or environment=function"
+        )
     shown = replace(prompting, template_kwargs={**prompting.template_kwargs, "tools": list(environment.schemas)})
     if not encoder.shows_tools(shown):
         raise ModelError(

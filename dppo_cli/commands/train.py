@@ -236,7 +236,7 @@ def _run(
         whole_prompts=as_written(config_yaml, "prompt.system", system) == system,
     )
     moves = config.batch.updates_per_step > 1 or steps_ahead(config.rollout) > 0
-    watch = Watch(config.objective.masks and moves, warn)
+    watch = Watch(config.objective.masks and moves, warn, answered=environment is not None)
     trackers = [Tracker(name, config_yaml) for name in chosen(config.tracker)]
     listeners = Listeners([masked, watch, *trackers, console], warn)
     state = RunState(

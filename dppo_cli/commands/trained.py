@@ -108,7 +108,9 @@ def run_config(folder: Path, own: DictConfig, trust: bool) -> DictConfig:
 
     def refuse(key: str, value: str) -> None:
         # What the user has named on this command line is in `own`.
-        if not trusted and OmegaConf.select(own, key) != value:
+        typed = OmegaConf.select(own, key)
+        typed = str(OmegaConf.to_container(typed)) if OmegaConf.is_config(typed) else typed
+        if not trusted and typed != value:
             what = "a secret that would be sent" if key.endswith(SECRET_KEY) else "code that would run"
             raise RunError(
                 f"{folder / CONFIG} was written by somebody else, or edited, and names {what}: {key}={value}. Read it, "

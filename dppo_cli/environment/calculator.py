@@ -7,6 +7,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 
 LONGEST = 200
@@ -48,6 +49,8 @@ def _begins(before: str) -> bool:
     words = before.split()
     if before[-1:].isalnum() or before[-1:] in ("_", "^"):
         return False
+    if re.search(r"\d[,:]$", before):  # 1,5 and 5:30
+        return False
     is_bullet = before.rpartition("\n")[2].strip() == "-"
     return is_bullet or not words or not (words[-1] == "x" or words[-1][-1] in "+-*/^×÷")
 
@@ -60,25 +63,26 @@ def value_of(expression: str) -> str | None:
         ('124.875', None, None)
     """
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)|\$", "", expression).replace("x", "*").replace("×", "*").replace("÷", "/")
-    plain = plain.replace("%", "/100").strip()
+    plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain.replace("%", "/100")).strip()
     try:
         tree = ast.parse(plain, mode="eval").body
         if not isinstance(tree, ast.BinOp):
             return None
-        value = _value(tree)
+        value = _value(tree, plain)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.{DECIMALS}f}".rstrip("0").rstrip(".")
+    rounded = round(value, DECIMALS)
+    if rounded.denominator == 1:
+        return str(rounded.numerator)
+    return f"{Decimal(rounded.numerator) / Decimal(rounded.denominator):f}"
 
 
-def _value(node: ast.expr) -> Fraction:
+def _value(node: ast.expr, source: str) -> Fraction:
     """Exact. Raises ValueError for what is neither a number nor an operation of two."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return Fraction(str(node.value))
+        return Fraction(ast.get_source_segment(source, node) or "")  # Not the float, which is rounded.
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
+        return -_value(node.operand, source)
     if isinstance(node, ast.BinOp) and type(node.op) in COMPUTE:
-        return COMPUTE[type(node.op)](_value(node.left), _value(node.right))
+        return COMPUTE[type(node.op)](_value(node.left, source), _value(node.right, source))
     raise ValueError("not a calculation")

@@ -69,7 +69,7 @@ class FunctionEnvironment:
             "messages": prompt.conversation(said),
             "turn": turn,
         }
-        call = self.pool.begin((keywords, 0))
+        call = self.pool.begin((keywords, self.option.reply_characters))
         return lambda: self._reply(prompt, call)
 
     def give_up(self) -> None:
@@ -91,7 +91,7 @@ class FunctionEnvironment:
         expected = "a text, a message with role and content, a list of them, or None to end the conversation"
         if "returned" in answer:
             raise ReplyError(f"{named} returned {answer['returned']} for problem {prompt.index}; expected {expected}")
-        messages = [self._message(part) for part in answer["reply"] or ()]
+        messages = [self._message(part) for part in answer["reply"]]
         roles = [INLINE] if self.role == INLINE else [role for role in ROLES if role != INLINE]
         if wrong := [message["role"] for message in messages if message["role"] not in roles]:
             raise ReplyError(
@@ -101,18 +101,7 @@ class FunctionEnvironment:
         return Reply(messages)
 
     def _message(self, part: str | Mapping[str, str]) -> dict[str, str]:
-        message = {"role": self.role, "content": part} if isinstance(part, str) else dict(part)
-        return {**message, "content": shortened(message["content"], self.option.reply_characters)}
-
-
-def shortened(text: str, most: int) -> str:
-    """At most so many characters, and three dots where some are left out at the end.
-
-    Example:
-        >>> shortened("a long reply", 6)
-        'a long...'
-    """
-    return text if len(text) <= most else f"{text[:most]}..."
+        return {"role": self.role, "content": part} if isinstance(part, str) else dict(part)
 
 
 def rules_of_turns(of: Any) -> dict[str, bool]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from dppo_cli.calls.pool import CallError, Kind, Pool
 from dppo_cli.config.build import CodePaths
 from dppo_cli.config.checks import check_rules
 from dppo_cli.environment.environment import Reply
-from dppo_cli.environment.function import rules_of_turns, shortened
+from dppo_cli.environment.function import rules_of_turns
 from dppo_cli.errors import ReplyError
 from dppo_cli.types import Messages, Prompt
 
@@ -78,14 +79,14 @@ class ToolEnvironment:
     def _begun(self, call: "ToolCall | str") -> "Future[dict[str, Any] | CallError] | str":
         if isinstance(call, str):
             return call
-        return self.pool.begin(({"name": call.name, "arguments": dict(call.arguments)}, 0))
+        request = {"name": call.name, "arguments": dict(call.arguments)}
+        return self.pool.begin((request, self.option.reply_characters))
 
     def _result(self, begun: "Future[dict[str, Any] | CallError] | str") -> str:
         if isinstance(begun, str):
             return begun
         answer = begun.result()
-        text = f"Error: {answer}" if isinstance(answer, CallError) else answer["reply"]
-        return shortened(text, self.option.reply_characters)
+        return f"Error: {answer}" if isinstance(answer, CallError) else str(answer["reply"])
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def calls_in(text: str) -> list[ToolCall | str]:
         found = json.loads(bare) if bare[:1] in ("{", "[") else None
     except (ValueError, RecursionError):
         return []
-    calls = [_call(one) for one in (found if isinstance(found, list) else [found])]
+    calls = [_call(one) for one in (found if isinstance(found, list) else [found]) if _has_arguments(one)]
     # A list or an object of another kind is an answer.
-    return list(calls) if calls and all(isinstance(call, ToolCall) for call in calls) else []
+    whole = len(calls) == (len(found) if isinstance(found, list) else 1)
+    return list(calls) if whole and all(isinstance(call, ToolCall) for call in calls) else []
 
 
 def _read(text: str) -> ToolCall | str:
@@ -124,9 +126,16 @@ def _read(text: str) -> ToolCall | str:
         return f"Error: the call is not JSON: {error}"
 
 
+def _has_arguments(found: Any) -> bool:
+    return isinstance(found, dict) and ("arguments" in found or "parameters" in found)
+
+
 def _call(found: Any) -> ToolCall | str:
     if isinstance(found, dict) and isinstance(found.get("name"), str):
-        arguments = found.get("arguments", found.get("parameters", {}))
+        arguments = found.get("arguments", found.get("parameters")) or {}
+        if isinstance(arguments, str):  # JSON in JSON, as in OpenAI's form.
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
         if isinstance(arguments, dict):
             return ToolCall(found["name"], arguments)
     return 'Error: a call is {"name": ..., "arguments": {...}}'

@@ -1,5 +1,6 @@
 """From text to token ids."""
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,6 @@ BATCH = 256
 
 BATCH_CHARACTERS = 2**20
 """Characters tokenised at once. A tokenizer may need 350 bytes for each, and ends the process when it gets none."""
-
-MARK = "(what the model said)"
-"""In the place of a turn of the model, in a text that a template has made."""
 
 UNKNOWN_POSITIONS = 2**20
 """The limit of a model that does not name one: more than can be trained on."""
@@ -88,11 +86,15 @@ class Encoder:
             text = "".join(message["content"] for message in messages)
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         # In a conversation whose text is known, so that what follows the model's turn can be told from it.
-        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        mark = f"turn-{secrets.token_hex(16)}"
+        before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
         rendered = self._rendered([*before, *map(dict, messages)], prompting, tokenize=False)
-        _, found, after = str(rendered).rpartition(MARK)
+        _, found, after = str(rendered).rpartition(mark)
         if not found:
             raise ModelError(f"the chat template of {self.path} leaves out what the model has said before a reply")
+        ends = tuple(str(self.tokenizer.decode([token])) for token in eos_ids)
+        # Some templates have a space before the end of a turn.
+        after = after.lstrip() if after.lstrip().startswith(ends) else after
         ids = list(self.tokenizer(after, add_special_tokens=False)["input_ids"])
         return ids[1:] if ids and ids[0] in eos_ids and ended_by in eos_ids else ids
 

@@ -14,7 +14,7 @@ from dppo_cli.reward.scorer import EarlyScorer, Scorer
 from dppo_cli.rollout.engine import RolloutEngine, derive_seed, in_order
 from dppo_cli.types import Completion, Group, Prompt, Score, Status
 
-BROKEN = Score(None, note="the response was aborted")
+ABORTED = Score(None, note="the response was aborted")
 
 Take = Callable[[int], Sequence[Prompt]]
 """Gives the next so many prompts."""
@@ -143,16 +143,21 @@ def score(generated: Generated, scorer: Scorer, prompts: Sequence[Prompt]) -> Sc
                 scoring += time.perf_counter() - begun_at
         sampled_at = time.perf_counter()
         sampled = in_order(found)
-        scores = [
-            [BROKEN if completion.status is Status.ABORTED else score for completion, score in zip(*group, strict=True)]
-            for group in zip(sampled, scorer(prompts, sampled), strict=True)
-        ]
+        scores = scorer(prompts, sampled)
     except BaseException:
         if early is not None:
             early.give_up()
         raise
     seconds = {"rollout": sampled_at - start - scoring, "reward": scoring + time.perf_counter() - sampled_at}
+    scores = [_without_aborted(*group) for group in zip(sampled, scores, strict=True)]
     return Scored(sampled, scores, seconds)
+
+
+def _without_aborted(completions: Sequence[Completion], scores: list[Score]) -> list[Score]:
+    """What broke off is not judged, whatever the scorer makes of it."""
+    if all(completion.status is not Status.ABORTED for completion in completions):
+        return scores
+    return [ABORTED if c.status is Status.ABORTED else score for c, score in zip(completions, scores, strict=True)]
 
 
 def advantages(scores: Sequence[Score], advantage: Advantage) -> list[float]:

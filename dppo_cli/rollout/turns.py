@@ -122,20 +122,22 @@ class TurnsEngine:
 
     def _interrupted(self, turn: Completion, sampling: Sampling) -> str | None:
         """The text of a turn that one of the environment's texts has ended, with it; None for others."""
-        text = self.policy.decode(turn.token_ids_T.tolist())
-        if not any(stop in text for stop in self.environment.stop) or any(stop in text for stop in sampling.stop):
+        if not self.environment.stop:
             return None
-        return text
+        ids = turn.token_ids_T.tolist()
+        # With the text of special tokens, as where stop strings are looked for.
+        whole = self.policy.tokenizer.decode(ids)
+        ours = any(stop in whole for stop in self.environment.stop)
+        return self.policy.decode(ids) if ours and not any(stop in whole for stop in sampling.stop) else None
 
     def _answered(self, one: "Conversation") -> bool:
         """Wait for the reply; whether the conversation goes on."""
         assert one.reply is not None
-        reply = one.reply()
+        reply, one.reply = one.reply(), None
         if reply.failed or not reply.messages:
             one.end(Status.ABORTED if reply.failed else Status.FINISHED)
             return False
-        ended_by = one.token_ids[-1][-1].item()
-        ids = self._tokens_of(reply.messages, int(ended_by))
+        ids = self._tokens_of(reply.messages, ended_by=int(one.token_ids[-1][-1]))
         if len(ids) >= one.room:
             one.end(Status.CUT)
             return False

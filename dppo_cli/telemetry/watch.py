@@ -25,9 +25,12 @@ NOISE = 1e-4
 class Watch:
     """A listener that looks at each step's metrics and warns of what is unusual."""
 
-    def __init__(self, masks: bool, warn: Callable[[str], None]) -> None:
-        """`masks`: whether the trust region can ever mask a token: with one update per rollout pi is mu."""
-        self.masks, self.warn = masks, warn
+    def __init__(self, masks: bool, warn: Callable[[str], None], answered: bool = False) -> None:
+        """`masks`: whether the trust region can ever mask a token: with one update per rollout pi is mu.
+
+        `answered`: whether there is an environment.
+        """
+        self.masks, self.warn, self.answered = masks, warn, answered
         self.quiet_steps = 0
         self.first_mismatch: float | None = None
         self.given: set[str] = set()
@@ -64,6 +67,11 @@ class Watch:
         if (metrics.get("unjudged") or 0.0) > UNJUDGED_SHARE:
             found["unjudged"] = f"{metrics['unjudged']:.0%} of the samples were not judged, and teach nothing" + (
                 f": {note}" if note else ""
+            )
+        if self.answered and metrics["step"] == 1 and metrics["turns"] == 1:
+            found["alone"] = (
+                "the environment has not answered once: no turn ended where it is asked (the model's end of turn, or "
+                "environment.stop), or there was nothing to say; dppo sample shows what the model writes"
             )
         masked = [m for m in (metrics["masked_positive"], metrics["masked_negative"]) if m is not None]
         # Of samples from earlier steps it is not a matter of the engine.

@@ -1,6 +1,6 @@
-"""Draw the curves of runs of this recipe, and print their table.
+"""Draw the curves of runs of this recipe, or of recipes/smollm2_calculator, and print their table.
 
-    python plot.py RUN...        # pip install matplotlib; writes smollm2_arithmetic.png beside this file
+    python plot.py OUT.png RUN...        # pip install matplotlib
 
 A run's label is what it changes of the recipe.
 """
@@ -13,8 +13,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-HERE = Path(__file__).parent
-
 
 def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Config, metrics and summary."""
@@ -24,11 +22,12 @@ def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any
 
 
 def label(config: dict[str, Any]) -> str:
-    """LoRA or QLoRA, and how many updates a rollout has."""
+    """LoRA or QLoRA, how many updates a rollout has, and whether there is a calculator."""
     batch = config["batch"]
     updates = batch["epochs"] * batch["prompts_per_step"] // batch["prompts_per_update"]
     kind = "LoRA" if config["adapter"]["quantization"] is None else "QLoRA"
-    return f"{kind}, seed {config['seed']}" + (f", {updates} updates a rollout" if updates > 1 else "")
+    calculator = ", calculator" if "path" in config.get("environment", {}) else ""
+    return f"{kind}{calculator}, seed {config['seed']}" + (f", {updates} updates a rollout" if updates > 1 else "")
 
 
 def curve(
@@ -72,7 +71,7 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     for run in runs:
         config, metrics, summary = read(run)
         axes.plot(*curve(config, metrics, summary), marker="o", markersize=3, label=label(config))
-    axes.set(xlabel="samples trained on", ylabel="accuracy on held-out sums", ylim=(0, 1))
+    axes.set(xlabel="samples trained on", ylabel="accuracy on held-out problems", ylim=(0, 1))
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -81,6 +80,6 @@ def draw(runs: Sequence[Path], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    given = [Path(word) for word in sys.argv[1:]]
+    out, *given = [Path(word) for word in sys.argv[1:]]
     print(table(given))
-    draw(given, HERE / "smollm2_arithmetic.png")
+    draw(given, out)

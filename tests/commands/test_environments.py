@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import tiny
 from disturbed import fail_at, outcome
-from helpers import read_json, read_lines, train, train_words, write_rewards
+from helpers import TINY_RUN, read_json, read_lines, train, train_words, write_rewards
 
 from dppo_cli.cli.main import main
+from dppo_cli.config.saved import SIGNATURE
 from dppo_cli.rollout.local import LocalEngine
 
 pytestmark = pytest.mark.usefixtures("work")
@@ -153,6 +154,24 @@ def test_sample_shows_what_is_said_in_between(model: Path, capsys: pytest.Captur
     assert main(["sample", *words, "environment.role=assistant", "json=true"]) == 0
     ((found,),) = json.loads(capsys.readouterr().out)["samples"].values()
     assert found["messages"] == [] and "no" in found["text"]
+
+
+def test_what_a_run_of_somebody_else_may_name(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our own calculator; and what is typed now, a list of tools, too."""
+    words = [*TINY_RUN, "data.train_problems=32", f"model.path={model}", "steps=1", "run_dir=run"]
+    assert main(["train", *words, "environment=calculator"]) == 0
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().rpartition(SIGNATURE)[0])
+    assert main(["eval", "run=run", "out=a"]) == 0
+    other = config.read_text().replace("environment.calculator:reply", "calls.worker:find_function")
+    config.write_text(other)
+    assert main(["eval", "run=run", "out=b"]) == 2
+    assert "names code that would run: environment.path=dppo_cli.calls.worker:find_fu" in capsys.readouterr().err
+    shutil.copytree(model, "own")
+    Path("own/chat_template.jinja").write_text(TOOLS_TEMPLATE, encoding="utf-8")
+    config.write_text(other.replace(str(model), str(Path("own").resolve())))
+    words = ["environment=tools", "environment.path=[env.py:multiply]", "prompt.template=chat"]
+    assert main(["eval", "run=run", "out=c", *words]) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import make
 import pytest
 from environments import function
 
+from dppo_cli.calls.replies import shortened
 from dppo_cli.environment.environment import NoEnvironment, Reply
-from dppo_cli.environment.function import FunctionEnvironment, shortened
+from dppo_cli.environment.function import FunctionEnvironment
 from dppo_cli.errors import ConfigError, ReplyError
 from dppo_cli.types import Example, Prompt
 
@@ -60,13 +61,16 @@ def test_an_answer_of_the_data_goes_before_the_problems(load: Load) -> None:
         ("{'role': 'tool', 'content': 'x'}", [("tool", "x")]),
         ("['a', {'role': 'system', 'content': 'b'}]", [("user", "a"), ("system", "b")]),
         ("('a',)", [("user", "a")]),
+        ("[]", []),
+        ("'a\\ud800b'", [("user", "a?b")]),
+        ("{'role': 'tool', 'content': 'a\\udc00'}", [("tool", "a?")]),
     ],
 )
 def test_what_the_function_may_return(load: Load, returned: str, messages: list[tuple[str, str]]) -> None:
     assert [(m["role"], m["content"]) for m in reply(load(returned)).messages] == messages
 
 
-@pytest.mark.parametrize("returned", ["5", "[]", "[1]", "{'role': 'user'}", "{'role': 'user', 'content': 1}", "b'x'"])
+@pytest.mark.parametrize("returned", ["5", "[1]", "{'role': 'user'}", "{'role': 'user', 'content': 1}", "b'x'"])
 def test_what_it_may_not_return(load: Load, returned: str) -> None:
     with pytest.raises(ReplyError, match=r"env.py:reply returned .* for problem 7; expected a text, a message with"):
         reply(load(returned))
@@ -100,6 +104,13 @@ def test_a_long_reply_is_cut(load: Load) -> None:
 def test_a_function_that_raises_ends_the_run(load: Load) -> None:
     with pytest.raises(ReplyError, match=r"failed on problem 7: ValueError: no \(env.py, line 2, in reply\)"):
         reply(load("raise ValueError('no')"))
+    with pytest.raises(ReplyError, match=r"ValueError: x{1000}\.\.\. \(env.py, line 2, in reply\)"):
+        reply(load("raise ValueError(5000 * 'x')"))
+    silent = "type('Silent', (Exception,), {'__str__': lambda self: 1 / 0, '__repr__': lambda self: 1 / 0})()"
+    with pytest.raises(ReplyError, match=r"Silent: it cannot say what \(env.py, line 2, in reply\)"):
+        reply(load(f"raise {silent}"))
+    with pytest.raises(ReplyError, match="returned a Silent for problem 7"):
+        reply(load(silent))
 
 
 @pytest.mark.parametrize(

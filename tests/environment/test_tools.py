@@ -12,7 +12,7 @@ from dppo_cli.environment.tools import ToolCall, ToolEnvironment, calls_in
 from dppo_cli.errors import ConfigError, ReplyError
 
 TOOLS = '''
-import os, time
+import functools, os, time
 
 def multiply(a: int, b: int) -> int:
     """Multiply two numbers.
@@ -45,6 +45,18 @@ def harm(kind: str) -> str:
     if kind == "die":
         os._exit(3)
     raise KeyError(kind)
+
+
+def echo(text: str) -> str:
+    """Say it again.
+
+    Args:
+        text: What.
+    """
+    return text
+
+
+nameless = functools.partial(multiply, 2)
 
 
 def undescribed(a: int):
@@ -112,6 +124,10 @@ def test_calls_are_made_and_answered_in_their_order(load: Load) -> None:
         ("[]", []),
         ("{broken", []),
         ("[" * 100_000, []),
+        ('{"name": "Bob"}', []),
+        ('[{"name": "f", "arguments": {}}, {"name": "Bob"}]', []),
+        ('<tool_call>{"name": "f", "arguments": null}</tool_call>', [ToolCall("f", {})]),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', [ToolCall("f", {"a": 1})]),
         (
             '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
             ['Error: a call is {"name": ..., "arguments": {...}}'],
@@ -151,11 +167,22 @@ def test_long_results_are_cut(load: Load) -> None:
     assert results(load("multiply", reply_characters=1), MULTIPLY) == ["4..."]
 
 
+def test_half_a_character_from_the_model_is_replaced(load: Load) -> None:
+    """It is valid JSON, and no text that a tokenizer takes."""
+    call = '<tool_call>{"name": "%s", "arguments": {"text": "a\\ud800b"}}</tool_call>'
+    assert results(load("echo"), call % "echo") == ["a?b"]
+    assert results(load("echo"), call % "say") == ["Error: there is no tool 'say'; there are: echo"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("undescribed", r"the tool undescribed cannot be described to a model: .*; give every parameter a type hint"),
         ("untyped", r"the tool untyped cannot be described to a model: .*type hint"),
+        (
+            "nameless",
+            r"environment.path: functools.partial\(.*\) has no name; a tool is a function that `def`",
+        ),
         ("divide", r"environment.path=tools.py:divide: there is no function 'divide'"),
         ("", r"environment.path: tools.py: names no function"),
     ],
@@ -163,6 +190,11 @@ def test_long_results_are_cut(load: Load) -> None:
 def test_functions_that_cannot_be_tools(load: Load, name: str, text: str) -> None:
     with pytest.raises(ReplyError, match=text):
         load(name)
+
+
+def test_two_tools_of_one_name(load: Load) -> None:
+    with pytest.raises(ReplyError, match=r"environment.path: two tools are called multiply; a tool is a function"):
+        load("multiply", "multiply")
 
 
 def test_one_path_or_several() -> None:

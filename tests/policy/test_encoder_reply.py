@@ -20,6 +20,8 @@ TEMPLATES = {
     # As Mistral has it: only the model's turn ends.
     "model ends": "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<eos>{% else %}|{{ m.content }}|"
     "{% endif %}{% endfor %}",
+    # As Llama 2 has it: a space before the end.
+    "space": "{% for m in messages %}<{{ m.role }}>{{ m.content }} <eos>{% endfor %}",
     # Nothing that the model would end with.
     "no end": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}",
     # As Qwen 3 has it: the last turn of the model is written otherwise than those before it.
@@ -30,6 +32,7 @@ END = "{% if add_generation_prompt %}<a>{% endif %}"
 AFTER = {
     "ends": "\n<user>no, again<eos>\n<a>",
     "model ends": "|no, again|<a>",
+    "space": "<user>no, again <eos><a>",
     "no end": "\n<user>no, again\n<a>",
     "thinks": "\n<user>no, again<eos>\n<a>",
 }
@@ -65,7 +68,7 @@ def test_the_conversation_is_what_the_template_makes_of_it(form: str) -> None:
     whole = of.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     found = str(of.tokenizer.decode(ids))
     assert found.replace("<a>46", "<assistant>46" if form != "model ends" else "46") == (
-        whole.replace("46\n", "46<eos>\n") if form == "no end" else whole
+        whole.replace("46\n", "46<eos>\n").replace("46 <eos>", "46<eos>") if form in ("no end", "space") else whole
     )
 
 

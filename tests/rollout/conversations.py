@@ -14,7 +14,8 @@ from dppo_cli.types import Completion, Messages, Prompt
 
 PLAIN = Prompting("plain", None, {}, "refuse")
 BOUND = 60
-STOPS = "abcdefghijklm"
+STOPS = "ABCDEFGHIJKLM"
+"""In no special token's text."""
 
 
 class Replies:

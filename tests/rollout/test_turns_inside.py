@@ -44,3 +44,12 @@ def test_a_stop_string_of_sampling_ends_the_response_or_the_turn(policy) -> None
     beside = always("9", turns=2)
     generate(policy, beside, make.prompts(policy), how=how)
     assert beside.asked, "a turn that it ends is answered"
+
+
+def test_the_text_of_a_special_token_interrupts_a_turn(policy) -> None:
+    """It is in no decoded text."""
+    environment = always("99", role="assistant", stop=["<eos>"], turns=3)
+    found = make.flat(generate(policy, environment, make.prompts(policy), group=8))
+    ended = [c for c in found if policy.tokenizer.eos_token_id in parts(c)[0][1]]
+    assert ended and len(environment.asked) >= len(ended)
+    assert all(policy.decode(parts(c)[1][1]) == "99" for c in ended if len(parts(c)) > 1)

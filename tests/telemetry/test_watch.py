@@ -51,6 +51,15 @@ def test_a_filter_that_drops_much_is_named_once():
     assert watch.step(metrics() | {"filtered": 0.9}) == []
 
 
+def test_an_environment_that_is_not_asked_in_the_first_step_is_named():
+    first, later = ({**metrics(), "step": step, "turns": 1.0} for step in (1, 2))
+    watch = Watch(True, make.fail, answered=True)
+    (text,) = watch.step(first)
+    assert text.startswith("the environment has not answered once") and watch.step(later) == []
+    assert Watch(True, make.fail, answered=True).step({**first, "turns": 1.1}) == watching().step(first) == []
+    assert Watch(True, make.fail, answered=True).step(later) == [], "it may have learnt to do without"
+
+
 def test_steps_without_tokens_are_not_counted_as_quiet():
     found = said(watching(), *[metrics(None, None, None)] * 100, *[metrics(0.0, None)] * QUIET_STEPS)
     assert found[:-1] == [[]] * (99 + QUIET_STEPS)
