@@ -52,6 +52,7 @@ def test_the_samples_file_holds_every_sample(model: Path, work: Path) -> None:
         "prompt",
         "answer",
         "completion",
+        "messages",
         "reward",
         "correct",
         "finished",
