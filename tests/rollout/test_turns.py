@@ -9,6 +9,7 @@ import torch
 import vllm_cases
 from conversations import BOUND, PLAIN, STOPS, Replies, always, generate, parts
 from engines import ROUNDING, TEMPERATURE, opened, sampling, trained
+from refills import check_equal, refilled
 
 from dppo_cli.algorithm.advantage import GroupMean
 from dppo_cli.config.sections import BatchPlan, Prompting
@@ -50,6 +51,17 @@ def test_mu_is_what_the_trainer_computes(policy, num_logprobs: int) -> None:
     for c in make.flat(completions):
         assert (c.mu.topk_ids_NK is None) == (num_logprobs == 0)
         assert c.mu.topk_ids_NK is None or c.mu.topk_ids_NK.shape == (int(c.sampled_T.sum()), num_logprobs)
+
+
+@pytest.mark.parametrize("how", [{}, {"role": "assistant", "stop": list(STOPS)}], ids=["beside", "inside"])
+def test_turns_in_slots_that_are_filled_again(policy, how) -> None:
+    """As on a GPU; slots have room for the contexts of later turns."""
+    prompts = make.prompts(policy)
+    with refilled(policy) as inner:
+        turns = TurnsEngine(inner, always("1+2=", turn_tokens=12, **how), policy, PLAIN)
+        found = in_order(turns.generate(prompts, 3, sampling(BOUND), 4, 3))
+    assert sum(len(parts(c)) > 1 for c in make.flat(found)) >= 4
+    check_equal(found, generate(policy, always("1+2=", turn_tokens=12, **how), prompts, num_logprobs=4))
 
 
 def test_turns_of_a_vllm_server(adapted, server) -> None:
