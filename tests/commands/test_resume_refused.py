@@ -175,12 +175,12 @@ def test_a_member_that_was_left_out_is_asked_for(
 
 
 @pytest.mark.parametrize("auto", [False, True])
-def test_a_run_from_before_there_were_regions_and_filters_goes_on(
+def test_a_run_from_before_there_were_regions_filters_and_environments_goes_on(
     auto: bool, run: Path, again: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither its config nor the hash of that in its checkpoint knows of them."""
     node = OmegaConf.load(run / "config.yaml")
-    for key in ("region", "filter", "verdict"):
+    for key in ("region", "filter", "verdict", "environment"):
         del node[key]
     (run / "config.yaml").write_text(sign(OmegaConf.to_yaml(node)))
     known = {key: value for key, value in resume._flat(node).items() if not resume._may_change(key)}
