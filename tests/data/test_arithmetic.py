@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import make
 import pytest
 
 from dppo_cli.data.arithmetic import Arithmetic, problems, split
@@ -97,7 +98,9 @@ def test_other_sums_in_other_words() -> None:
         ({"operands": [5, 1]}, "data.operands=[5, 1] must be [lowest, highest]"),
         ({"operands": [1]}, "must be [lowest, highest]"),
         ({"operands": [0, 9999]}, "make 200000000 problems; 10 to 1000000 can be made"),
-        ({"operations": "*"}, "data.operations=* is an invalid value. Choices: +, -, +-"),
+        ({"operations": "/"}, "data.operations=/ is an invalid value; write some of +-*, each once"),
+        ({"operations": "++"}, "data.operations=++ is an invalid value; write some of"),
+        ({"operations": ""}, "data.operations= is an invalid value; write some of"),
         ({"template": "{a}?"}, "data.template='{a}?' has no {b}"),
     ],
 )
@@ -105,3 +108,9 @@ def test_a_task_that_cannot_be_made_is_refused(changed: dict[str, Any], said: st
     with pytest.raises(ConfigError) as caught:
         Arithmetic(10, 1, **{**KEYS, **changed})
     assert said in str(caught.value)
+
+
+def test_products_beside_sums_and_differences() -> None:
+    task = Arithmetic(270, 30, operands=[0, 9], operations="+-*", template="{a}{operation}{b}=").load(make.fail)
+    answers = {example.prompt: example.answer for example in (*task.train, *task.heldout)}
+    assert (answers["7*8="], answers["7+8="], answers["7-8="], len(answers)) == ("56", "15", "-1", 300)
