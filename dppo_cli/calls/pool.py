@@ -170,13 +170,17 @@ class Pool:
             if worker is None:
                 # Known before it imports anything, so that `give_up` finds it.
                 worker = self.others[number] = self._worker()
-                worker.load()
+                if not ended.is_set():
+                    worker.load()
             if ended.is_set():
                 raise CallError("it was not called any more")
             return worker.call(call, self.timeout)
         except CallError as error:
             self.others[number] = None
             return error
+        except BaseException:
+            self.others[number] = None  # It could not import its functions, and is closed.
+            raise
         finally:
             self.free.put(number)
 

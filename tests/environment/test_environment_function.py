@@ -1,5 +1,6 @@
 """The user's own function as an environment: what it gets, what it may return, and what becomes of its failures."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,26 @@ def test_a_call_that_hangs_or_dies_ends_its_response_alone(load: Load, harm: str
     (line,) = told
     assert "the environment env.py:reply failed on problem 7:" in line and how in line
     assert line.endswith("; the response ends there, and is not trained on")
+
+
+def test_a_worker_that_still_imports_is_killed_with_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread would be waited for at the end of the process."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nif os.path.exists('once'):\n    open('twice', 'w').close()\n    time.sleep(100)\n"
+        "open('once', 'w').close()\ndef reply(messages):\n    time.sleep(100)\n"
+    )
+    environment = function("slow.py:reply").load(make.fail)
+    for _ in range(2):
+        environment.begin(make.prompt(), SAID, 1)
+    end = time.monotonic() + 30
+    while not (tmp_path / "twice").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert (tmp_path / "twice").exists()
+    start = time.monotonic()
+    environment.give_up()
+    environment.pool.threads.shutdown(wait=True)
+    assert time.monotonic() - start < 20
 
 
 def test_failures_in_a_row_end_the_run(load: Load) -> None:
