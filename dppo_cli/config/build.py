@@ -35,10 +35,8 @@ a run folder is read from anywhere."""
 
 CODE = "code"
 CodePath = Annotated[str, FILE, CODE]
-"""The hint of a `FilePath` that names code, such as the function of a reward."""
-
 CodePaths = Annotated[Any, FILE, CODE]
-"""A `CodePath`, or a list of them."""
+"""The hint of a `FilePath` that names code, such as the function of a reward; and that of one or a list of them."""
 
 SECRET = "secret"
 SecretName = Annotated[str, SECRET]
